@@ -1,0 +1,1027 @@
+"""What every stage must agree on: datasets, batches, augmentation, files on disk, start-up, EMA, schedule, log and grids.
+
+There is no model and no loss here. A dataset is images (N, 3, S, S) as bytes, labels (N, F) with one column a factor,
+captions, and splits train / val (for choosing) / test (for reporting). Batches and all randomness are functions of
+(seed, step), so a run that stopped goes on exactly where it was.
+
+Prepare, check and look at a dataset (writes OUT/<dataset>/samples/data.png):
+    python data.py                                              # shapes: drawn on the spot, nothing to download
+    python data.py --dataset cifar10 --download                 # the official binary archive into data/cifar10
+    python data.py --dataset folder --data-dir my/pictures      # any tree of images, a class per sub-folder
+    python data.py --dataset imagenet --data-dir /data/imagenet --image-size 256
+
+Letters used everywhere: B batch, N images or tokens, S image side, F factors, L code positions, V values per position, D width.
+"""
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: two processes on the same cores do not fight
+
+import argparse
+import fcntl
+import hashlib
+import json
+import math
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.request
+import zipfile
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+
+DATASETS = ("shapes", "cifar10", "imagenet", "folder")
+
+
+def fail(message):
+    """Stop with one clear line on stderr and exit code 1."""
+    raise SystemExit("error: " + " ".join(str(message).split()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shapes: an object in a frame, drawn from known factors
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "shape": ["circle", "square", "triangle", "star", "cross", "ring", "crescent", "bar"],
+    "colour": ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"],
+    "size": ["small", "large"],
+    "background": ["plain", "striped", "checked", "dotted"],
+    "frame": ["red", "yellow", "green", "blue", "white", "black"],
+}
+RGB = {"red": (.88, .13, .13), "orange": (.98, .55, .08), "yellow": (.96, .90, .15), "green": (.15, .65, .22),
+       "cyan": (.20, .82, .88), "blue": (.15, .28, .85), "purple": (.48, .15, .68), "pink": (.98, .50, .75),
+       "white": (1., 1., 1.), "black": (.05, .05, .05)}
+# Pairs of factors with combinations that never occur in train, val and test: value i of the first never meets value
+# i mod n of the second. The pair in one place (the same pixels) is the hard kind, the pair in two places the easy one.
+UNSEEN_PAIRS = {"unseen-shape-colour": ("shape", "colour"), "unseen-colour-frame": ("colour", "frame")}
+SHAPES_COUNTS = {"train": 40_000, "val": 2_000, "test": 4_000, "unseen-shape-colour": 2_000, "unseen-colour-frame": 2_000}
+
+
+def is_unseen(labels, pair):
+    """Which rows of `labels` (N, F) show a combination of `pair` (two factor names) that training never shows: (N,) bool."""
+    first, second = (list(SHAPES).index(name) for name in pair)
+    return labels[:, first] % len(SHAPES[pair[1]]) == labels[:, second]
+
+
+def signed_distance(shape, x, y):
+    """Distance to the outline of `shape` at radius 1, negative inside; x, y (...) in radii, y pointing down."""
+    r, box = torch.hypot(x, y), lambda w, h: torch.maximum(x.abs() - w, y.abs() - h)
+    if shape == "circle":
+        return r - 0.95
+    if shape == "square":
+        return box(0.82, 0.82)
+    if shape == "bar":
+        return box(1.05, 0.40)
+    if shape == "cross":
+        return torch.minimum(box(1.0, 0.32), box(0.32, 1.0))
+    if shape == "ring":
+        return (r - 0.76).abs() - 0.24
+    if shape == "crescent":
+        return torch.maximum(r - 1.0, 0.80 - torch.hypot(x - 0.50, y))
+    corners, inner = {"triangle": (3, 0.5), "star": (5, 0.42)}[shape]  # fold the plane onto one corner, pointing up
+    angle = (torch.atan2(x, -y) + math.pi / corners) % (2 * math.pi / corners) - math.pi / corners
+    px, py = r * angle.cos() - 1.15, r * angle.sin().abs()  # corner at the origin, first edge towards the inner vertex
+    ex, ey = 1.15 * (inner * math.cos(math.pi / corners) - 1), 1.15 * inner * math.sin(math.pi / corners)
+    return (py * -ex + px * ey) / math.hypot(ex, ey)
+
+
+def draw_shapes(labels, nuisance, size=32):
+    """Draw objects anti-aliased from their factors.
+
+    labels (N, 5) long, columns as in SHAPES; nuisance (N, 8) uniform in [0, 1): shift x, y, tilt, two of background
+    phase, three of colour. Returns (N, 3, size, size) uint8. Lengths are in pixels of a 32-pixel image.
+    """
+    n = len(labels)
+    shift, tilt = (nuisance[:, :2] * 2 - 1) * 1.0, (nuisance[:, 2] * 2 - 1) * math.radians(5)
+    grid = (torch.arange(size) + 0.5) * 32 / size - 16
+    y, x = (g.expand(n, size, size) for g in torch.meshgrid(grid, grid, indexing="ij"))
+    ink = lambda d: (0.5 - d * size / 32).clamp(0, 1)  # signed distance in pixels → coverage (anti-aliasing)
+
+    phase = (nuisance[:, 3:5, None, None] * 2 - 1) * 1.0
+    u, v = x + phase[:, :1, 0], y + phase[:, 1:, 0]
+    wave = lambda a: (a % 8 - 4).abs() - 2  # triangle wave of period 8, zero at the edges of a band of width 4
+    pattern = torch.stack([
+        torch.zeros_like(u), ink(wave(u + v) / math.sqrt(2)),
+        (ink(wave(u)) - ink(wave(v))).abs(), ink(torch.hypot((u % 8) - 4, (v % 8) - 4) - 2.2)], 1)
+    pattern = pattern[torch.arange(n), labels[:, 3]]  # (N, S, S)
+    image = (0.66 - 0.26 * pattern)[:, None].expand(n, 3, size, size)
+
+    radius = torch.tensor([6.0, 9.5])[labels[:, 2]][:, None, None]
+    cx, cy = x - shift[:, 0, None, None], y - shift[:, 1, None, None]
+    cos, sin = tilt.cos()[:, None, None], tilt.sin()[:, None, None]
+    cx, cy = (cx * cos + cy * sin) / radius, (cy * cos - cx * sin) / radius
+    distance = torch.empty(n, size, size)
+    for k, shape in enumerate(SHAPES["shape"]):
+        rows = labels[:, 0] == k
+        distance[rows] = signed_distance(shape, cx[rows], cy[rows])
+    palette = lambda names: torch.tensor([RGB[name] for name in names])
+    colour = palette(SHAPES["colour"])[labels[:, 1]] + (nuisance[:, 5:8] - 0.5) * 0.08
+    alpha = ink(distance * radius)[:, None]
+    image = image * (1 - alpha) + colour.clamp(0, 1)[:, :, None, None] * alpha
+
+    frame = palette(SHAPES["frame"])[labels[:, 4]][:, :, None, None]
+    alpha = ink(13.0 - torch.maximum(x.abs(), y.abs()))[:, None]
+    return ((image * (1 - alpha) + frame * alpha) * 255).round().to(torch.uint8)
+
+
+def shapes_labels(split, count, seed=0):
+    """Factors (count, 5) of one split, a function of (seed, split, index), and uniform nuisances (count, 8)."""
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{split}".encode()).digest()[:8], "little")
+    rows = np.random.Generator(np.random.Philox(key=key)).random((count, 13 + 16), dtype=np.float64)
+    uniform, sizes = torch.from_numpy(rows).float(), torch.tensor([len(v) for v in SHAPES.values()])
+    labels = (uniform[:, :5] * sizes).long()
+    names = list(SHAPES)
+    for k, (kind, (first, second)) in enumerate(UNSEEN_PAIRS.items()):
+        a, b, values = labels[:, names.index(first)], labels[:, names.index(second)], len(SHAPES[second])
+        if kind == split:
+            b.copy_(a % values)
+        else:  # move the second factor away from the excluded value, uniformly over the others
+            b.copy_((a % values + 1 + (uniform[:, 13 + k] * (values - 1)).long()) % values)
+    return labels, uniform[:, 5:13]
+
+
+def load_shapes(args):
+    """The generated dataset: every image follows from (0, split, index); --seed changes training, not the data."""
+    images, labels, splits, start = [], [], {}, 0
+    for split, count in SHAPES_COUNTS.items():
+        factors, nuisance = shapes_labels(split, count)
+        images += [draw_shapes(f, u, args.image_size) for f, u in zip(factors.split(4096), nuisance.split(4096))]
+        labels.append(factors)
+        splits[split] = range(start, start := start + count)
+    caption = lambda row: "a {2} {1} {0} on a {3} background in a {4} frame".format(
+        *(values[k] for values, k in zip(SHAPES.values(), row)))
+    return Dataset("shapes", torch.cat(images), torch.cat(labels), SHAPES, splits, caption)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# cifar10: the official binary archive
+# ---------------------------------------------------------------------------------------------------------------------
+
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CIFAR_FILES = [f"data_batch_{k}.bin" for k in range(1, 6)] + ["test_batch.bin"]
+CIFAR_BYTES = 30_730_000  # 10,000 records of a label byte and 3,072 bytes of red, green and blue planes
+
+
+def fetch_cifar(folder):
+    """Download the archive into `folder` (written under a temporary name, checked by load_cifar10)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "cifar-10-binary.tar.gz"
+    try:
+        with urllib.request.urlopen(CIFAR_URL, timeout=20) as response, open(f"{target}.tmp", "wb") as file:
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+        os.replace(f"{target}.tmp", target)
+    except OSError as problem:
+        fail(f"cannot download {CIFAR_URL} ({problem}); get it on another machine and put it at {target}")
+
+
+def load_cifar10(args):
+    """CIFAR-10 from `--data-dir`: the archive cifar-10-binary.tar.gz, or its .bin files. No pickle is read."""
+    folder = Path(args.data_dir)
+    found = {path.name: path for path in folder.rglob("*.bin")} if folder.is_dir() else {}
+    archive = folder / "cifar-10-binary.tar.gz"
+    if all(name in found for name in CIFAR_FILES):
+        parts = [found[name].read_bytes() for name in CIFAR_FILES]
+    elif archive.exists():
+        with open(archive, "rb") as file:
+            md5 = hashlib.file_digest(file, "md5").hexdigest()
+        if md5 != CIFAR_MD5:
+            fail(f"{archive}: md5 is {md5}, expected {CIFAR_MD5}; delete it and fetch {CIFAR_URL} again")
+        with tarfile.open(archive) as tar:  # members are read in memory by name, nothing is unpacked to disk
+            parts = [tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in CIFAR_FILES]
+    else:
+        fail(f"no CIFAR-10 in {folder}: put {archive.name} (from {CIFAR_URL}) or its .bin files there, "
+             "or run python data.py --dataset cifar10 --download")
+    for name, part in zip(CIFAR_FILES, parts):
+        if len(part) != CIFAR_BYTES:
+            fail(f"{name} in {folder}: {len(part):,} bytes, expected {CIFAR_BYTES:,}; fetch {CIFAR_URL} again")
+    records = torch.from_numpy(np.frombuffer(b"".join(parts), dtype=np.uint8).reshape(-1, 3073).copy())
+    labels, images = records[:, :1].long(), records[:, 1:].reshape(-1, 3, 32, 32)
+    if labels.max() > 9:
+        fail(f"CIFAR-10 in {folder}: a label of {labels.max()}, expected 0 to 9; fetch {CIFAR_URL} again")
+    if args.image_size != 32:
+        resize = lambda part: F.interpolate(part.float(), size=args.image_size, mode="bicubic", antialias=True)
+        images = torch.cat([resize(part).round().clamp(0, 255).byte() for part in images.split(1000)])
+    splits = {"train": range(0, 45_000), "val": range(45_000, 50_000), "test": range(50_000, 60_000)}
+    caption = lambda row: f"a photo of a {CIFAR_CLASSES[row[0]]}"
+    return Dataset("cifar10", images, labels, {"class": CIFAR_CLASSES}, splits, caption)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folder and imagenet: any tree of images
+# ---------------------------------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+IN_MEMORY_BYTES = 2 << 30  # a folder whose decoded images exceed this is decoded on the fly by workers
+
+
+def read_image(path, size):
+    """Read an image of any mode and size as (3, size, size) uint8: upright, on white, centre crop, box then bicubic (ADM).
+
+    Raises OSError, ValueError or SyntaxError (from Pillow) when the file is not a whole image.
+    """
+    with Image.open(path) as image:
+        image.draft("RGB", (size * 2, size * 2))  # JPEG: decode at a fraction of the size where that loses nothing
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):  # 16 and 32 bits: scale to a byte, Pillow would clip
+            values = np.asarray(image, dtype=np.float64)
+            image = Image.fromarray((values * (255 / max(65535.0 if values.max() > 255 else 255.0, values.max()))).astype(np.uint8))
+        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        box = (left, top, left + side, top + side)
+        while side >= 2 * size:  # halve by averaging before the last bicubic step
+            side //= 2
+            image, box = image.resize((side, side), Image.Resampling.BOX, box=box), None
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+class ImageFiles(torch.utils.data.Dataset):
+    """Images decoded when asked for: item k is (3, S, S) uint8, or, while checking, None for a broken file."""
+
+    def __init__(self, paths, size, checking=False):
+        self.paths, self.size, self.checking = paths, size, checking
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, k):
+        try:
+            return read_image(self.paths[k], self.size)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
+            if self.checking:
+                return None
+            fail(f"{self.paths[k]}: does not open as an image ({problem}); delete OUT/<dataset>/files.json to check all again")
+
+
+def read_captions(folder):
+    """Captions by relative path from metadata.jsonl (file_name, text), or {} where there is none."""
+    path, captions = folder / "metadata.jsonl", {}
+    if not path.exists():
+        return captions
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            record = json.loads(line)
+            name, text = record["file_name"], record["text"]
+        except (ValueError, KeyError, TypeError):
+            fail(f"{where}: expected one JSON object with file_name and text")
+        if not isinstance(name, str) or not isinstance(text, str):
+            fail(f"{where}: file_name and text must be strings")
+        if name in captions:
+            fail(f"{where}: {name} has a caption already; keep one line for each image")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            fail(f"{where}: {name} leaves the folder; name files inside {folder}")
+        if not (folder / name).is_file():
+            fail(f"{where}: {name} is not in {folder}")
+        captions[name] = text
+    return captions
+
+
+def load_folder(args):
+    """Images under `--data-dir`. With train/ and val/ or test/ those are the splits, else a fixed 90/5/5 % of the files.
+
+    The class is the first sub-folder; the caption comes from metadata.jsonl, else from the class. Broken files are named
+    once and skipped the same way in every run: OUT/<dataset>/files.json remembers which ones are good.
+    """
+    folder = Path(args.data_dir)
+    if not folder.is_dir():
+        tree = "train/ and val/ with a sub-folder for each class" if args.dataset == "imagenet" else "images, in sub-folders or not"
+        fail(f"no folder {folder}: link or copy a tree there ({tree}), or name one with --data-dir")
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not names:
+        fail(f"{folder}: no images found ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    captions = read_captions(folder)
+    names, images = check_folder(folder, names, args)
+
+    top = [Path(name).parts[0] for name in names]
+    held_out = next((part for part in ("val", "valid", "validation", "test") if part in top), None)
+    if held_out and "train" in top:  # ready-made splits: report on the held-out tree, choose on a slice of train
+        class_part, order = 1, np.random.default_rng(0).permutation(np.flatnonzero(np.array(top) == "train"))
+        test = np.flatnonzero(np.array(top) == held_out)
+        few = min(len(order) // 20, 10_000)
+    else:
+        class_part, order = 0, np.random.default_rng(0).permutation(len(names))
+        few = len(names) // 20
+        test, order = order[:few], order[few:]
+    if few < 1:
+        fail(f"{folder}: {len(names)} images are too few to split (90 % train, 5 % val, 5 % test); bring at least 20")
+    parts = {"train": np.sort(order[few:]), "val": np.sort(order[:few]), "test": np.sort(test)}
+    order, splits, start = np.concatenate(list(parts.values())), {}, 0
+    for split, rows in parts.items():
+        splits[split] = range(start, start := start + len(rows))
+    names = [names[k] for k in order]
+    images = images[torch.from_numpy(order)] if torch.is_tensor(images) else ImageFiles([images.paths[k] for k in order], args.image_size)
+
+    folders = [Path(name).parts[class_part] if len(Path(name).parts) > class_part + 1 else "" for name in names]
+    classes = sorted(set(folders))
+    labels = torch.tensor([[classes.index(c)] for c in folders]) if len(classes) > 1 else torch.zeros(len(names), 0).long()
+    texts = [captions.get(name, f"a photo of a {c.replace('_', ' ')}" if c else "a photo") for name, c in zip(names, folders)]
+    return Dataset(args.dataset, images, labels, {"class": classes} if len(classes) > 1 else {}, splits, texts)
+
+
+def check_folder(folder, names, args):
+    """Decode every file once: the good names, and their pixels as one tensor or (a large tree) files to decode on demand."""
+    in_memory = len(names) * 3 * args.image_size ** 2 <= IN_MEMORY_BYTES
+    index = run_folder(args) / "files.json"
+    listed = hashlib.sha256(json.dumps([str(folder.resolve()), names]).encode()).hexdigest()
+    known = json.loads(index.read_text()) if index.exists() else {}
+    bad = known["bad"] if known.get("listed") == listed else None
+    if bad is None or in_memory:
+        files = ImageFiles([folder / name for name in names], args.image_size, checking=True)
+        loader = torch.utils.data.DataLoader(files, batch_size=64, num_workers=args.workers, collate_fn=list)
+        pixels, found = [], []
+        for image, name in zip((image for batch in loader for image in batch), names):
+            found.append(name) if image is None else pixels.append(image if in_memory else None)
+        if bad is None and found:
+            print(f"{folder}: {len(found)} of {len(names)} files do not open as images and are skipped: {', '.join(found[:10])}"
+                  + (", ..." if len(found) > 10 else ""), file=sys.stderr)
+        bad = found
+        write_atomic(index, lambda path: Path(path).write_text(json.dumps({"listed": listed, "bad": bad})))
+    good = [name for name in names if name not in set(bad)]
+    if not good:
+        fail(f"{folder}: none of its {len(names)} files opens as an image")
+    return good, torch.stack(pixels) if in_memory else ImageFiles([folder / name for name in good], args.image_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a dataset, its batches, its augmentation
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Dataset:
+    """Images, labels and captions with their splits.
+
+    images (N, 3, S, S) uint8 tensor, or ImageFiles where they do not fit in memory; labels (N, F) long; factors
+    {name: values} in the order of the label columns; splits {name: range of rows}; captions: list, or function of a row.
+    """
+
+    def __init__(self, name, images, labels, factors, splits, captions):
+        self.name, self.images, self.labels, self.factors, self.splits, self.captions = name, images, labels, factors, splits, captions
+
+    def __len__(self):
+        return len(self.images)
+
+    def caption(self, row):
+        """The caption of image `row`."""
+        return self.captions(self.labels[row].tolist()) if callable(self.captions) else self.captions[row]
+
+    def pixels(self, rows, flip=None):
+        """Images `rows` as (B, 3, S, S) uint8 on the CPU; `flip` (B,) bool mirrors left and right."""
+        rows = torch.as_tensor(rows)
+        images = self.images[rows] if torch.is_tensor(self.images) else torch.stack([self.images[k] for k in rows.tolist()])
+        return images if flip is None else torch.where(flip[:, None, None, None], images.flip(3), images)
+
+
+def load_dataset(args):
+    """The dataset that the flags name. Fails with one line when it is missing or broken."""
+    loaders = {"shapes": load_shapes, "cifar10": load_cifar10, "imagenet": load_folder, "folder": load_folder}
+    dataset = loaders[args.dataset](args)
+    if "batch_size" in args and len(dataset.splits["train"]) < args.batch_size:
+        fail(f"--batch-size {args.batch_size} is larger than the {len(dataset.splits['train'])} training images of {args.dataset}")
+    return dataset
+
+
+def mix_seed(*numbers):
+    """One 63-bit seed from several numbers, so that neighbouring steps and seeds share nothing."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little") >> 1
+
+
+def step_generator(seed, step, device="cpu"):
+    """The random generator of one step: whatever is drawn from it is a function of (seed, step)."""
+    return torch.Generator(device).manual_seed(mix_seed(seed, step))
+
+
+def batch_rows(rows, batch_size, seed, step):
+    """Rows (batch_size,) of step `step`: walks through a fresh permutation of the range `rows` each epoch."""
+    n, places = len(rows), np.arange(step * batch_size, (step + 1) * batch_size)
+    order = {epoch: _permutation(n, seed, int(epoch)) for epoch in np.unique(places // n)}
+    return torch.tensor([rows.start + int(order[p // n][p % n]) for p in places])
+
+
+_permutations = {}
+
+
+def _permutation(n, seed, epoch):
+    if (n, seed, epoch) not in _permutations:
+        if len(_permutations) > 3:  # an epoch or two are alive at a time
+            _permutations.clear()
+        _permutations[n, seed, epoch] = np.random.default_rng(mix_seed(seed, epoch, n)).permutation(n)
+    return _permutations[n, seed, epoch]
+
+
+class _StepImages(torch.utils.data.Dataset):
+    """Item `step` is this process's share of that step's images, so that loader workers decode whole batches ahead."""
+
+    def __init__(self, dataset, run, args):
+        self.dataset, self.run, self.args = dataset, run, args
+
+    def __getitem__(self, step):
+        rows = batch_rows(self.dataset.splits["train"], self.args.batch_size, self.args.seed, step)
+        return rows, self.dataset.pixels(rows[self.run.share(len(rows))])
+
+
+def image_batches(dataset, run, args, start):
+    """Yield (step, rows (B,), images of this process (B / world, 3, S, S) uint8 on the device) from `start` to --steps."""
+    steps = _StepImages(dataset, run, args)
+    in_memory = torch.is_tensor(dataset.images)
+    loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, args.steps), pin_memory=run.device.type == "cuda",
+                                         num_workers=0 if in_memory else args.workers)
+    for step, (rows, images) in zip(range(start, args.steps), loader):
+        yield step, rows, images.to(run.device, non_blocking=True)
+
+
+def unit(images):
+    """Bytes (..., 3, S, S) → floats in [-1, 1], the range all networks see."""
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(images):
+    """Floats in [-1, 1] → bytes, the inverse of `unit`."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def random_crops(images, size, scale, generator, ratio=(3 / 4, 4 / 3)):
+    """Random resized crop and flip (p 0.5) of a batch. images (B, 3, S, S) in [-1, 1] → (B, 3, size, size).
+
+    scale: the crop's share of the area; ratio: width / height. Bilinear, one box a picture, all in one grid_sample.
+    """
+    b, device = len(images), images.device
+    u = torch.rand(5, b, generator=generator, device=device)
+    area = scale[0] + (scale[1] - scale[0]) * u[0]
+    shape = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * u[1])
+    width, height = (area * shape).sqrt().clamp(max=1), (area / shape).sqrt().clamp(max=1)
+    left, top = (1 - width) * (2 * u[2] - 1), (1 - height) * (2 * u[3] - 1)
+    sign = torch.where(u[4] < 0.5, -1.0, 1.0)
+    theta = torch.zeros(b, 2, 3, device=device)
+    theta[:, 0, 0], theta[:, 0, 2], theta[:, 1, 1], theta[:, 1, 2] = width * sign, left, height, top
+    grid = F.affine_grid(theta, (b, 3, size, size), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def colour_augment(images, jitter, jitter_p, grey_p, blur_p, solarise_p, generator):
+    """Brightness, contrast, saturation and hue jitter, grey, blur and solarisation, each with its probability per picture.
+
+    images (B, 3, S, S) in [-1, 1] → the same shape; jitter = (brightness, contrast, saturation, hue) as largest
+    relative changes (hue as a share of the colour circle). Steps with probability 0 cost nothing.
+    """
+    b, device = len(images), images.device
+    uniform = lambda: torch.rand(b, 1, 1, 1, generator=generator, device=device)
+    x = (images + 1) / 2
+    luma = torch.tensor([0.299, 0.587, 0.114], device=device)[None, :, None, None]
+    if jitter_p > 0 and any(jitter):
+        chosen, amount = uniform() < jitter_p, [1 + (2 * uniform() - 1) * j for j in jitter]
+        y = (x * amount[0]).clamp(0, 1)
+        mean = (y * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+        y = ((y - mean) * amount[1] + mean).clamp(0, 1)
+        grey = (y * luma).sum(1, keepdim=True)
+        y = ((y - grey) * amount[2] + grey).clamp(0, 1)
+        if jitter[3]:  # rotate the two chroma axes of YIQ: a hue shift without leaving the batch
+            to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], device=device)
+            angle = (amount[3].flatten() - 1) * 2 * math.pi
+            turn = torch.eye(3, device=device).repeat(b, 1, 1)
+            turn[:, 1, 1] = turn[:, 2, 2] = angle.cos()
+            turn[:, 1, 2], turn[:, 2, 1] = -angle.sin(), angle.sin()
+            y = torch.einsum("bij,bjhw->bihw", to_yiq.inverse() @ turn @ to_yiq, y).clamp(0, 1)
+        x = torch.where(chosen, y, x)
+    if grey_p > 0:
+        x = torch.where(uniform() < grey_p, (x * luma).sum(1, keepdim=True), x)
+    if blur_p > 0:
+        chosen, sigma = uniform() < blur_p, (0.1 + 1.9 * uniform()) * images.shape[-1] / 224
+        radius = max(1, round(4 * images.shape[-1] / 224))
+        kernel = torch.exp(-torch.arange(-radius, radius + 1, device=device) ** 2 / (2 * sigma.view(b, 1) ** 2 + 1e-8))
+        kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)  # (3B, K), one kernel a picture
+        flat = F.pad(x.reshape(1, 3 * b, *x.shape[2:]), (radius,) * 4, mode="reflect")
+        flat = F.conv2d(F.conv2d(flat, kernel[:, None, None, :], groups=3 * b), kernel[:, None, :, None], groups=3 * b)
+        x = torch.where(chosen, flat.view_as(x), x)
+    if solarise_p > 0:
+        x = torch.where((uniform() < solarise_p) & (x >= 0.5), 1 - x, x)
+    return x * 2 - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files: checkpoints, codes, logs, grids
+# ---------------------------------------------------------------------------------------------------------------------
+
+def run_folder(args):
+    """OUT/<dataset>, made if needed; fails with one line when it cannot be written."""
+    folder = Path(args.out) / args.dataset
+    try:
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        fail(f"cannot write to {folder} ({problem.strerror}); choose another --out")
+    return folder
+
+
+def write_atomic(path, write):
+    """Call write(temporary path), then move the file into place, so that a kill at any moment leaves old or new, whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as problem:  # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {problem}; the previous file is intact, make room and run the same command again")
+
+
+def file_checksum(path):
+    """SHA-256 of a file, as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_checkpoint(path, **state):
+    """Write a dict of plain values and tensors."""
+    write_atomic(path, lambda temporary: torch.save(state, temporary))
+
+
+STAGE_COMMANDS = {"tokenizer": "tokenizer.py", "generator": "generator.py", "generator-early": "generator.py",
+                  "prior-masked": "prior.py --kind masked", "prior-ar": "prior.py --kind ar"}
+
+
+def stage_command(stage, args):
+    """The command line that trains `stage` for the dataset and folders of `args`."""
+    words = ["python", *STAGE_COMMANDS[stage].split(), "--dataset", args.dataset, "--out", str(args.out)]
+    return " ".join(words + (["--data-dir", str(args.data_dir)] if args.dataset != "shapes" else []))
+
+
+def load_checkpoint(path, stage, args):
+    """Read the checkpoint of `stage`, refusing anything missing, damaged, unfinished in writing, or of another stage or dataset."""
+    if not Path(path).exists():
+        fail(f"no {path}: train it with {stage_command(stage, args)}")
+    again = "delete it and train again"
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not check these sums
+            damaged = archive.testzip()
+        if damaged:
+            fail(f"{path}: damaged (checksum of {damaged}); {again}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except SystemExit:
+        raise
+    except Exception as problem:  # zipfile, pickle and torch each raise their own kinds
+        fail(f"{path}: not a readable checkpoint ({type(problem).__name__}); {again}")
+    if not isinstance(state, dict) or state.get("stage") != stage:
+        fail(f"{path}: expected a checkpoint of {stage}, found {state.get('stage') if isinstance(state, dict) else type(state).__name__}; {again}")
+    if state["config"]["dataset"] != args.dataset:
+        fail(f"{path}: trained on {state['config']['dataset']}, expected {args.dataset}; choose another --out")
+    return state
+
+
+NOT_SETTINGS = {"out", "data_dir", "device", "workers", "compile", "dry_run", "restart", "tensorboard", "save_every", "accumulate"}
+
+
+def resume(path, stage, args, trained_on):
+    """The checkpoint to go on from, or None. Fails when its settings differ, naming them; with --restart there is none."""
+    if args.restart or not Path(path).exists():
+        return None
+    state = load_checkpoint(path, stage, args)
+    now = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
+    differ = [f"{k} {state['config'].get(k)} → {v}" for k, v in now.items() if state["config"].get(k) != v]
+    if differ:
+        fail(f"{path}: trained with other settings ({', '.join(differ)}); use those, --restart to begin anew, or another --out")
+    if state["trained_on"] != trained_on:
+        fail(f"{path}: trained on other codes than {Path(path).parent / 'codes.npy'}; --restart to train again")
+    if state["step"] >= args.steps:
+        print(f"{path} is finished ({state['step']} steps); --restart trains it again")
+    return state
+
+
+def code_type(values):
+    """The narrowest unsigned type that holds `values` values and a mask value."""
+    return np.uint8 if values < 256 else np.uint16
+
+
+def write_codes(folder, codes, values, splits):
+    """Write codes (N, 2 flips, L) and what is needed to trust them: OUT/<dataset>/codes.npy and codes.json."""
+    write_atomic(folder / "codes.npy", lambda path: np.save(open(path, "wb"), codes.astype(code_type(values))))
+    about = {"L": codes.shape[2], "V": values, "count": len(codes), "splits": {k: [r.start, r.stop] for k, r in splits.items()},
+             "sha256": file_checksum(folder / "codes.npy"), "tokenizer": file_checksum(folder / "tokenizer.pt")}
+    write_atomic(folder / "codes.json", lambda path: path.write_text(json.dumps(about)))
+
+
+def open_codes(args, dataset=None):
+    """Memory-map OUT/<dataset>/codes.npy and check it against codes.json, tokenizer.pt and the dataset.
+
+    Returns (codes (N, 2, L), about); about holds L, V, splits (as ranges) and the checksums.
+    """
+    folder = Path(args.out) / args.dataset
+    path, about_path = folder / "codes.npy", folder / "codes.json"
+    again = f"make it again with {stage_command('tokenizer', args)}"
+    if not path.exists() or not about_path.exists():
+        fail(f"no {path if not path.exists() else about_path}: {again}")
+    try:
+        codes, about = np.load(path, mmap_mode="r"), json.loads(about_path.read_text())
+        L, V, count = about["L"], about["V"], about["count"]
+        about["splits"] = {k: range(*r) for k, r in about["splits"].items()}
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        fail(f"{path}: not a readable code file ({problem}); {again}")
+    if codes.shape != (count, 2, L) or codes.dtype != code_type(V):
+        fail(f"{path}: holds {codes.shape} {codes.dtype}, codes.json says {(count, 2, L)} {np.dtype(code_type(V))}; {again}")
+    if count and codes.max() >= V:
+        fail(f"{path}: a value of {codes.max()}, expected less than V = {V}; {again}")
+    if file_checksum(path) != about["sha256"]:
+        fail(f"{path}: its checksum is not the one in codes.json; {again}")
+    if (folder / "tokenizer.pt").exists() and file_checksum(folder / "tokenizer.pt") != about["tokenizer"]:
+        fail(f"{path}: made by another tokenizer than {folder / 'tokenizer.pt'}; {again}")
+    if dataset and count != len(dataset):
+        fail(f"{path}: codes of {count} images, {args.dataset} has {len(dataset)}; {again}")
+    return codes, about
+
+
+class Log:
+    """JSON lines in OUT/<dataset>/<stage>.jsonl, one a call; the first process writes, the others do nothing."""
+
+    def __init__(self, run, stage, tensorboard=False):
+        self.file = open(run.folder / f"{stage}.jsonl", "a", encoding="utf-8") if run.main else None
+        self.writer = None
+        if run.main and tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                fail("--tensorboard needs its package: pip install tensorboard")
+            self.writer = SummaryWriter(run.folder / "tensorboard" / stage)
+
+    def write(self, step, **values):
+        """Append one line; tensors become numbers."""
+        if self.file:
+            values = {k: round(v.item(), 6) if torch.is_tensor(v) else v for k, v in values.items()}
+            self.file.write(json.dumps({"step": step, **values, "time": round(time.time(), 1)}) + "\n")
+            self.file.flush()
+            for k, v in values.items() if self.writer else ():
+                self.writer.add_scalar(k, v, step) if isinstance(v, (int, float)) else None
+
+
+def save_grid(path, images, columns, titles=None, settings=None, scale=None):
+    """Write images (n, 3, S, S) uint8 as a PNG with `columns` a row, `titles` above the columns, `settings` stored inside."""
+    n, _, size, _ = images.shape
+    scale = scale or max(1, 64 // size)
+    cell, rows, head = size * scale + 2, math.ceil(n / columns), 14 if titles else 0
+    canvas = Image.new("RGB", (columns * cell + 2, rows * cell + 2 + head), "white")
+    for k, image in enumerate(images):
+        tile = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((size * scale,) * 2, Image.Resampling.NEAREST)
+        canvas.paste(tile, (2 + k % columns * cell, 2 + head + k // columns * cell))
+    draw = ImageDraw.Draw(canvas)
+    for k, title in enumerate(titles or ()):
+        draw.text((3 + k * cell, 1), title, fill="black")
+    info = PngImagePlugin.PngInfo()
+    info.add_text("settings", json.dumps(settings or {}, default=str))
+    write_atomic(path, lambda temporary: canvas.save(temporary, format="PNG", pnginfo=info))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags, start-up, optimizer, EMA, schedule
+# ---------------------------------------------------------------------------------------------------------------------
+
+def positive(text):
+    """argparse type: a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def non_negative(text):
+    """argparse type: a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
+
+
+def share(text):
+    """argparse type: a number from 0 to 1."""
+    value = non_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value
+
+
+def make_parser(doc):
+    """A parser with the flags that all commands share, in one group."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    group = parser.add_argument_group("data and run")
+    group.add_argument("--dataset", choices=DATASETS, default="shapes", help="data and preset together (default: shapes)")
+    group.add_argument("--data-dir", help="where the images are (default: data/<dataset>)")
+    group.add_argument("--out", default="out", help="results go to OUT/<dataset> (default: out)")
+    group.add_argument("--image-size", type=positive, default=32, help="side of the images in pixels (shapes: 32)")
+    group.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where the device has it")
+    group.add_argument("--workers", type=int, default=2, help="processes that decode images of folders")
+    return parser
+
+
+def add_training_flags(parser, steps, batch_size, lr, warmup):
+    """The flags of a training run, with the shapes values of this stage."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=positive, default=steps, help="length in optimizer steps")
+    group.add_argument("--batch-size", type=positive, default=batch_size, help="images per step over all devices")
+    group.add_argument("--accumulate", type=positive, default=1, help="split each batch into this many parts to save memory")
+    group.add_argument("--lr", type=non_negative, default=lr, help="learning rate of AdamW (biases, norms, embeddings)")
+    group.add_argument("--lr-matrix", type=non_negative, default=0.02, help="learning rate of Muon for matrices; 0: AdamW for all")
+    group.add_argument("--lr-final", type=share, default=0.05, help="share of the learning rate left at the end (cosine); 1: constant")
+    group.add_argument("--warmup", type=int, default=warmup, help="steps of linear warm-up")
+    group.add_argument("--weight-decay", type=non_negative, default=0.0, help="decoupled weight decay")
+    group.add_argument("--clip", type=non_negative, default=3.0, help="largest gradient norm")
+    group.add_argument("--ema", type=share, default=0.995, help="decay per step of the averaged weights that are used afterwards")
+    group.add_argument("--save-every", type=positive, default=1000, help="steps between checkpoints")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA only)")
+    group.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="also log for TensorBoard")
+    group.add_argument("--dry-run", action="store_true", help="print settings, parameters, memory and FLOPs, then stop")
+    group.add_argument("--restart", action="store_true", help="begin anew even where a checkpoint lies")
+
+
+def parse(parser, presets, argv=None):
+    """Parse flags with the preset of the chosen dataset as defaults; a preset key that is no flag is an error of ours."""
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--dataset", default="shapes")
+    preset = presets.get(chosen.parse_known_args(argv)[0].dataset, {})
+    unknown = set(preset) - {action.dest for action in parser._actions}
+    assert not unknown, f"preset names no flag: {unknown}"
+    parser.set_defaults(**preset)
+    args = parser.parse_args(argv)
+    args.data_dir = args.data_dir or f"data/{args.dataset}"
+    if args.dataset == "shapes" and args.image_size % 32:
+        parser.error(f"argument --image-size: shapes are drawn at multiples of 32, got {args.image_size}")
+    if args.workers < 0 or args.seed < 0:
+        parser.error("arguments --workers and --seed: expected at least 0")
+    if getattr(args, "batch_size", 1) % getattr(args, "accumulate", 1):
+        parser.error(f"argument --accumulate: {args.accumulate} does not divide --batch-size {args.batch_size}")
+    return args
+
+
+class Run:
+    """One process of a run: device, dtype, its rank among `world` processes, and the output folder.
+
+    Works the same on a CPU, one GPU, or under torchrun. SIGTERM and Ctrl-C set a flag that the loop reads through
+    `stopping`, so that the step is finished and saved.
+    """
+
+    def __init__(self, args, lock=None):
+        try:
+            self.device = torch.device(args.device)
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as problem:
+            fail(f"--device {args.device}: not available here ({str(problem).splitlines()[0]})")
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        elif self.device.type == "cpu":  # on a CPU the plain formula beats the flash kernel 4 times at these lengths
+            torch.backends.cuda.enable_flash_sdp(False)
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        for size in (getattr(args, "batch_size", self.world), getattr(args, "batch_size", self.world) // getattr(args, "accumulate", 1)):
+            if size % self.world:
+                fail(f"--batch-size {args.batch_size}: does not divide over {self.world} processes (and --accumulate parts)")
+        native = self.device.type == "cuda" or (self.device.type == "cpu" and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
+        self.dtype = torch.bfloat16 if args.dtype == "bfloat16" or (args.dtype == "auto" and native) else torch.float32
+        self.folder = run_folder(args)
+        if lock and self.main:
+            self._lock = open(self.folder / f".{lock}.lock", "w")  # released by the system when the process ends
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                fail(f"{self.folder}: another run is training {lock} there; wait for it or choose another --out")
+        self._stop = False
+        if lock:
+            for name in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(name, self._on_signal)
+
+    def _on_signal(self, number, frame):
+        self._stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+
+    def stopping(self):
+        """Whether any process was asked to stop; all processes get the same answer."""
+        if self.world == 1:
+            return self._stop
+        flag = torch.tensor(float(self._stop), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def share(self, size):
+        """The slice of a global batch of `size` that belongs to this process."""
+        part = size // self.world
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def autocast(self):
+        """bfloat16 arithmetic where the run uses it, float32 weights always."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def seed_step(self, seed, step):
+        """Seed the default generators for one step (dropout), so that nothing but (seed, step, rank) matters."""
+        torch.manual_seed(mix_seed(seed, step, self.rank, "dropout"))
+
+    def wrap(self, model, args):
+        """The module to call in training: compiled in place where asked, and under DDP with several processes."""
+        compile = self.device.type == "cuda" if args.compile is None else args.compile
+        if compile and self.device.type == "cpu" and not _has_compiler():
+            print("no C++ compiler found: --compile is ignored, training runs eagerly", file=sys.stderr)
+            compile = False
+        if compile:
+            model.compile()  # in place: the state dict keeps its keys
+        if self.world == 1:
+            return model
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def average(self, value):
+        """Mean of a tensor over all processes."""
+        if self.world > 1:
+            dist.all_reduce(value)
+            value = value / self.world
+        return value
+
+    def close(self):
+        """Leave the process group."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def _has_compiler():
+    import shutil
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++", "clang++"))
+
+
+@contextmanager
+def evaluating(model):
+    """Evaluation mode without gradients, and back to training mode after."""
+    was = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was)
+
+
+class Optimizers:
+    """Muon for the matrices of the transformer blocks and AdamW for everything else (or AdamW for all, --lr-matrix 0)."""
+
+    def __init__(self, model, args, matrices=lambda name: "blocks." in name):
+        parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        muon = [p for n, p in parameters if args.lr_matrix > 0 and p.ndim == 2 and matrices(n)]
+        chosen = {id(p) for p in muon}
+        rest = [p for _, p in parameters if id(p) not in chosen]
+        groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": args.weight_decay},
+                  {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+        self.parts = [torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=(0.9, 0.95), fused=True)]
+        if muon:
+            self.parts.append(torch.optim.Muon(muon, lr=args.lr_matrix, weight_decay=args.weight_decay, momentum=0.95))
+        self.peaks = [args.lr, args.lr_matrix]
+        self.parameters, self.clip = [p for _, p in parameters], args.clip
+
+    def step(self, factor, step):
+        """One update with both learning rates at `factor` of their peak. Fails before it when a gradient is not finite."""
+        try:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf, error_if_nonfinite=True)
+        except RuntimeError:
+            fail(f"step {step}: a gradient is not finite, stopped before the update; the last checkpoint is intact. "
+                 "Lower --lr or --lr-matrix, or try --dtype float32")
+        for part, peak in zip(self.parts, self.peaks):
+            for group in part.param_groups:
+                group["lr"] = peak * factor
+            part.step()
+            part.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self):
+        """States of all parts, plain values and tensors."""
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states):
+        """Inverse of state_dict."""
+        for part, state in zip(self.parts, states):
+            part.load_state_dict(state)
+
+
+class EMA:
+    """Exponential moving average of a model's parameters; the decay warms up so that short runs forget their start."""
+
+    def __init__(self, model, decay):
+        self.source, self.decay = list(model.parameters()), decay
+        self.names = [name for name, _ in model.named_parameters()]
+        self.values = [p.detach().clone() for p in self.source]
+
+    @torch.no_grad()
+    def update(self, step):
+        """values ← d · values + (1 − d) · parameters with d = min(decay, (1 + step) / (10 + step))."""
+        torch._foreach_lerp_(self.values, self.source, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+    def state_dict(self):
+        """Averages by parameter name, loadable into the model."""
+        return dict(zip(self.names, self.values))
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        """Inverse of state_dict."""
+        torch._foreach_copy_(self.values, [state[name] for name in self.names])
+
+    @contextmanager
+    def applied(self):
+        """Inside, the model holds the averages; after, its own weights again."""
+        own = [p.detach().clone() for p in self.source]
+        with torch.no_grad():
+            torch._foreach_copy_(self.source, self.values)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.source, own)
+
+
+def cosine(step, steps, start, end):
+    """Cosine from `start` at step 0 to `end` at `steps`."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+def warmup_cosine(step, args):
+    """Share of the peak learning rate at `step`: linear over --warmup steps, then cosine to --lr-final."""
+    return min(1.0, (step + 1) / (args.warmup + 1)) * cosine(step, args.steps, 1.0, args.lr_final)
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, from the makers' data sheets
+
+
+def peak_flops(run):
+    """Peak FLOP/s of the device in the run's dtype and where the figure is from: data sheet, or a large matmul timed here."""
+    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
+    for key, value in PEAK_FLOPS.items():
+        if key in name and run.dtype == torch.bfloat16:
+            return value, f"{key} data sheet"
+    a = torch.randn(2048, 2048, device=run.device, dtype=run.dtype)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048 ** 3 / best, "2048³ matmul timed here"
+
+
+def describe(args, model, flops, run):
+    """Print settings, parameters, rough memory and FLOPs per step (the --dry-run page)."""
+    for key, value in sorted(vars(args).items()):
+        print(f"  {key.replace('_', '-'):18} {value}")
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{count / 1e6:.2f}M parameters; {count * 4 * 5 / 2 ** 30:.2f} GiB for weights, gradient, optimizer and average; "
+          f"{flops / 1e9:.1f} GFLOP per step; device {run.device}, {run.dtype}, {run.world} process(es)".replace("torch.", ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+PRESETS = {"imagenet": {"image_size": 256}}
+
+
+def main(argv=None):
+    """Prepare, check and show a dataset."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--download", action="store_true", help="cifar10: fetch the archive into --data-dir first")
+    args = parse(parser, PRESETS, argv)
+    if args.download and args.dataset != "cifar10":
+        parser.error("argument --download: only cifar10 can be downloaded")
+    if args.download:
+        fetch_cifar(Path(args.data_dir))
+    dataset, folder = load_dataset(args), run_folder(args)
+    print(f"{args.dataset}: {len(dataset):,} images of {args.image_size}×{args.image_size}; "
+          + ", ".join(f"{name} {len(rows):,}" for name, rows in dataset.splits.items()))
+    for k, (name, values) in enumerate(dataset.factors.items()):
+        counts = torch.bincount(dataset.labels[:, k], minlength=len(values)).tolist()
+        print(f"  {name}: " + ", ".join(f"{v} {c:,}" for v, c in list(zip(values, counts))[:12]) + (", ..." if len(values) > 12 else ""))
+    rows = [row for split in dataset.splits.values() for row in list(split)[:16]]
+    save_grid(folder / "samples" / "data.png", dataset.pixels(rows), 16, settings=vars(args))
+    print(f"  e.g. {dataset.caption(0)!r}; 16 pictures of each split in {folder / 'samples' / 'data.png'}")
+
+
+if __name__ == "__main__":
+    main()
