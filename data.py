@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from tqdm import tqdm
 
 DATASETS = ("shapes", "cifar10", "imagenet", "folder")
 
@@ -63,7 +64,7 @@ RGB = {"red": (.88, .13, .13), "orange": (.98, .55, .08), "yellow": (.96, .90, .
 # Pairs of factors with combinations that never occur in train, val and test: value i of the first never meets value
 # i mod n of the second. The pair in one place (the same pixels) is the hard kind, the pair in two places the easy one.
 UNSEEN_PAIRS = {"unseen-shape-colour": ("shape", "colour"), "unseen-colour-frame": ("colour", "frame")}
-SHAPES_COUNTS = {"train": 40_000, "val": 2_000, "test": 4_000, "unseen-shape-colour": 2_000, "unseen-colour-frame": 2_000}
+SHAPES_COUNTS = {"train": 32_000, "val": 2_000, "test": 4_000, "unseen-shape-colour": 2_000, "unseen-colour-frame": 2_000}
 
 
 def is_unseen(labels, pair):
@@ -408,6 +409,30 @@ def step_generator(seed, step, device="cpu"):
     return torch.Generator(device).manual_seed(mix_seed(seed, step))
 
 
+class Draws:
+    """The randomness of one step, a function of (seed, step) alone: drawn for the whole batch, handed out by this process's share."""
+
+    def __init__(self, seed, step, run, batch_size, part=0, parts=1):
+        self.generator, self.run = step_generator(seed, step, run.device), run
+        self.batch_size, self.part, self.parts = batch_size, part, parts
+
+    def uniform(self, *shape):
+        """Uniform in [0, 1): (b, *shape) for the b samples at hand."""
+        return self._mine(torch.rand(self.batch_size, *shape, generator=self.generator, device=self.run.device))
+
+    def normal(self, *shape):
+        """Standard normal: (b, *shape) for the b samples at hand."""
+        return self._mine(torch.randn(self.batch_size, *shape, generator=self.generator, device=self.run.device))
+
+    def stratified(self):
+        """Uniform in [0, 1) for each sample, spread evenly over the batch: (b,)."""
+        order = torch.arange(self.batch_size, device=self.run.device)
+        return self._mine((order + torch.rand(self.batch_size, generator=self.generator, device=self.run.device)) / self.batch_size)
+
+    def _mine(self, values):
+        return values[self.run.share(self.batch_size)].chunk(self.parts)[self.part]
+
+
 def batch_rows(rows, batch_size, seed, step):
     """Rows (batch_size,) of step `step`: walks through a fresh permutation of the range `rows` each epoch."""
     n, places = len(rows), np.arange(step * batch_size, (step + 1) * batch_size)
@@ -457,13 +482,13 @@ def to_bytes(images):
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def random_crops(images, size, scale, generator, ratio=(3 / 4, 4 / 3)):
+def random_crops(images, size, scale, draws, ratio=(3 / 4, 4 / 3)):
     """Random resized crop and flip (p 0.5) of a batch. images (B, 3, S, S) in [-1, 1] → (B, 3, size, size).
 
     scale: the crop's share of the area; ratio: width / height. Bilinear, one box a picture, all in one grid_sample.
     """
     b, device = len(images), images.device
-    u = torch.rand(5, b, generator=generator, device=device)
+    u = draws.uniform(5).T
     area = scale[0] + (scale[1] - scale[0]) * u[0]
     shape = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * u[1])
     width, height = (area * shape).sqrt().clamp(max=1), (area / shape).sqrt().clamp(max=1)
@@ -475,14 +500,14 @@ def random_crops(images, size, scale, generator, ratio=(3 / 4, 4 / 3)):
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def colour_augment(images, jitter, jitter_p, grey_p, blur_p, solarise_p, generator):
+def colour_augment(images, jitter, jitter_p, grey_p, blur_p, solarise_p, draws):
     """Brightness, contrast, saturation and hue jitter, grey, blur and solarisation, each with its probability per picture.
 
     images (B, 3, S, S) in [-1, 1] → the same shape; jitter = (brightness, contrast, saturation, hue) as largest
     relative changes (hue as a share of the colour circle). Steps with probability 0 cost nothing.
     """
     b, device = len(images), images.device
-    uniform = lambda: torch.rand(b, 1, 1, 1, generator=generator, device=device)
+    uniform = lambda: draws.uniform(1, 1, 1)
     x = (images + 1) / 2
     luma = torch.tensor([0.299, 0.587, 0.114], device=device)[None, :, None, None]
     if jitter_p > 0 and any(jitter):
@@ -560,7 +585,8 @@ def save_checkpoint(path, **state):
 
 
 STAGE_COMMANDS = {"tokenizer": "tokenizer.py", "generator": "generator.py", "generator-early": "generator.py",
-                  "prior-masked": "prior.py --kind masked", "prior-ar": "prior.py --kind ar"}
+                  "generator-uncond": "generator.py --condition none", "generator-factors": "generator.py --factors",
+                  "prior-masked": "prior.py --kind masked", "prior-ar": "prior.py --kind ar", "judge": "sample.py --score"}
 
 
 def stage_command(stage, args):
@@ -591,7 +617,9 @@ def load_checkpoint(path, stage, args):
     return state
 
 
-NOT_SETTINGS = {"out", "data_dir", "device", "workers", "compile", "dry_run", "restart", "tensorboard", "save_every", "accumulate"}
+NOT_SETTINGS = {"out", "data_dir", "device", "workers", "compile", "dry_run", "restart", "tensorboard", "save_every"}  # or how to run it
+NOT_SETTINGS |= {"sample_steps", "method", "guidance", "guidance_interval"}  # nor how to draw images
+NOT_SETTINGS |= {"temperature", "nucleus", "order", "per_step", "order_noise", "ancestral_steps", "remask", "remask_window"}  # and codes
 
 
 def resume(path, stage, args, trained_on):
@@ -623,8 +651,8 @@ def write_codes(folder, codes, values, splits):
     write_atomic(folder / "codes.json", lambda path: path.write_text(json.dumps(about)))
 
 
-def open_codes(args, dataset=None):
-    """Memory-map OUT/<dataset>/codes.npy and check it against codes.json, tokenizer.pt and the dataset.
+def open_codes(args):
+    """Memory-map OUT/<dataset>/codes.npy and check it against codes.json and tokenizer.pt.
 
     Returns (codes (N, 2, L), about); about holds L, V, splits (as ranges) and the checksums.
     """
@@ -647,8 +675,6 @@ def open_codes(args, dataset=None):
         fail(f"{path}: its checksum is not the one in codes.json; {again}")
     if (folder / "tokenizer.pt").exists() and file_checksum(folder / "tokenizer.pt") != about["tokenizer"]:
         fail(f"{path}: made by another tokenizer than {folder / 'tokenizer.pt'}; {again}")
-    if dataset and count != len(dataset):
-        fail(f"{path}: codes of {count} images, {args.dataset} has {len(dataset)}; {again}")
     return codes, about
 
 
@@ -666,9 +692,8 @@ class Log:
             self.writer = SummaryWriter(run.folder / "tensorboard" / stage)
 
     def write(self, step, **values):
-        """Append one line; tensors become numbers."""
+        """Append one line of numbers."""
         if self.file:
-            values = {k: round(v.item(), 6) if torch.is_tensor(v) else v for k, v in values.items()}
             self.file.write(json.dumps({"step": step, **values, "time": round(time.time(), 1)}) + "\n")
             self.file.flush()
             for k, v in values.items() if self.writer else ():
@@ -792,6 +817,7 @@ class Run:
             fail(f"--device {args.device}: not available here ({str(problem).splitlines()[0]})")
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
+        self.bar = self.main and sys.stderr.isatty()  # progress bars only for people
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
             torch.cuda.set_device(self.device)
@@ -948,6 +974,11 @@ class EMA:
         """Inverse of state_dict."""
         torch._foreach_copy_(self.values, [state[name] for name in self.names])
 
+    def into(self, model):
+        """Copy the averages into `model` and keep averaging in place there, so that its weights are the average."""
+        model.load_state_dict(self.state_dict(), strict=False)
+        self.values = list(model.parameters())
+
     @contextmanager
     def applied(self):
         """Inside, the model holds the averages; after, its own weights again."""
@@ -987,6 +1018,43 @@ def peak_flops(run):
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - start)
     return 2 * 2048 ** 3 / best, "2048³ matmul timed here"
+
+
+class Meter:
+    """Progress bar, log lines and speed of a training run; speed is model FLOPs over time over the device's peak (MFU)."""
+
+    def __init__(self, run, args, flops, start, every=50):
+        self.run, self.args, self.flops, self.every = run, args, flops, every
+        self.bar = tqdm(total=args.steps, initial=start, disable=not run.bar, dynamic_ncols=True)
+        self.peak, self.source = peak_flops(run) if run.main and start < args.steps else (0, "")
+        self.last, self.at, self.began = time.perf_counter(), start, time.perf_counter()
+
+    def tick(self, step, log, **values):
+        """After each step; every 50 steps the values are averaged over processes, shown and logged."""
+        self.bar.update(1)
+        done = step + 1
+        if done % self.every and done != self.args.steps:
+            return
+        values = {k: self.run.average(torch.as_tensor(v, device=self.run.device).detach().float().clone()).item() for k, v in values.items()}
+        if not math.isfinite(values["loss"]):
+            fail(f"step {step}: the loss is {values['loss']}; the last checkpoint is intact. Lower --lr or --lr-matrix, or try --dtype float32")
+        if self.run.main:
+            now = time.perf_counter()
+            seconds, self.last, self.at = (now - self.last) / (done - self.at), now, done
+            mfu = self.flops / seconds / (self.peak * self.run.world)
+            self.bar.set_postfix({k: f"{v:.3f}" for k, v in values.items()} | {"mfu": f"{mfu:.2f}"})
+            log.write(done, **{k: round(v, 5) for k, v in values.items()}, ms=round(seconds * 1e3, 1), mfu=round(mfu, 3))
+            if done == self.args.steps:
+                self.bar.close()
+                print(f"{done} steps, {now - self.began:.0f} s in this run, last {seconds * 1e3:.0f} ms a step, "
+                      f"{values['loss']:.4f} loss, MFU {mfu:.2f} of {self.peak / 1e12:.2f} TFLOP/s ({self.source})")
+
+
+def stopped(path, step, args, run):
+    """Say that the run was asked to stop and is safe."""
+    if run.main:
+        print(f"stopped at step {step} of {args.steps}, saved {path}; the same command goes on from there", file=sys.stderr)
+    run.close()
 
 
 def describe(args, model, flops, run):

@@ -1,0 +1,414 @@
+"""Stage 2: codes → images. A diffusion transformer (DiT, adaLN-Zero) that reads the code, trained by rectified flow.
+
+A straight path from noise e to image x; the network predicts x and is compared as a velocity:
+    z_t = t·x + (1 − t)·e,  t = sigmoid(n), n ~ N(mu, sigma²)         v = x − e = (x − z_t) / (1 − t)                   (1)
+    loss = E ‖v_net(z_t, t, c) − v‖²                                                                                    (2)
+    dz/dt = v_null + w·(v_c − v_null) while t is in the guidance interval, else v_c;  from t = 0 (noise) to t = 1       (3)
+The code c (L positions) enters as the mean of one embedding per position, beside t in adaLN, and as G in-context tokens, each
+the mean over L / G positions (paper, section 3.2 has the mean alone). Whole codes are dropped for guidance; single positions
+are swapped with another image's, so that the network learns to read codes with contradictions: sampled and composed ones.
+
+Reads images and OUT/<dataset>/codes.npy; writes OUT/<dataset>/generator.pt, generator-early.pt (guidance by a weaker self);
+with --condition none, generator-uncond.pt: the baseline without codes; with --factors, generator-factors.pt: the reference
+that reads the true factors (shapes) in place of codes.
+    python generator.py                                                        # shapes on a CPU
+    python generator.py --dataset cifar10                                      # one GPU
+    torchrun --nproc-per-node 8 generator.py --dataset imagenet                # a node
+"""
+import math
+
+import data  # first: it sets the threads' waiting policy before torch starts them
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+PRESETS = {
+    "cifar10": dict(steps=100_000, batch_size=256, patch=2, stem=0, width=384, depth=12, heads=6, groups=16, lr=3e-4, warmup=2000, ema=0.9999),
+    "folder": dict(steps=4000, save_every=500),
+    "imagenet": dict(steps=500_000, batch_size=256, image_size=256, patch=16, stem=0, width=1152, depth=28, heads=16, groups=32, lr=1e-4,
+                     lr_matrix=0.0, lr_final=1.0, warmup=5000, ema=0.9999, clip=1.0, save_every=5000, workers=12),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def modulate(x, shift, scale):
+    """RMS-normalise (..., D) without weights, then scale and shift each sample: x (B, N, D), shift and scale (B, D)."""
+    return F.rms_norm(x, x.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
+
+
+class Attention(nn.Module):
+    """Self-attention with normalised queries and keys. (B, N, D) → (B, N, D)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 × (B, H, N, D/H)
+        q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP, w2(silu(w1 x) · w3 x), hidden 8/3 of the width. (..., D) → (..., D)."""
+
+    def __init__(self, width):
+        super().__init__()
+        hidden = swiglu_hidden(width)
+        self.w13, self.w2 = nn.Linear(width, 2 * hidden, bias=False), nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x):
+        gate, x = self.w13(x).chunk(2, -1)  # 2 × (..., hidden)
+        return self.w2(F.silu(gate) * x)  # (..., D)
+
+
+def swiglu_hidden(width):
+    """8/3 of the width, rounded up to a multiple of 64: as many weights as an MLP of ratio 4."""
+    return (8 * width // 3 + 63) // 64 * 64
+
+
+class Block(nn.Module):
+    """DiT block: each branch is shifted, scaled and gated by the condition, and starts as the identity (adaLN-Zero)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn, self.mlp = Attention(width, heads), SwiGLU(width)
+        self.adaLN = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.adaLN.weight), nn.init.zeros_(self.adaLN.bias)
+
+    def forward(self, x, c):
+        """x (B, N, D) tokens, c (B, D) condition after its SiLU → (B, N, D)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN(c).chunk(6, -1)  # 6 × (B, D)
+        x = x + gate_a[:, None] * self.attn(modulate(x, shift_a, scale_a))  # (B, N, D)
+        return x + gate_m[:, None] * self.mlp(modulate(x, shift_m, scale_m))  # (B, N, D)
+
+
+class CodeEmbedding(nn.Module):
+    """Codes (B, L) with values 0..V (V: no code) → (B, groups, D): the mean of one embedding per position over each group."""
+
+    def __init__(self, codes, values, groups, width):
+        super().__init__()
+        self.groups, self.per_group = groups, codes // groups
+        self.table = nn.Parameter(torch.randn(codes * (values + 1), width) * 0.7 * self.per_group ** 0.5)  # means deviate by 0.7
+        self.register_buffer("offset", torch.arange(codes) * (values + 1), persistent=False)
+
+    def forward(self, codes):
+        rows = (codes + self.offset).view(-1, self.per_group)  # (B · groups, L / groups)
+        return F.embedding_bag(rows, self.table, mode="mean").view(len(codes), self.groups, -1)  # (B, groups, D)
+
+
+class DiT(nn.Module):
+    """Diffusion transformer in pixels, with a few halving convolutions before the patches and their mirror image after."""
+
+    def __init__(self, image_size, patch, stem, width, depth, heads, codes, values, groups, condition, predict):
+        super().__init__()
+        self.patch, self.side, self.V, self.condition, self.predict = patch >> stem, image_size // patch, values, condition, predict
+        channels = [3] + [32 << k for k in range(stem)]
+        self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(channels, channels[1:]))
+        self.head = nn.ModuleList(nn.Conv2d(b, 4 * a, 3, padding=1) for a, b in zip(channels, channels[1:]))
+        self.x_embed = nn.Linear(channels[-1] * self.patch ** 2, width)
+        self.pos_embed = nn.Parameter(torch.randn(1, self.side ** 2, width) * 0.02)
+        self.t_embed = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.code_mean = CodeEmbedding(codes, values, 1, width) if condition in ("both", "mean") else None
+        self.code_context = CodeEmbedding(codes, values, groups, width) if condition in ("both", "context") else None
+        self.context_pos = nn.Parameter(torch.randn(1, groups, width) * 0.02) if self.code_context else None
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.final_adaLN = nn.Linear(width, 2 * width)
+        self.final = nn.Linear(width, channels[-1] * self.patch ** 2)
+        for p in (self.final_adaLN.weight, self.final_adaLN.bias, self.final.weight, self.final.bias):
+            nn.init.zeros_(p)
+
+    def forward(self, z, t, codes=None):
+        """z (B, 3, S, S) noisy images, t (B,) in [0, 1], codes (B, L) long with V for "no code" → x or v (B, 3, S, S)."""
+        c = self.t_embed(timestep_features(t).to(z.dtype))  # (B, D)
+        if self.code_mean is not None:
+            c = c + self.code_mean(codes)[:, 0]  # (B, D)
+        c = F.silu(c)
+        skips, h = [], z
+        for conv in self.stem:
+            h = F.silu(conv(h))  # (B, C, S / 2, S / 2), (B, 2C, S / 4, S / 4), ...
+            skips.append(h)
+        x = self.x_embed(F.pixel_unshuffle(h, self.patch).flatten(2).transpose(1, 2)) + self.pos_embed  # (B, N, D)
+        n = x.shape[1]
+        if self.code_context is not None:
+            x = torch.cat([x, self.code_context(codes) + self.context_pos], 1)  # (B, N + G, D)
+        for block in self.blocks:
+            x = block(x, c)  # (B, N + G, D)
+        x = self.final(modulate(x[:, :n], *self.final_adaLN(c).chunk(2, -1)))  # (B, N, C · p²)
+        h = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (self.side, self.side)), self.patch)  # (B, C, S / 2^stem, ...)
+        for conv, skip in zip(reversed(self.head), reversed(skips)):
+            h = F.pixel_shuffle(conv(F.silu(h + skip)), 2)  # (B, C / 2, twice the side), at last (B, 3, S, S)
+        return h
+
+
+def timestep_features(t):
+    """Sines and cosines (B, 256) of t (B,) in [0, 1] at frequencies from 1000 down to 0.1 (DiT's, with t · 1000)."""
+    angles = 1000 * t.float()[:, None] * torch.exp(-math.log(10_000) * torch.arange(128, device=t.device) / 128)
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+NEAREST = 0.05  # 1 − t is not taken below this in equation (1): the weight of the last moments stays bounded
+
+
+def velocity(output, z, t, predict):
+    """The network's output as a velocity, equation (1). output, z (B, 3, S, S); t (B,)."""
+    output = output.float()
+    return output if predict == "v" else (output - z) / (1 - t)[:, None, None, None].clamp(min=NEAREST)
+
+
+def corrupt_codes(codes, others, null, draws, drop, swap):
+    """Codes (B, L) for training: with probability `drop` none at all (all `null`), else with probability `swap` a share
+    u ~ U(0, 0.5) of the positions holds the values of another image's code in `others` (B, L)."""
+    u = draws.uniform(3 + codes.shape[1])  # (B, 3 + L)
+    codes = torch.where((u[:, 3:] < u[:, 2:3] / 2) & (u[:, 1:2] < swap), others, codes)
+    return torch.where(u[:, :1] < drop, null, codes)
+
+
+def flow_loss(model, x, codes, draws, args, run):
+    """Equation (2) on images x (B, 3, S, S) in [-1, 1]; codes (B, L) long or None. `draws` gives all randomness."""
+    t = torch.sigmoid(args.t_mean + args.t_std * draws.normal())  # (B,)
+    e = draws.normal(*x.shape[1:])
+    z = t[:, None, None, None] * x + (1 - t)[:, None, None, None] * e
+    with run.autocast():
+        output = model(z, t, codes)
+    target = (x - z) / (1 - t)[:, None, None, None].clamp(min=NEAREST)  # v = x − e where 1 − t ≥ NEAREST
+    return (velocity(output, z, t, args.predict) - target).square().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sampler
+# ---------------------------------------------------------------------------------------------------------------------
+
+def integrate(field, z, steps, method="heun"):
+    """Solve dz/dt = field(z, t) from t = 0 to 1 in equal steps; field takes z (B, ...) and a float t.
+
+    Euler is first order. Heun (second order) averages the slope at both ends of a step; its last step is an Euler step,
+    because the velocity of equation (1) is not defined at t = 1. Calls of the field: steps, or 2 · steps − 1.
+    """
+    for k in range(steps):
+        t, dt = k / steps, 1 / steps
+        slope = field(z, t)
+        if method == "heun" and k < steps - 1:
+            slope = (slope + field(z + dt * slope, t + dt)) / 2
+        z = z + dt * slope
+    return z
+
+
+def guided_field(model, codes, guidance, interval, run, weak=None):
+    """The right-hand side of equation (3) as a function of (z, t).
+
+    The weak velocity is the model's own without code, or, with `weak` (an earlier checkpoint), that model's with the code.
+    Guidance 1, t outside the interval, or a model without codes: one network call, no guidance.
+    """
+    null = None if codes is None else torch.full_like(codes, model.V)
+
+    def call(network, z, t, c):
+        t = torch.full((len(z),), t, device=z.device)
+        with run.autocast():
+            output = network(z, t, c)
+        return velocity(output, z, t, network.predict)
+
+    def field(z, t):
+        if guidance == 1 or not interval[0] <= t <= interval[1] or (weak is None and model.condition == "none"):
+            return call(model, z, t, codes)
+        if weak is not None:
+            v, v_weak = call(model, z, t, codes), call(weak, z, t, codes)
+        else:  # both in one call
+            v, v_weak = call(model, z.repeat(2, 1, 1, 1), t, torch.cat([codes, null])).chunk(2)
+        return v_weak + guidance * (v - v_weak)
+
+    return field
+
+
+@torch.no_grad()
+def generate(model, codes, count, sampler, run, seed=0, weak=None, batch=250):
+    """Images (count, 3, S, S) uint8 on the CPU, from codes (count, L) long (None: without codes).
+
+    sampler: dict with steps, method, guidance, interval. Image k follows from (seed, k) alone, whatever its neighbours.
+    """
+    images, size = [], model.side * model.patch << len(model.stem)
+    for start in range(0, count, batch):
+        n = min(batch, count - start)
+        noise = torch.stack([torch.randn(3, size, size, generator=data.step_generator(seed, k)) for k in range(start, start + n)])
+        c = None if codes is None else codes[start:start + n].to(run.device)
+        field = guided_field(model, c, sampler["guidance"], sampler["interval"], run, weak)
+        images.append(data.to_bytes(integrate(field, noise.to(run.device), sampler["steps"], sampler["method"]).clamp(-1, 1)).cpu())
+    return torch.cat(images)
+
+
+def add_sampler_flags(parser):
+    """How images are drawn from a trained generator; the one home of these defaults."""
+    g = parser.add_argument_group("image sampler")
+    g.add_argument("--sample-steps", type=data.positive, default=10, help="steps from noise to image")
+    g.add_argument("--method", choices=("heun", "euler"), default="heun", help="ODE solver")
+    g.add_argument("--guidance", type=data.non_negative, default=2.0, help="w of equation (3); 1: none")
+    g.add_argument("--guidance-interval", type=data.share, nargs=2, default=[0.0, 1.0], metavar=("FROM", "TO"), help="t in which guidance acts")
+
+
+def sampler_settings(args):
+    """The sampler flags as the dict that `generate` takes."""
+    return {"steps": args.sample_steps, "method": args.method, "guidance": args.guidance, "interval": args.guidance_interval}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+# ---------------------------------------------------------------------------------------------------------------------
+
+def build_generator(config):
+    """The DiT of a dict of settings (a checkpoint's config)."""
+    keys = ("image_size", "patch", "stem", "width", "depth", "heads", "codes", "values", "groups", "condition", "predict")
+    return DiT(**{k: config[k] for k in keys})
+
+
+def load_generator(args, device, stage="generator"):
+    """The trained model with averaged weights from OUT/<dataset>/<stage>.pt; refuses one trained on other codes."""
+    path = data.run_folder(args) / f"{stage}.pt"
+    state = data.load_checkpoint(path, stage, args)
+    if state["trained_on"] and state["trained_on"] != data.open_codes(args)[1]["sha256"]:
+        data.fail(f"{path}: trained on other codes than {path.parent / 'codes.npy'}; train it again with {data.stage_command(stage, args)} --restart")
+    model = build_generator(state["config"])
+    model.load_state_dict(state["ema"])
+    return model.to(device).eval()
+
+
+def codes_to_read(args):
+    """Codes (N, 2, L) and what is known of them: those of the tokenizer, the true factors (--factors), or none."""
+    if args.condition == "none":
+        return None, {"L": 1, "V": 1, "sha256": None}
+    if not args.factors:
+        return data.open_codes(args)
+    labels = data.load_dataset(args).labels.numpy()
+    return np.stack([labels, labels], 1), {"L": labels.shape[1], "V": int(labels.max()) + 1, "sha256": None}
+
+
+def training_flops(args):
+    """FLOPs of one step, 3 × forward: blocks with their modulation, embeddings, stem and head convolutions."""
+    D, n, hidden = args.width, (args.image_size // args.patch) ** 2, swiglu_hidden(args.width)
+    tokens = n + (args.groups if args.condition in ("both", "context") else 0)
+    block = 2 * tokens * (4 * D ** 2 + 3 * hidden * D) + 4 * tokens ** 2 * D + 12 * D ** 2
+    channels, side, convs = 3, args.image_size, 0
+    for k in range(args.stem):
+        side //= 2
+        convs, channels = convs + 2 * side ** 2 * 9 * channels * (32 << k) * (1 + 4), 32 << k
+    pixels = 2 * 2 * n * channels * (args.patch >> args.stem) ** 2 * D
+    return 3 * args.batch_size * (args.depth * block + convs + pixels + 2 * (256 * D + D ** 2) + 4 * D ** 2)
+
+
+def add_flags(parser):
+    """The generator's own flags; the defaults are the shapes values."""
+    g = parser.add_argument_group("model")
+    g.add_argument("--patch", type=data.positive, default=8, help="patch side in pixels")
+    g.add_argument("--stem", type=int, default=2, help="halving convolutions before the patches, mirrored after; 0: plain patches")
+    g.add_argument("--width", type=data.positive, default=192, help="D, width of the tokens")
+    g.add_argument("--depth", type=data.positive, default=4, help="transformer blocks")
+    g.add_argument("--heads", type=data.positive, default=2, help="attention heads")
+    g.add_argument("--condition", choices=("both", "mean", "context", "none"), default="both", help="how the code enters; none: the baseline")
+    g.add_argument("--factors", action="store_true", help="read the true factors in place of the code: the reference for shapes")
+    g.add_argument("--groups", type=data.positive, default=4, help="G, in-context code tokens")
+    g = parser.add_argument_group("flow")
+    g.add_argument("--predict", choices=("x", "v"), default="x", help="what the network outputs; the loss is on v in both cases")
+    g.add_argument("--t-mean", type=float, default=-0.4, help="mu of equation (1)")
+    g.add_argument("--t-std", type=data.non_negative, default=1.0, help="sigma of equation (1)")
+    g.add_argument("--drop", type=data.share, default=0.1, help="probability of training without the code")
+    g.add_argument("--swap", type=data.share, default=0.5, help="probability of training with some positions from another image")
+    g.add_argument("--early", type=data.share, default=0.25, help="share of the steps after which generator-early.pt is kept")
+    add_sampler_flags(parser)
+
+
+def check_flags(parser, args):
+    """What argparse cannot see: sizes that must divide."""
+    if args.width % args.heads:
+        parser.error(f"argument --heads: {args.heads} does not divide --width {args.width}")
+    if args.image_size % args.patch:
+        parser.error(f"argument --patch: {args.patch} does not divide --image-size {args.image_size}")
+    if args.factors and (args.dataset != "shapes" or args.condition == "none"):
+        parser.error("argument --factors: only shapes has known factors, and --condition must read them")
+    if args.stem < 0 or args.patch % (1 << args.stem):
+        parser.error(f"argument --stem: {args.stem} halvings do not fit in --patch {args.patch}")
+
+
+def main(argv=None):
+    """Train the generator; write a grid of real images and their reconstructions at every checkpoint."""
+    parser = data.make_parser(__doc__)
+    data.add_training_flags(parser, steps=2000, batch_size=128, lr=2e-3, warmup=50)
+    add_flags(parser)
+    args = data.parse(parser, PRESETS, argv)
+    check_flags(parser, args)
+    stage = "generator-uncond" if args.condition == "none" else "generator-factors" if args.factors else "generator"
+    run = data.Run(args, lock=stage)
+    codes, about = codes_to_read(args)
+    args.codes, args.values = about["L"], about["V"]
+    if args.condition in ("both", "context") and args.codes % args.groups:
+        parser.error(f"argument --groups: {args.groups} does not divide the {args.codes} positions of the codes")
+    torch.manual_seed(args.seed)
+    model, flops = build_generator(vars(args)).to(run.device), training_flops(args)
+    if args.dry_run:
+        return data.describe(args, model, flops, run)
+    dataset, path = data.load_dataset(args), run.folder / f"{stage}.pt"
+    if codes is not None and len(codes) != len(dataset):
+        data.fail(f"{run.folder / 'codes.npy'}: codes of {len(codes)} images, {args.dataset} has {len(dataset)}; make it again with "
+                  + data.stage_command("tokenizer", args))
+    optimizers, ema = data.Optimizers(model, args), data.EMA(model, args.ema)
+    state = data.resume(path, stage, args, about["sha256"])
+    if state:
+        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), optimizers.load_state_dict(state["optimizer"])
+
+    def save(step, name=stage):
+        if run.main:
+            whole = {} if name == "generator-early" else dict(model=model.state_dict(), optimizer=optimizers.state_dict())
+            data.save_checkpoint(run.folder / f"{name}.pt", stage=name, config=vars(args), step=step, ema=ema.state_dict(), trained_on=about["sha256"], **whole)
+
+    def show(step):
+        rows = list(dataset.splits["val"])[:16]
+        c = None if codes is None else torch.from_numpy(codes[rows, 0].astype(np.int64))
+        with data.evaluating(model), ema.applied():
+            samples = generate(model, c, len(rows), sampler_settings(args), run)
+        data.save_grid(run.folder / "samples" / f"{stage}-{step:06d}.png", torch.cat([dataset.pixels(rows), samples]), 16,
+                       settings={**vars(args), "rows": "real, generated"})
+
+    start = state["step"] if state else 0
+    trained = run.wrap(model, args)
+    log, meter = data.Log(run, stage, args.tensorboard), data.Meter(run, args, flops, start)
+    for step, rows, images in data.image_batches(dataset, run, args, start):
+        run.seed_step(args.seed, step)
+        loss = 0.0
+        for part in range(args.accumulate):
+            draws = data.Draws(args.seed, step, run, args.batch_size, part, args.accumulate)
+            pick = lambda rows: rows[run.share(len(rows))].chunk(args.accumulate)[part].numpy()
+            flip = draws.uniform() < 0.5
+            x = data.unit(images.chunk(args.accumulate)[part])
+            x, c = torch.where(flip[:, None, None, None], x.flip(3), x), None
+            if codes is not None:  # the code of the flip that the network is shown
+                read = lambda rows: torch.from_numpy(codes[pick(rows), flip.long().cpu().numpy()].astype(np.int64)).to(run.device)
+                c = corrupt_codes(read(rows), read(rows.roll(1)), args.values, draws, args.drop, args.swap)
+            part_loss = flow_loss(trained, x, c, draws, args, run) / args.accumulate
+            part_loss.backward()
+            loss = loss + part_loss.detach()
+        norm = optimizers.step(data.warmup_cosine(step, args), step)
+        ema.update(step)
+        meter.tick(step, log, loss=loss, norm=norm)
+        stopping = run.stopping()
+        if codes is not None and step + 1 == round(args.early * args.steps):
+            save(step + 1, "generator-early")
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
+            save(step + 1)
+            if run.main and not stopping:
+                show(step + 1)
+        if stopping:
+            return data.stopped(path, step + 1, args, run)
+    run.close()
+
+
+if __name__ == "__main__":
+    main()

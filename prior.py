@@ -1,0 +1,390 @@
+"""Stage 3: a prior over codes. One transformer (RMSNorm, SwiGLU, RoPE, no biases), used in two ways.
+
+--kind masked, masked diffusion without time (MDLM, RADD). k of the L positions are hidden, k ~ U{1..L}, which ones uniformly:
+    − log p(c) ≤ E_k  (L / k) · Σ_{l hidden} − log p(c_l | visible)                                                      (1)
+    (the same number as E_t (1/t) Σ ... with each position hidden with probability t ~ U(0, 1], but with less variance)
+  sampled from all-hidden by revealing positions: ancestral, one event at a time, or the most confident first.
+--kind ar, autoregressive, with exact likelihood and a key-value cache for sampling:
+    − log p(c) = Σ_l − log p(c_l | c_1 .. c_{l−1})                                                                        (2)
+Both are reported in bits per token, − log₂ p(c) / L, on held-out codes.
+
+Reads OUT/<dataset>/codes.npy; writes OUT/<dataset>/prior-masked.pt or prior-ar.pt.
+    python prior.py --kind masked                                              # shapes on a CPU
+    python prior.py --kind ar --dataset cifar10                                # one GPU
+    torchrun --nproc-per-node 8 prior.py --kind masked --dataset imagenet      # a node
+"""
+import math
+
+import data  # first: it sets the threads' waiting policy before torch starts them
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+PRESETS = {
+    "cifar10": dict(steps=20_000, batch_size=256, width=384, depth=8, heads=6, lr=1e-3, warmup=1000, ema=0.999, dropout=0.1),
+    "folder": dict(steps=1000, dropout=0.1),
+    "imagenet": dict(steps=400_000, batch_size=512, width=1024, depth=24, heads=16, tables="shared", lr=3e-4, lr_matrix=0.0, lr_final=0.1,
+                     warmup=2500, ema=0.9999, clip=1.0, dropout=0.1, save_every=5000),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rope_table(length, size, theta=10_000.0):
+    """Cosines and sines (length, size / 2) of rotary positions (Su et al. 2021)."""
+    angles = torch.arange(length)[:, None] * theta ** (-torch.arange(0, size, 2) / size)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate pairs (i, i + size / 2) of the last dimension by the angles of each position. x (B, H, N, size), cos (N, size / 2)."""
+    a, b = x.chunk(2, -1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Block(nn.Module):
+    """LLaDA's (and Llama's) block: pre-RMSNorm, rotary attention, SwiGLU, no biases; names as in LLaDA's checkpoints."""
+
+    def __init__(self, width, heads, hidden, dropout, causal):
+        super().__init__()
+        linear = lambda a, b: nn.Linear(a, b, bias=False)
+        self.heads, self.dropout, self.causal = heads, nn.Dropout(dropout), causal
+        self.attn_norm, self.ff_norm = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
+        self.q_proj, self.k_proj, self.v_proj, self.attn_out = (linear(width, width) for _ in range(4))
+        self.ff_proj, self.up_proj, self.ff_out = linear(width, hidden), linear(width, hidden), linear(hidden, width)
+
+    def attention(self, x, cos, sin, cache, at):
+        B, N, D = x.shape
+        q, k, v = (proj(x).view(B, N, self.heads, -1).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, N, D/H)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:  # (2, B, H, L, D/H), filled up to position `at`
+            cache[0, :, :, at:at + N], cache[1, :, :, at:at + N] = k, v
+            k, v = cache[:, :, :, :at + N].to(q.dtype)  # 2 × (B, H, at + N, D/H)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and N > 1)  # (B, H, N, D/H)
+        return self.attn_out(x.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
+
+    def forward(self, x, cos, sin, cache=None, at=0):
+        x = x + self.dropout(self.attention(self.attn_norm(x), cos, sin, cache, at))  # (B, N, D)
+        h = self.ff_norm(x)
+        return x + self.dropout(self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h)))  # (B, N, D)
+
+
+class Prior(nn.Module):
+    """Transformer over the L positions of a code; causal (autoregressive) or not (masked: value V means hidden).
+
+    tables "position": each position has its own V embeddings and outputs (a value means something else in each position);
+    "shared": one vocabulary for all positions, with learned positions.
+    """
+
+    def __init__(self, codes, values, width, depth, heads, dropout, causal, tables):
+        super().__init__()
+        self.L, self.V, self.causal, self.tables = codes, values, causal, tables
+        hidden = (8 * width // 3 + 63) // 64 * 64
+        self.wte = nn.Parameter(torch.randn((codes if tables == "position" else 1) * (values + 1), width))
+        self.wpe = nn.Parameter(torch.randn(codes, width) * 0.5)
+        self.blocks = nn.ModuleList(Block(width, heads, hidden, dropout, causal) for _ in range(depth))
+        self.ln_f = nn.RMSNorm(width, eps=1e-5)
+        self.ff_out = nn.Parameter(torch.zeros(codes if tables == "position" else 1, width, values))
+        self.register_buffer("rope", torch.stack(rope_table(codes, width // heads)), persistent=False)
+        self.register_buffer("offset", torch.arange(codes) * (values + 1) * (tables == "position"), persistent=False)
+
+    def embed(self, codes, at=0):
+        """Embeddings (B, N, D) of the values (B, N) at positions at .. at + N."""
+        N = codes.shape[1]
+        return F.embedding(codes + self.offset[at:at + N], self.wte) + self.wpe[at:at + N]
+
+    def forward(self, codes):
+        """codes (B, L) long → logits (B, L, V). Masked: of each position given all. Causal: of position l given those before it."""
+        x = self.embed(codes)
+        if self.causal:  # position l sees the embedding of l − 1; the first sees "no value" at the last position as a start token
+            start = self.embed(torch.full_like(codes[:, :1], self.V), self.L - 1)
+            x = torch.cat([start, x[:, :-1]], 1)  # (B, L, D)
+        return self.output(self.transform(x), 0)
+
+    def transform(self, x, caches=None, at=0):
+        """Blocks and final norm. (B, N, D) → (B, N, D); with caches, x continues at position `at`."""
+        cos, sin = self.rope[:, at:at + x.shape[1]]
+        for k, block in enumerate(self.blocks):
+            x = block(x, cos, sin, None if caches is None else caches[k], at)  # (B, N, D)
+        return self.ln_f(x)
+
+    def output(self, x, at):
+        """Logits (B, N, V) of positions at .. at + N from (B, N, D)."""
+        weight = self.ff_out[at:at + x.shape[1]] if self.tables == "position" else self.ff_out
+        return (x.transpose(0, 1) @ weight.to(x.dtype)).transpose(0, 1)  # one matrix a position
+
+    def next_logits(self, codes, at, caches):
+        """Logits (B, V) of position `at` of a causal prior, from the value before it (B,) and the caches (which this extends)."""
+        x = self.embed(torch.full_like(codes[:, None], self.V), self.L - 1) if at == 0 else self.embed(codes[:, None], at - 1)
+        return self.output(self.transform(x, caches, at), at)[:, 0]
+
+    def new_caches(self, batch, device, dtype):
+        """Static key-value caches (depth, 2, B, H, L, D/H)."""
+        heads = self.blocks[0].heads
+        return torch.zeros(len(self.blocks), 2, batch, heads, self.L, self.wte.shape[1] // heads, device=device, dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+def hide(codes, null, u, scores):
+    """Hide k = ⌈u · L⌉ positions, those of the lowest scores. codes (B, L), u (B,) in [0, 1), scores (B, L) → codes with `null`, k (B,)."""
+    k = (u * codes.shape[1]).floor() + 1
+    hidden = scores.argsort(1).argsort(1) < k[:, None]
+    return torch.where(hidden, null, codes), hidden, k
+
+
+def masked_nll(model, codes, u, scores, run):
+    """The estimate of bound (1) for each code, in nats per token: codes (B, L) → (B,)."""
+    visible, hidden, k = hide(codes, model.module.V if hasattr(model, "module") else model.V, u, scores)
+    with run.autocast():
+        logits = model(visible)  # (B, L, V)
+    nll = F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none")  # (B, L)
+    return (nll * hidden).sum(1) / k  # (L / k) Σ, over L
+
+
+def ar_nll(model, codes, run):
+    """Equation (2) for each code, in nats per token: codes (B, L) → (B,)."""
+    with run.autocast():
+        logits = model(codes)  # (B, L, V)
+    return F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none").mean(1)
+
+
+@torch.no_grad()
+def bits_per_token(model, codes, run, draws=8, batch=500):
+    """Mean bits per token on codes (n, L) long and its standard error; exact for AR, the bound (1) for masked.
+
+    The bound is averaged over `draws` random masks a code, with k spread evenly over 1..L.
+    """
+    values, generator = [], data.step_generator(0, 0)
+    for part in codes.split(batch):
+        n = len(part)
+        part = part.to(run.device)
+        if model.causal:
+            values.append(ar_nll(model, part, run))
+            continue
+        each = []
+        for d in range(draws):
+            u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+            each.append(masked_nll(model, part, u.to(run.device), torch.rand(n, model.L, generator=generator).to(run.device), run))
+        values.append(torch.stack(each).mean(0))
+    values = torch.cat(values).double() / math.log(2)
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samplers
+# ---------------------------------------------------------------------------------------------------------------------
+
+def draw_values(logits, temperature, nucleus, generator):
+    """Draw values (...) from logits (..., V): temperature, nucleus (smallest set of values holding that probability), Gumbel in float64.
+
+    Temperature 0 takes the most likely value. Returns values and their log-probabilities (...) under the model.
+    """
+    log_p = logits.double().log_softmax(-1)
+    if temperature == 0:
+        values = log_p.argmax(-1)
+    else:
+        scores = (log_p / temperature).log_softmax(-1)
+        if nucleus < 1:
+            ordered, order = scores.sort(-1, descending=True)
+            outside = (ordered.exp().cumsum(-1) - ordered.exp() >= nucleus).scatter(-1, order, ordered.exp().cumsum(-1) - ordered.exp() >= nucleus)
+            scores = scores.masked_fill(outside, -math.inf)
+        noise = torch.rand(scores.shape, generator=generator, dtype=torch.float64).to(scores.device)
+        values = (scores - torch.log(-torch.log(noise.clamp(min=1e-300)))).argmax(-1)  # Gumbel-max
+    return values, log_p.gather(-1, values[..., None])[..., 0]
+
+
+@torch.no_grad()
+def sample_masked(model, codes, sampler, run, generator):
+    """Fill the hidden positions (value V) of codes (n, L) long; given positions never change.
+
+    sampler: dict with order ("ancestral", "event", "confidence"), steps (ancestral), per_step, remask, remask_window,
+    temperature, nucleus. Returns codes (n, L) and the network calls each sample took (n,): at most one a hidden position
+    unless remasking hides positions again, because a step that reveals nothing costs nothing.
+    """
+    codes, given, calls = codes.clone().to(run.device), (codes != model.V).to(run.device), torch.zeros(len(codes), dtype=torch.long)
+    uniform = lambda *shape: torch.rand(*shape, generator=generator).to(run.device)
+
+    def reveal(rows, where):
+        """Draw values for positions `where` (m, L) of samples `rows` (m,); where None: confidence chooses."""
+        calls[rows.cpu()] += 1
+        with run.autocast():
+            logits = model(codes[rows])  # (m, L, V)
+        values, log_p = draw_values(logits, sampler["temperature"], sampler["nucleus"], generator)
+        if where is None:  # the most likely of the drawn values first, with Gumbel noise so that samples differ
+            score = log_p.float() + sampler["order_noise"] * -torch.log(-torch.log(uniform(*log_p.shape).clamp(min=1e-30)))
+            score = score.masked_fill(codes[rows] != model.V, -math.inf)
+            ranks = score.argsort(1, descending=True).argsort(1)
+            where = (ranks < sampler["per_step"]) & (codes[rows] == model.V)
+        codes[rows] = torch.where(where, values, codes[rows])
+
+    if sampler["order"] == "ancestral":
+        steps = sampler["steps"]
+        for step in range(steps):  # t → s: a hidden position is revealed with probability (t − s + σ (1 − t)) / t, a revealed one
+            t, s = 1 - step / steps, 1 - (step + 1) / steps  # is hidden again with probability σ (ReMDM; σ = 0: MDLM)
+            inside = sampler["remask_window"][0] <= t <= sampler["remask_window"][1]
+            sigma = min(sampler["remask"], s / max(1 - t, 1e-9)) if inside and step > 0 else 0.0
+            u, hidden = uniform(*codes.shape), codes == model.V
+            again = ~hidden & ~given & (u < sigma)
+            where = hidden & (u < (t - s + sigma * (1 - t)) / t if s > 0 else hidden)
+            rows = where.any(1).nonzero()[:, 0]
+            if len(rows):
+                reveal(rows, where[rows])
+            codes = torch.where(again, model.V, codes)
+        return codes.cpu(), calls
+    turn = (uniform(*codes.shape) + given * 2).argsort(1).argsort(1) // sampler["per_step"]  # event: hidden positions in random order
+    while True:
+        rows = (codes == model.V).any(1).nonzero()[:, 0]
+        if not len(rows):
+            return codes.cpu(), calls
+        now = calls[rows.cpu()].to(run.device)[:, None]
+        reveal(rows, None if sampler["order"] == "confidence" else (turn[rows] == now) & (codes[rows] == model.V))
+
+
+@torch.no_grad()
+def sample_ar(model, count, sampler, run, generator):
+    """Draw codes (count, L) from a causal prior, one position a call, with a static cache. Returns codes and calls (count,)."""
+    codes = torch.full((count, model.L), model.V, device=run.device)
+    caches = model.new_caches(count, run.device, run.dtype)
+    for at in range(model.L):
+        with run.autocast():
+            logits = model.next_logits(codes[:, at - 1] if at else codes[:, 0], at, caches)
+        codes[:, at] = draw_values(logits, sampler["temperature"], sampler["nucleus"], generator)[0]
+    return codes.cpu(), torch.full((count,), model.L)
+
+
+def sample_codes(model, count, sampler, run, seed=0, batch=500):
+    """Draw codes (count, L) long and network calls (count,) with either kind of prior; a function of the seed."""
+    parts = []
+    for start in range(0, count, batch):
+        n, generator = min(batch, count - start), data.step_generator(seed, start)
+        hidden = torch.full((n, model.L), model.V)
+        parts.append(sample_ar(model, n, sampler, run, generator) if model.causal else sample_masked(model, hidden, sampler, run, generator))
+    return torch.cat([c for c, _ in parts]), torch.cat([k for _, k in parts])
+
+
+def add_sampler_flags(parser):
+    """How codes are drawn from a trained prior; the one home of these defaults."""
+    g = parser.add_argument_group("code sampler")
+    g.add_argument("--temperature", type=data.non_negative, default=1.0, help="of the values' distribution; 0: the most likely")
+    g.add_argument("--nucleus", type=data.share, default=1.0, help="draw from the smallest set of values that holds this probability")
+    g.add_argument("--order", choices=("event", "ancestral", "confidence"), default="event", help="masked: which positions are revealed when")
+    g.add_argument("--per-step", type=data.positive, default=1, help="event and confidence: positions revealed in one call")
+    g.add_argument("--order-noise", type=data.non_negative, default=1.0, help="confidence: Gumbel noise on the order")
+    g.add_argument("--ancestral-steps", type=data.positive, default=64, help="ancestral: steps from all hidden to none")
+    g.add_argument("--remask", type=data.share, default=0.0, help="ancestral: probability of hiding a value again in each step")
+    g.add_argument("--remask-window", type=data.share, nargs=2, default=[0.3, 0.55], metavar=("FROM", "TO"), help="t in which --remask acts")
+
+
+def sampler_settings(args):
+    """The sampler flags as the dict that the samplers take."""
+    return {"temperature": args.temperature, "nucleus": args.nucleus, "order": args.order, "per_step": args.per_step,
+            "order_noise": args.order_noise, "steps": args.ancestral_steps, "remask": args.remask, "remask_window": args.remask_window}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+# ---------------------------------------------------------------------------------------------------------------------
+
+def build_prior(config):
+    """The transformer of a dict of settings (a checkpoint's config)."""
+    keys = ("codes", "values", "width", "depth", "heads", "dropout", "tables")
+    return Prior(**{k: config[k] for k in keys}, causal=config["kind"] == "ar")
+
+
+def load_prior(args, kind, device):
+    """The trained prior with averaged weights from OUT/<dataset>/prior-<kind>.pt; refuses one trained on other codes."""
+    path, stage = data.run_folder(args) / f"prior-{kind}.pt", f"prior-{kind}"
+    state = data.load_checkpoint(path, stage, args)
+    if state["trained_on"] != data.open_codes(args)[1]["sha256"]:
+        data.fail(f"{path}: trained on other codes than {path.parent / 'codes.npy'}; train it again with {data.stage_command(stage, args)} --restart")
+    model = build_prior(state["config"])
+    model.load_state_dict(state["ema"])
+    return model.to(device).eval()
+
+
+def training_flops(args):
+    """FLOPs of one step, 3 × forward: blocks and the output (attention counted in full also where it is causal)."""
+    L, D, hidden = args.codes, args.width, (8 * args.width // 3 + 63) // 64 * 64
+    block = 2 * L * (4 * D ** 2 + 3 * hidden * D) + 4 * L ** 2 * D
+    return 3 * args.batch_size * (args.depth * block + 2 * L * D * args.values)
+
+
+def add_flags(parser):
+    """The prior's own flags; the defaults are the shapes values."""
+    g = parser.add_argument_group("model")
+    g.add_argument("--kind", choices=("masked", "ar"), required=True, help="masked diffusion or autoregressive")
+    g.add_argument("--width", type=data.positive, default=128, help="D, width of the tokens")
+    g.add_argument("--depth", type=data.positive, default=4, help="transformer blocks")
+    g.add_argument("--heads", type=data.positive, default=2, help="attention heads")
+    g.add_argument("--tables", choices=("position", "shared"), default="position", help="embeddings and outputs: one set a position, or one for all")
+    g.add_argument("--dropout", type=data.share, default=0.0, help="on both residual branches")
+    add_sampler_flags(parser)
+
+
+def main(argv=None):
+    """Train a prior; report bits per token on held-out codes and network calls per sample."""
+    parser = data.make_parser(__doc__)
+    data.add_training_flags(parser, steps=800, batch_size=128, lr=2e-3, warmup=50)
+    add_flags(parser)
+    args = data.parse(parser, PRESETS, argv)
+    if args.width % args.heads or args.width // args.heads % 2:
+        parser.error(f"argument --heads: --width {args.width} over {args.heads} heads is no even whole number")
+    stage = f"prior-{args.kind}"
+    run = data.Run(args, lock=stage)
+    codes, about = data.open_codes(args)
+    args.codes, args.values = about["L"], about["V"]
+    torch.manual_seed(args.seed)
+    model, flops, path = build_prior(vars(args)).to(run.device), training_flops(args), run.folder / f"{stage}.pt"
+    if args.dry_run:
+        return data.describe(args, model, flops, run)
+    if args.batch_size > len(about["splits"]["train"]):
+        data.fail(f"--batch-size {args.batch_size} is larger than the {len(about['splits']['train'])} training codes")
+    optimizers, ema = data.Optimizers(model, args), data.EMA(model, args.ema)
+    state = data.resume(path, stage, args, about["sha256"])
+    if state:
+        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), optimizers.load_state_dict(state["optimizer"])
+    start = state["step"] if state else 0
+    trained = run.wrap(model, args)
+    log, meter = data.Log(run, stage, args.tensorboard), data.Meter(run, args, flops, start)
+    for step in range(start, args.steps):
+        run.seed_step(args.seed, step)
+        rows = data.batch_rows(about["splits"]["train"], args.batch_size, args.seed, step)[run.share(args.batch_size)]
+        loss = 0.0
+        for part in range(args.accumulate):
+            draws = data.Draws(args.seed, step, run, args.batch_size, part, args.accumulate)
+            flip = (draws.uniform() < 0.5).long().cpu()
+            c = torch.from_numpy(codes[rows.chunk(args.accumulate)[part].numpy(), flip.numpy()].astype(np.int64)).to(run.device)
+            nll = ar_nll(trained, c, run) if args.kind == "ar" else masked_nll(trained, c, draws.stratified(), draws.uniform(args.codes), run)
+            part_loss = nll.mean() / args.accumulate
+            part_loss.backward()
+            loss = loss + part_loss.detach()
+        norm = optimizers.step(data.warmup_cosine(step, args), step)
+        ema.update(step)
+        meter.tick(step, log, loss=loss, norm=norm)
+        stopping = run.stopping()
+        if run.main and ((step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping):
+            data.save_checkpoint(path, stage=stage, config=vars(args), step=step + 1, model=model.state_dict(), ema=ema.state_dict(),
+                                 optimizer=optimizers.state_dict(), trained_on=about["sha256"])
+        if stopping:
+            return data.stopped(path, step + 1, args, run)
+    if run.main:
+        with data.evaluating(model), ema.applied():
+            for split in ("val", "test"):
+                held_out = torch.from_numpy(codes[about["splits"][split].start:about["splits"][split].stop, 0].astype(np.int64))
+                bits, error = bits_per_token(model, held_out, run)
+                log.write(args.steps, **{f"{split} bits per token": round(bits, 4), "standard error": round(error, 4)})
+                print(f"{split}: {bits:.4f} ± {error:.4f} bits per token ({'exact' if args.kind == 'ar' else 'upper bound'}, {len(held_out):,} codes)")
+            _, calls = sample_codes(model, 100, sampler_settings(args), run)
+            print(f"network calls per sample: {calls.float().mean():.1f} for {args.codes} positions")
+    run.close()
+
+
+if __name__ == "__main__":
+    main()

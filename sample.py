@@ -1,0 +1,448 @@
+"""From trained stages to pictures and scores: unconditional samples, reconstructions, compositions, infilling.
+
+    python sample.py --train                           # trains what is missing, in order, then pictures and scores
+    python sample.py --score                           # the scores alone, also in OUT/<dataset>/scores.json
+    python sample.py unconditional --kind ar           # prior → code → image
+    python sample.py reconstruct a.png b.png           # image → code → images, a new noise each
+    python sample.py compose a.png b.png --weights 0.5 0.5        # each position of the code from one of the images at random
+    python sample.py compose a.png b.png --positions 0 1 2 3      # these positions from the first image, the rest from the second
+    python sample.py infill a.png --keep 0.5           # keep half of the code, draw the rest from the masked prior
+Images are files of any size; where none are named, pictures of the test split are taken. Grids go to OUT/<dataset>/samples/,
+with all settings stored inside the PNG (text field "settings").
+
+Scores use a judge, a small CNN trained on all combinations of the factors (and, for shapes, to tell a clean drawing from a
+blend of two); the Fréchet distance is taken in its features:
+    FD² = |m₁ − m₂|² + Tr(C₁ + C₂ − 2 (C₁ C₂)^½)                                                                        (1)
+"""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import data  # first: it sets the threads' waiting policy before torch starts them
+import generator
+import numpy as np
+import prior
+import tokenizer
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+PRESETS = {}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# codes in, pictures out
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mix_codes(codes, weights, generator_, positions=None):
+    """One code (L,) from k codes (k, L): each position from image i with probability weights[i]; or, with `positions`, those from
+    the first image and all others from the rest (by their weights)."""
+    k, L = codes.shape
+    weights = torch.as_tensor(weights, dtype=torch.float64)
+    if positions is None:
+        source = torch.multinomial(weights, L, replacement=True, generator=generator_)
+    else:
+        source = 1 + torch.multinomial(weights[1:], L, replacement=True, generator=generator_)
+        source[positions] = 0
+    return codes[source, torch.arange(L)]
+
+
+class Stages:
+    """The trained stages of one OUT/<dataset>, each loaded when first used; a missing one stops with the command that trains it."""
+
+    def __init__(self, args, run):
+        self.args, self.run, self._loaded = args, run, {}
+
+    def _get(self, name, load):
+        if name not in self._loaded:
+            self._loaded[name] = load()
+        return self._loaded[name]
+
+    @property
+    def tokenizer(self):
+        """(backbone, config) of tokenizer.pt."""
+        return self._get("tokenizer", lambda: tokenizer.load_tokenizer(self.args, self.run.device))
+
+    @property
+    def codes(self):
+        """(codes (N, 2, L), about) of codes.npy."""
+        return self._get("codes", lambda: data.open_codes(self.args))
+
+    def generator(self, stage="generator"):
+        """The model of generator.pt, or of another stage of the same architecture."""
+        return self._get(stage, lambda: generator.load_generator(self.args, self.run.device, stage))
+
+    def prior(self, kind):
+        """The model of prior-masked.pt or prior-ar.pt."""
+        return self._get(f"prior-{kind}", lambda: prior.load_prior(self.args, kind, self.run.device))
+
+    @property
+    def dataset(self):
+        """The dataset of the flags."""
+        return self._get("dataset", lambda: data.load_dataset(self.args))
+
+    def encode(self, images):
+        """Codes (B, L) of images (B, 3, S, S) uint8."""
+        backbone, config = self.tokenizer
+        return tokenizer.encode_images(backbone, images, config, self.run)[0].cpu()
+
+    def draw(self, codes, seed=0):
+        """Images (n, 3, S, S) uint8 from codes (n, L), with the sampler of the flags."""
+        weak = self.generator("generator-early") if self.args.guide == "early" else None
+        return generator.generate(self.generator(), codes, len(codes), generator.sampler_settings(self.args), self.run, seed, weak)
+
+    def sample_codes(self, kind, count, seed=0):
+        """Codes (count, L) and network calls (count,) of a prior, with the sampler of the flags."""
+        return prior.sample_codes(self.prior(kind), count, prior.sampler_settings(self.args), self.run, seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# judge
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Judge(nn.Module):
+    """A small CNN that reads the factors off an image (B, 3, S, S): features (B, 64), logits per factor, and whether it is clean."""
+
+    def __init__(self, sizes, size):
+        super().__init__()
+        self.sizes, layers, channels = list(sizes), [], 3
+        for k, out in enumerate((32, 64, 128)):
+            layers += [nn.Conv2d(channels, out, 3, stride=2 if k or size >= 32 else 1, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
+            channels = out
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128 * 16, 64), nn.ReLU())
+        self.factors, self.clean = nn.Linear(64, sum(sizes)), nn.Linear(64, 1)
+
+    def forward(self, images):
+        h = self.body(images)  # (B, 64)
+        return h, self.factors(h).split(self.sizes, 1), self.clean(h)[:, 0]  # (B, 64), F × (B, values), (B,)
+
+
+def judge_batch(dataset, args, step, size=128):
+    """Real images (b, 3, S, S) uint8 with labels (b, F), and for shapes as many blends, a function of (dataset, step).
+
+    A blend mixes two drawings that share position and tilt and differ in some factors: faded into one another, or half of each.
+    """
+    u = torch.from_numpy(np.random.default_rng((step, 1)).random((size, 40))).float()
+    if args.dataset != "shapes":
+        rows = data.batch_rows(dataset.splits["train"], size, 1, step)
+        return dataset.pixels(rows, u[:, 0] < 0.5), dataset.labels[rows], None
+    sizes = torch.tensor([len(v) for v in data.SHAPES.values()])
+    labels, others, nuisance = (u[:, :5] * sizes).long(), (u[:, 5:10] * sizes).long(), u[:, 10:18]  # all combinations, also the unseen
+    changed = (u[:, 18:23] < 0.4) | F.one_hot((u[:, 23] * 5).long(), 5).bool()
+    different = torch.where(others == labels, (labels + 1) % sizes, others)
+    a, b = (data.draw_shapes(l, nuisance, args.image_size).float() for l in (labels, torch.where(changed, different, labels)))
+    w = (0.3 + 0.4 * u[:, 24])[:, None, None, None].expand_as(a[:, :1])
+    grid = (torch.arange(args.image_size) + 0.5) / args.image_size - 0.5
+    angle, at = u[:, 25, None, None] * 6.283, (u[:, 26, None, None] - 0.5) * 0.4
+    half = (torch.cos(angle) * grid[None, :, None] + torch.sin(angle) * grid[None, None, :] > at).float()[:, None]
+    w = torch.where((u[:, 27] < 0.5)[:, None, None, None], w, half)
+    blends = a * w + b * (1 - w)
+    return a.to(torch.uint8), labels, blends.round().to(torch.uint8)
+
+
+def train_judge(dataset, args, run, steps=900):
+    """Train the judge (seed 0 always: all runs are judged alike) and return it in evaluation mode."""
+    torch.manual_seed(0)
+    judge = Judge([len(v) for v in dataset.factors.values()], args.image_size).to(run.device)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=1e-3, fused=True)
+    for step in range(steps):
+        images, labels, blends = judge_batch(dataset, args, step)
+        x = data.unit((images if blends is None else torch.cat([images, blends])).to(run.device))
+        _, factors, clean = judge(x)
+        labels, n = labels.to(run.device), len(images)
+        loss = sum(F.cross_entropy(f[:n], labels[:, k]) for k, f in enumerate(factors))
+        if blends is not None:
+            loss = loss + F.binary_cross_entropy_with_logits(clean, (torch.arange(len(x), device=run.device) < n).float())
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * data.cosine(step, steps, 1.0, 0.0)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return judge.eval()
+
+
+def load_judge(dataset, args, run):
+    """The judge of OUT/<dataset>/judge.pt, trained and kept there on first use."""
+    path = run.folder / "judge.pt"
+    if path.exists():
+        judge = Judge([len(v) for v in dataset.factors.values()], args.image_size).to(run.device)
+        judge.load_state_dict(data.load_checkpoint(path, "judge", args)["model"])
+        return judge.eval()
+    judge = train_judge(dataset, args, run)
+    data.save_checkpoint(path, stage="judge", config=vars(args), model=judge.state_dict())
+    return judge
+
+
+@torch.no_grad()
+def look(judge, images, run, batch=500):
+    """What the judge sees in images (n, 3, S, S) uint8: features (n, 64), factors (n, F) long, clean (n,) bool."""
+    parts = [judge(data.unit(part.to(run.device))) for part in images.split(batch)]
+    factors = torch.cat([torch.stack([f.argmax(1) for f in fs], 1) for _, fs, _ in parts]).cpu()
+    return torch.cat([h for h, _, _ in parts]).double().cpu(), factors, (torch.cat([c for _, _, c in parts]) > 0).cpu()
+
+
+def frechet(a, b):
+    """Fréchet distance of equation (1), not its square root, between Gaussians fitted to features a (n, d), b (m, d) in float64."""
+    root = lambda c: (lambda w, v: (v * w.clamp(min=0).sqrt()) @ v.T)(*torch.linalg.eigh(c))
+    ca, cb = torch.cov(a.T), torch.cov(b.T)
+    ra = root(ca)
+    cross = torch.linalg.eigvalsh(ra @ cb @ ra).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+def nearest_distance(codes, train, values, batch=500):
+    """Hamming distance (n,) of each code (n, L) to the nearest of the training codes (m, L)."""
+    one_hot = lambda c: F.one_hot(torch.as_tensor(c).long(), values).flatten(1).float()
+    best = []
+    for part in codes.split(batch):
+        q = one_hot(part)
+        best.append(torch.stack([(q @ one_hot(chunk).T).amax(1) for chunk in np.array_split(train, max(1, len(train) // 8000))]).amax(0))
+    return codes.shape[1] - torch.cat(best)
+
+
+def factor_accuracy(seen, labels, names):
+    """Share of rows where each factor is right: {factor: share}, and "all"."""
+    right = seen == labels
+    return {name: right[:, k].double().mean().item() for k, name in enumerate(names)} | {"all": right.all(1).double().mean().item()}
+
+
+class Scores:
+    """The table of what is measured, on the test split; n pictures for each line, `seed` for all noise."""
+
+    def __init__(self, stages, args, run):
+        self.stages, self.args, self.run, self.n = stages, args, run, args.count
+        self.dataset, self.names = stages.dataset, list(stages.dataset.factors)
+        self.judge = load_judge(self.dataset, args, run) if self.names else None
+        test, train = self.dataset.splits["test"], self.dataset.splits["train"]
+        self.rows = np.random.default_rng(0).permutation(test)[:self.n]
+        self.reference = self.look(self.dataset.pixels(np.random.default_rng(1).permutation(train)[:10_000]))[0]
+        self.result = {}
+
+    def look(self, images):
+        """Features, factors and cleanness; without labels to train a judge on, the tokenizer's features alone."""
+        if self.judge:
+            return look(self.judge, images, self.run)
+        backbone, config = self.stages.tokenizer
+        features = torch.cat([tokenizer.encode_images(backbone, part, config, self.run)[1].cpu() for part in images.split(500)])
+        return features.double(), torch.zeros(len(images), 0).long(), torch.ones(len(images)).bool()
+
+    def pictures(self, images, labels=None):
+        """What every set of pictures is measured by: Fréchet distance to training images, cleanness and, given labels, factors."""
+        features, factors, clean = self.look(images)
+        line = {"frechet": frechet(features, self.reference)}
+        if self.args.dataset == "shapes":
+            line["clean"] = clean.double().mean().item()
+        if labels is not None and self.names:
+            line["factors"] = factor_accuracy(factors, labels, self.names)
+        return line
+
+    def codes_of(self, rows):
+        """The stored codes (n, L) of unflipped images `rows`."""
+        return torch.from_numpy(self.stages.codes[0][rows, 0].astype(np.int64))
+
+    def run_all(self):
+        """Measure everything that the trained stages allow; returns the nested dict that goes to scores.json."""
+        dataset, result, seed = self.dataset, self.result, self.args.seed
+        codes, about = self.stages.codes
+        result["real images"] = self.pictures(dataset.pixels(self.rows), dataset.labels[self.rows])
+        if self.args.dataset == "shapes":
+            blends = torch.cat([judge_batch(dataset, self.args, 10 ** 6 + k)[2] for k in range(8)])
+            result["blends of two images"] = {"clean": look(self.judge, blends, self.run)[2].double().mean().item()}
+        report = json.loads((self.run.folder / "tokenizer.json").read_text())
+        result["tokenizer"] = {k: v for k, v in report.items() if not k.endswith("val")}
+        result["reconstruct"] = self.pictures(self.stages.draw(self.codes_of(self.rows), seed), dataset.labels[self.rows])
+        if (self.run.folder / "generator-uncond.pt").exists():
+            sampler = generator.sampler_settings(self.args)
+            images = generator.generate(self.stages.generator("generator-uncond"), None, len(self.rows), sampler, self.run, seed)
+            result["generator without codes"] = self.pictures(images)
+            result["reconstruct"]["frechet / without codes"] = result["reconstruct"]["frechet"] / result["generator without codes"]["frechet"]
+        self.score_priors(codes, about)
+        if len(self.rows) >= 2:
+            self.score_composition()
+        for split, pair in data.UNSEEN_PAIRS.items() if self.args.dataset == "shapes" else ():
+            result[split] = self.score_unseen(split, pair)
+        return result
+
+    def score_priors(self, codes, about):
+        """Bits per token, calls, memorising, and Fréchet distance of each prior's samples, relative to that of true codes."""
+        train = np.concatenate([codes[about["splits"]["train"].start:about["splits"]["train"].stop, f] for f in (0, 1)])
+        near = lambda c: (lambda d: {"in training set": (d == 0).double().mean().item(), "distance to nearest": d.mean().item()})(
+            nearest_distance(c, train, about["V"]))
+        self.result["held-out codes"] = near(self.codes_of(self.rows))
+        for kind in ("masked", "ar"):
+            sampled, calls = self.stages.sample_codes(kind, len(self.rows), self.args.seed)
+            line = self.pictures(self.stages.draw(sampled, self.args.seed + 1))
+            line["frechet / true codes"] = line["frechet"] / self.result["reconstruct"]["frechet"]
+            line["bits per token"], line["standard error"] = prior.bits_per_token(self.stages.prior(kind), self.codes_of(self.rows), self.run)
+            line["calls per sample"] = calls.double().mean().item()
+            self.result[f"prior-{kind}"] = line | near(sampled)
+        masked, ar = (self.result[f"prior-{kind}"]["bits per token"] for kind in ("masked", "ar"))
+        self.result["masked bound / ar bits"] = masked / ar
+
+    def score_composition(self):
+        """Children of pairs of test images, each code position from one parent at random: does every factor come from a parent?"""
+        a, b = self.rows, np.roll(self.rows, 1)
+        rng = data.step_generator(self.args.seed, 2)
+        children = torch.stack([mix_codes(torch.stack(pair), [0.5, 0.5], rng) for pair in zip(self.codes_of(a), self.codes_of(b))])
+        images = self.stages.draw(children, self.args.seed + 2)
+        line = self.pictures(images)
+        if self.names:
+            _, seen, clean = self.look(images)
+            la, lb = self.dataset.labels[a], self.dataset.labels[b]
+            parents = lambda f: ((f == la) | (f == lb)).all(1)
+            both = (seen != la).any(1) & (seen != lb).any(1)  # neither parent again
+            good = parents(seen) & clean
+            line |= {"every factor from a parent, clean": good.double().mean().item(),
+                     "every factor from a parent": parents(seen).double().mean().item(),
+                     "of these, unlike both parents": (good & both).double().sum().item() / max(1, good.sum().item()),
+                     "chance (another test image)": parents(self.dataset.labels[np.roll(self.rows, 7)]).double().mean().item(),
+                     "factors": {n: ((seen[:, k] == la[:, k]) | (seen[:, k] == lb[:, k])).double().mean().item() for k, n in enumerate(self.names)}}
+        self.result["compose"] = line
+
+    def score_unseen(self, split, pair):
+        """Images of pairs never seen in training → code → image: is the pair kept? With chance, and the true-factor reference."""
+        rows = np.array(self.dataset.splits[split])[:self.n]
+        labels, ks = self.dataset.labels[rows], [self.names.index(name) for name in pair]
+        images = self.stages.draw(self.codes_of(rows), self.args.seed + 3)
+        _, seen, clean = self.look(images)
+        _, seen_usual, _ = self.look(self.stages.draw(self.codes_of(self.rows), self.args.seed))
+        kept = lambda s: (s[:, ks] == labels[:, ks]).all(1).double().mean().item()
+        line = {"pair kept": kept(seen), "clean": clean.double().mean().item(), "factors": factor_accuracy(seen, labels, self.names),
+                "chance (one value right, the other guessed)": 1 / len(data.SHAPES[pair[0]]),
+                "unseen pairs among seen codes' images": data.is_unseen(seen_usual, pair).double().mean().item()}
+        if (self.run.folder / "generator-factors.pt").exists():
+            model = self.stages.generator("generator-factors")
+            images = generator.generate(model, labels, len(labels), generator.sampler_settings(self.args), self.run, self.args.seed + 3)
+            line["pair kept from true factors"] = kept(self.look(images)[1])
+        return line
+
+
+def print_scores(result, indent=""):
+    """The nested dict as an indented table."""
+    for name, value in result.items():
+        if isinstance(value, dict) and all(isinstance(v, (int, float)) for v in value.values()) and name != "settings":
+            print(f"{indent}{name:44} " + ", ".join(f"{k} {v:.3f}" for k, v in value.items()))
+        elif isinstance(value, dict):
+            print(f"{indent}{name}")
+            print_scores(value, indent + "  ")
+        else:
+            print(f"{indent}{name:44} {value:.3f}" if isinstance(value, float) else f"{indent}{name:44} {value}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+def train_missing(args):
+    """Run the stages that have not finished, in order, each as its own command with the flags they share."""
+    folder = Path(args.out) / args.dataset
+    shared = [f"--{k.replace('_', '-')}={getattr(args, k)}" for k in ("dataset", "data_dir", "out", "image_size", "seed", "device", "dtype", "workers")]
+    for stage in ("tokenizer", "generator", "prior-masked", "prior-ar"):
+        script, *words = data.STAGE_COMMANDS[stage].split()
+        command = [sys.executable, str(Path(__file__).with_name(script)), *words, *shared]
+        print(f"--- {script} {' '.join(words)}", flush=True)
+        start = time.time()
+        if subprocess.run(command).returncode:
+            data.fail(f"{script} stopped (see above); what it saved in {folder} is kept, the same command goes on from there")
+        print(f"--- {time.time() - start:.0f} s", flush=True)
+
+
+def input_images(stages, args, least):
+    """The named files (n, 3, S, S) uint8 and their titles, or `least` test images where none are named."""
+    if not args.images:
+        rows = list(stages.dataset.splits["test"])[:max(least, 2 if args.command == "compose" else 8)]
+        return stages.dataset.pixels(rows), [f"test {k}" for k in range(len(rows))]
+    if len(args.images) < least:
+        data.fail(f"{args.command}: needs at least {least} images, got {len(args.images)}")
+    size, images = stages.generator().side * stages.generator().patch << len(stages.generator().stem), []
+    for path in args.images:
+        try:
+            images.append(data.read_image(path, size))
+        except (OSError, ValueError, SyntaxError, data.Image.DecompressionBombError) as problem:
+            data.fail(f"{path}: does not open as an image ({problem})")
+    return torch.stack(images), [Path(path).stem[:10] for path in args.images]
+
+
+def make_pictures(command, stages, args, run):
+    """One grid for a command; returns its path."""
+    columns, titles, seed = args.columns, None, args.seed
+    if command == "unconditional":
+        codes, _ = stages.sample_codes(args.kind, args.columns * args.rows, seed)
+        images = stages.draw(codes, seed)
+    else:
+        inputs, titles = input_images(stages, args, least=2 if command == "compose" else 1)
+        codes, k = stages.encode(inputs), len(inputs)
+        repeats = range(args.rows)
+        if command == "reconstruct":  # a row of inputs, then rows of images drawn from their codes with different noise
+            images = torch.cat([inputs] + [stages.draw(codes, data.mix_seed(seed, r)) for r in repeats])
+            columns = k
+        elif command == "infill":
+            rng = data.step_generator(seed, 0)
+            keep = torch.rand(args.rows, k, codes.shape[1], generator=rng) < args.keep
+            masked = torch.where(keep, codes, stages.prior("masked").V).flatten(0, 1)
+            filled, _ = prior.sample_masked(stages.prior("masked"), masked, prior.sampler_settings(args), run, rng)
+            images, columns = torch.cat([inputs, stages.draw(filled, seed)]), k
+        else:  # compose: the parents, then children
+            weights, rng = args.weights or [1 / k] * k, data.step_generator(seed, 0)
+            if len(weights) != k or sum(weights) <= 0:
+                data.fail(f"compose: --weights has {len(weights)} numbers for {k} images; give one each, not all zero")
+            if args.positions and not all(0 <= p < codes.shape[1] for p in args.positions):
+                data.fail(f"compose: --positions has values outside 0 to {codes.shape[1] - 1}")
+            if args.positions and sum(weights[1:]) <= 0:
+                data.fail("compose: --positions takes all other positions from the later images, whose weights are all zero")
+            count = max(k, args.columns) * args.rows
+            children = torch.stack([mix_codes(codes, weights, rng, args.positions) for _ in range(count)])
+            columns = max(k, args.columns)
+            blank = torch.full((columns - k, *inputs.shape[1:]), 255, dtype=torch.uint8)
+            images = torch.cat([inputs, blank, stages.draw(children, seed)])
+    path = run.folder / "samples" / f"{command}{'-' + args.kind if command == 'unconditional' else ''}.png"
+    data.save_grid(path, images, columns, titles, settings={**vars(args), "command": command})
+    print(f"{command}: {path}")
+    return path
+
+
+def main(argv=None):
+    """Train what is missing, make pictures, print scores."""
+    parser = data.make_parser(__doc__)
+    g = parser.add_argument_group("what to do")
+    g.add_argument("command", nargs="?", choices=("unconditional", "reconstruct", "compose", "infill"), help="pictures to make")
+    g.add_argument("images", nargs="*", help="image files; none: pictures of the test split")
+    g.add_argument("--train", action="store_true", help="train what is missing by calling the stages, then pictures and scores")
+    g.add_argument("--score", action="store_true", help="measure everything and write scores.json")
+    g.add_argument("--count", type=data.positive, default=2000, help="pictures measured for each score")
+    g.add_argument("--kind", choices=("masked", "ar"), default="masked", help="the prior of unconditional samples")
+    g.add_argument("--weights", type=data.non_negative, nargs="+", help="compose: share of positions from each image (default: equal)")
+    g.add_argument("--positions", type=int, nargs="+", help="compose: take these positions from the first image")
+    g.add_argument("--keep", type=data.share, default=0.5, help="infill: share of the positions that is kept")
+    g.add_argument("--columns", type=data.positive, default=8, help="pictures in a row (where the inputs do not decide it)")
+    g.add_argument("--rows", type=data.positive, default=4, help="rows of generated pictures")
+    generator.add_sampler_flags(parser)
+    g = parser.add_argument_group("image sampler, of this script")
+    g.add_argument("--guide", choices=("null", "early"), default="null", help="guide by the model without code, or by its earlier checkpoint")
+    prior.add_sampler_flags(parser)
+    args = data.parse(parser, PRESETS, argv)
+    if not (args.command or args.train or args.score):
+        parser.error("say what to do: unconditional, reconstruct, compose, infill, --train or --score")
+    start = time.time()
+    if args.train:
+        train_missing(args)
+    run = data.Run(args)
+    stages = Stages(args, run)
+    for command in ("unconditional", "reconstruct", "compose", "infill") if args.train else filter(None, [args.command]):
+        make_pictures(command, stages, args, run)
+    if args.train or args.score:
+        scores = Scores(stages, args, run).run_all()
+        scores["seconds"] = round(time.time() - start)
+        scores["settings"] = vars(args)
+        data.write_atomic(run.folder / "scores.json", lambda path: path.write_text(json.dumps(scores, indent=1)))
+        print_scores({k: v for k, v in scores.items() if k != "settings"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,556 @@
+"""Stage 1: images → discrete latent codes. A ViT with a simplicial embedding (SEM), trained by self-distillation (DINOv2).
+
+The SEM turns R read tokens h into L points on a simplex and back (paper, section 3.1):
+    z = LayerNorm(W_in · flatten(h)) reshaped (L, V)    p = softmax(z / tau) over V    out = Norm(W_out · flatten(p))      (1)
+    code_l = argmax_v z_lv                                                                                              (2)
+Training (DINO on `out`, iBOT on masked patches, KoLeo spreads the batch; the teacher is a moving average of the student):
+    loss = − Σ_k t_k log s_k over pairs of views + ibot · the same on masked patches − koleo · mean log nearest distance   (3)
+
+Reads images; writes OUT/<dataset>/tokenizer.pt, codes.npy (N, 2 flips, L), codes.json, tokenizer.json (the report).
+    python tokenizer.py                                                        # shapes on a CPU
+    python tokenizer.py --dataset cifar10                                      # one GPU
+    torchrun --nproc-per-node 8 tokenizer.py --dataset imagenet                # a node
+"""
+import json
+import math
+
+import data  # first: it sets the threads' waiting policy before torch starts them
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+PRESETS = {
+    "cifar10": dict(steps=40_000, batch_size=512, patch=4, width=384, depth=8, heads=6, codes=64, values=64, prototypes=4096,
+                    jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, solarise=0.2, global_scale=[0.4, 1.0], momentum=0.992, warmup=2000),
+    "folder": dict(steps=3000, prototypes=1024, jitter=[0.2, 0.2, 0.1, 0.05], global_scale=[0.4, 1.0]),
+    "imagenet": dict(steps=125_000, batch_size=256, image_size=256, patch=14, width=1024, depth=24, heads=16, stem=0, codes=512, values=256,
+                     global_size=224, global_scale=[0.32, 1.0], locals=8, local_size=98, local_scale=[0.05, 0.32], prototypes=65_536,
+                     head_hidden=2048, bottleneck=256, teacher_temperature=0.07, jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, blur=0.5, solarise=0.2,
+                     lr=5e-5, lr_matrix=0.0, lr_final=0.02, warmup=12_500, weight_decay=0.04, momentum=0.992, drop_path=0.3, workers=12),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model (names and arithmetic of DINOv2 with registers)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without mask. (B, N, D) → (B, N, D)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 × (B, H, N, D/H)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
+
+
+class MLP(nn.Module):
+    """Two layers with a GELU between. (..., D) → (..., D)."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))  # (..., D)
+
+
+class LayerScale(nn.Module):
+    """One learned gain a channel, on each residual branch. (..., D) → (..., D)."""
+
+    def __init__(self, width, start):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), start))
+
+    def forward(self, x):
+        return x * self.gamma  # (..., D)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with LayerScale and drop-path. (B, N, D) → (B, N, D)."""
+
+    def __init__(self, width, heads, drop_path, layer_scale):
+        super().__init__()
+        self.norm1, self.attn, self.ls1 = nn.LayerNorm(width, eps=1e-6), Attention(width, heads), LayerScale(width, layer_scale)
+        self.norm2, self.mlp, self.ls2 = nn.LayerNorm(width, eps=1e-6), MLP(width, 4 * width), LayerScale(width, layer_scale)
+        self.drop_path = drop_path
+
+    def drop(self, branch):
+        """Drop the whole branch of some samples while training, keeping its mean."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * keep / (1 - self.drop_path)
+
+    def forward(self, x):
+        x = x + self.drop(self.ls1(self.attn(self.norm1(x))))  # (B, N, D)
+        return x + self.drop(self.ls2(self.mlp(self.norm2(x))))  # (B, N, D)
+
+
+class PatchEmbed(nn.Module):
+    """Patches → tokens. (B, 3, S, S) → (B, N, D), N = (S / patch)². `stem` halving convolutions before the projection help small images."""
+
+    def __init__(self, patch, width, stem):
+        super().__init__()
+        channels, layers = 3, []
+        for k in range(stem):
+            layers += [nn.Conv2d(channels, 32 << k, 3, stride=2, padding=1), nn.GroupNorm(1, 32 << k), nn.GELU()]
+            channels = 32 << k
+        self.stem = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(channels, width, patch >> stem, stride=patch >> stem)
+
+    def forward(self, x):
+        return self.proj(self.stem(x)).flatten(2).transpose(1, 2)  # (B, N, D)
+
+
+class ViT(nn.Module):
+    """Vision transformer with registers and the simplicial embedding."""
+
+    def __init__(self, image_size, patch, width, depth, heads, codes, values, tau, sem_read, registers=4, stem=0, drop_path=0.0, layer_scale=1e-5):
+        super().__init__()
+        self.side, self.L, self.V, self.tau, self.sem_read = image_size // patch, codes, values, tau, sem_read
+        self.patch_embed = PatchEmbed(patch, width, stem)
+        self.cls_token, self.mask_token = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, width))
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side ** 2, width))
+        self.blocks = nn.ModuleList(Block(width, heads, drop_path, layer_scale) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        reads = {"registers": 1, "patches": self.side ** 2}[sem_read]  # groups of positions that are read apart
+        inputs = (1 + registers) * width if sem_read == "registers" else width
+        self.sem_embed = nn.Linear(inputs, codes // reads * values, bias=False)
+        self.sem_norm = nn.LayerNorm(codes // reads * values)
+        self.sem_out = nn.Linear(codes // reads * values, width, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02 if width >= 384 else width ** -0.5 / 1.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for p in (self.pos_embed, self.cls_token, self.register_tokens):
+            nn.init.normal_(p, std=0.02)
+
+    def positions(self, side):
+        """Positions of CLS and patches (1, 1 + side², D), resized bicubic with antialias for other image sizes."""
+        if side == self.side:
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+        grid = F.interpolate(grid.float(), size=(side, side), mode="bicubic", antialias=True)
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+
+    def tokens(self, images, mask=None):
+        """Un-normalised tokens (B, 1 + R + N, D): CLS, registers, patches. mask (B, N) bool hides patches."""
+        x = self.patch_embed(images)  # (B, N, D)
+        if mask is not None:
+            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+        B, N, _ = x.shape
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1) + self.positions(math.isqrt(N))  # (B, 1 + N, D)
+        x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], 1)  # (B, 1 + R + N, D)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def logits(self, x):
+        """z of equation (1) from un-normalised tokens: (B, reads, L · V / reads)."""
+        r = 1 + self.register_tokens.shape[1]
+        h = x[:, :r].flatten(1)[:, None] if self.sem_read == "registers" else x[:, r:]  # (B, reads, inputs)
+        return self.sem_norm(self.sem_embed(h))
+
+    def forward(self, images, mask=None):
+        """Returns out (B, D) of equation (1) and the normalised patch tokens (B, N, D)."""
+        x = self.tokens(images, mask)
+        z = self.logits(x)
+        p = (z.unflatten(-1, (-1, self.V)).float() / self.tau).softmax(-1).flatten(-2)  # (B, reads, L · V / reads)
+        out = self.sem_out(p.to(z.dtype)).mean(1)  # (B, D); one read: the mean over it is itself
+        return self.norm(out), self.norm(x[:, 1 + self.register_tokens.shape[1]:])
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Codes (B, L) long of equation (2) and features (B, D) (normalised CLS) of images (B, 3, S, S) in [-1, 1]."""
+        x = self.tokens(images)
+        z = self.logits(x).float().view(len(x), self.L, self.V)
+        return z.argmax(-1), self.norm(x[:, 0]).float()
+
+
+class DINOHead(nn.Module):
+    """MLP, L2 norm, then cosine similarity to prototypes of unit length. (..., D) → (..., K)."""
+
+    def __init__(self, width, hidden, bottleneck, prototypes):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
+        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck) * bottleneck ** -0.5)
+
+    def forward(self, x):
+        x = F.normalize(self.mlp(x).float(), dim=-1, eps=1e-6)  # (..., bottleneck)
+        return F.linear(x, F.normalize(self.prototypes, dim=-1))  # (..., K)
+
+
+class Student(nn.Module):
+    """Backbone and head; the teacher is another copy of it. One call does all views, so that DDP sees one forward."""
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, global_crops, local_crops=None, mask=None, chosen=None):
+        """global_crops (2B, 3, S, S), local_crops (K·B, 3, s, s), mask (2B, N), chosen: rows of the flattened (2B · N) patches.
+
+        Returns head outputs of the views (2B or 2B + K·B, prototypes), of the chosen patches (n, prototypes) or None,
+        and out (2B, D) of the global crops.
+        """
+        out, patches = self.backbone(global_crops, mask)  # (2B, D), (2B, N, D)
+        views = out if local_crops is None else torch.cat([out, self.backbone(local_crops)[0]])
+        masked = None if chosen is None else self.head(patches.flatten(0, 1)[chosen])
+        return self.head(views), masked, out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+def all_reduce_sum(x):
+    """Sum over processes, without gradient."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+@torch.no_grad()
+def sinkhorn(logits, temperature, iterations=3):
+    """Teacher targets (n, K) whose prototypes are used equally often over the whole batch (SwAV, used by DINOv2)."""
+    logits = logits.float() / temperature
+    top = logits.max()
+    if dist.is_initialized():
+        dist.all_reduce(top, dist.ReduceOp.MAX)
+    q = torch.exp(logits - top)  # (n, K)
+    for _ in range(iterations):
+        q = q / all_reduce_sum(q.sum(0, keepdim=True)).clamp(min=1e-30)  # each prototype the same mass
+        q = q / q.sum(1, keepdim=True)  # each sample a distribution
+    return q
+
+
+class Centering(nn.Module):
+    """Teacher targets softmax((logits − centre) / temperature), the centre a moving average of the teacher's mean logits (DINO)."""
+
+    def __init__(self, prototypes, momentum=0.9):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("centre", torch.zeros(1, prototypes))
+
+    @torch.no_grad()
+    def forward(self, logits, temperature):
+        """logits (n, K) → targets (n, K)."""
+        targets = ((logits - self.centre) / temperature).softmax(-1)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        self.centre.lerp_(all_reduce_sum(logits.mean(0, keepdim=True)) / world, 1 - self.momentum)
+        return targets
+
+
+def cross_entropy(targets, logits, temperature):
+    """− Σ_k t_k log s_k of equation (3), s = softmax(logits / temperature): (..., K), (..., K) → (...)."""
+    return -(targets * F.log_softmax(logits.float() / temperature, -1)).sum(-1)
+
+
+def dino_loss(targets, logits, temperature):
+    """Mean over all pairs of a teacher's global view i and a student's other view j. targets (2, B, K), logits (views, B, K)."""
+    pairs = [cross_entropy(targets[i], logits[j], temperature).mean() for i in range(2) for j in range(len(logits)) if i != j]
+    return sum(pairs) / len(pairs)
+
+
+def koleo_loss(x):
+    """− mean log distance to the nearest neighbour on the unit sphere (Sablayrolles et al. 2019), over all processes' samples. x (B, D)."""
+    x = F.normalize(x.float(), dim=-1, eps=1e-8)
+    if dist.is_initialized():
+        x = torch.cat(dist_nn.all_gather(x))
+    similarity = x @ x.T
+    nearest = similarity.detach().fill_diagonal_(-2).argmax(1)
+    return -torch.log((x - x[nearest]).norm(dim=1) + 1e-8).mean()
+
+
+MASK_RATIOS = (0.1, 0.23, 0.37, 0.5)  # of the patches, in every second image: the same number of masked patches in each batch
+
+
+def patch_masks(scores):
+    """iBOT masks (B, N) bool from uniform scores (B, N): image 2i hides MASK_RATIOS[i mod 4] of its patches, odd images none."""
+    ratio = torch.tensor([MASK_RATIOS[i // 2 % 4] if i % 2 == 0 else 0.0 for i in range(len(scores))], device=scores.device)
+    return scores.argsort(1).argsort(1) < (ratio * scores.shape[1]).round()[:, None]
+
+
+def step_loss(student, teacher, centering, images, draws, args, run):
+    """Equation (3) on images (b, 3, S, S) in [-1, 1]; returns the loss and its parts. `draws` gives all randomness."""
+    def views(size, scale, solarise):
+        crops = data.random_crops(images, size, scale, draws)
+        return data.colour_augment(crops, args.jitter, args.jitter_p, args.grey, args.blur, solarise, draws)
+
+    global_crops = torch.cat([views(args.global_size, args.global_scale, 0.0), views(args.global_size, args.global_scale, args.solarise)])
+    local_crops = torch.cat([views(args.local_size, args.local_scale, 0.0) for _ in range(args.locals)]) if args.locals else None
+    mask = chosen = None
+    if args.ibot > 0:
+        mask = torch.cat([patch_masks(draws.uniform((args.global_size // args.patch) ** 2)) for _ in range(2)])  # (2b, N)
+        chosen = mask.flatten().nonzero()[:, 0]
+    with run.autocast():
+        with torch.no_grad():
+            t_views, t_patches, _ = teacher(global_crops, chosen=chosen)
+        s_views, s_patches, out = student(global_crops, local_crops, mask, chosen)
+    targets = lambda logits, kind: (centering[kind] if args.centering == "centre" else sinkhorn)(logits, args.teacher_temperature)
+    per_view = lambda x: x.unflatten(0, (-1, len(images)))  # (views · b, K) → (views, b, K)
+    parts = {"dino": dino_loss(per_view(targets(t_views, "views")), per_view(s_views), args.student_temperature),
+             "koleo": sum(koleo_loss(view) for view in out.chunk(2)) / 2}
+    loss = parts["dino"] + args.koleo * parts["koleo"]
+    if args.ibot > 0:
+        weight = mask / mask.sum(1, keepdim=True).clamp(min=1)  # every masked image counts the same, however many patches
+        patches = cross_entropy(targets(t_patches, "patches"), s_patches, args.student_temperature)  # (n,)
+        parts["ibot"] = (patches * weight.flatten()[chosen]).sum() / len(images)  # half of the 2b views are masked
+        loss = loss + args.ibot * parts["ibot"]
+    return loss, parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# codes and report
+# ---------------------------------------------------------------------------------------------------------------------
+
+def build_backbone(config):
+    """The ViT of a dict of settings (a checkpoint's config, or vars(args))."""
+    keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "stem", "drop_path", "layer_scale")
+    return ViT(config["global_size"], **{k: config[k] for k in keys})
+
+
+def load_tokenizer(args, device):
+    """The trained teacher from OUT/<dataset>/tokenizer.pt, ready to encode. Returns (backbone, config)."""
+    state = data.load_checkpoint(data.run_folder(args) / "tokenizer.pt", "tokenizer", args)
+    backbone = build_backbone(state["config"])
+    backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in state["ema"].items() if k.startswith("backbone.")})
+    return backbone.to(device).eval(), state["config"]
+
+
+def encode_images(backbone, images, config, run):
+    """Codes (B, L) and features (B, D) of images (B, 3, S, S) uint8."""
+    x = data.unit(images.to(run.device))
+    if x.shape[-1] != config["global_size"]:
+        x = F.interpolate(x, size=config["global_size"], mode="bicubic", antialias=True)
+    with run.autocast():
+        return backbone.encode(x)
+
+
+def encode_dataset(backbone, dataset, config, run, batch=500):
+    """Codes (N, 2 flips, L) of the whole dataset and features (N, D) float16 of the unflipped images; processes share the work."""
+    rows = np.array_split(np.arange(len(dataset)), run.world)[run.rank]
+    codes, features = [], []
+    for start in tqdm(range(0, len(rows), batch), desc="encode", disable=not run.bar):
+        images = dataset.pixels(rows[start:start + batch])
+        both = [encode_images(backbone, x, config, run) for x in (images, images.flip(3))]
+        codes.append(torch.stack([c for c, _ in both], 1).cpu())
+        features.append(both[0][1].half().cpu())
+    codes, features = torch.cat(codes).numpy().astype(data.code_type(config["values"])), torch.cat(features)
+    if run.world > 1:
+        gathered = [None] * run.world
+        dist.all_gather_object(gathered, (codes, features))
+        codes, features = np.concatenate([c for c, _ in gathered]), torch.cat([f for _, f in gathered])
+    return codes, features
+
+
+def linear_probe(x, y, sizes, tests):
+    """Fit one linear softmax classifier a factor by L-BFGS; x (n, d), y (n, F) long, sizes: values a factor.
+
+    tests {name: (x, y)} → {name: [accuracy a factor]}. Inputs are standardised by the training mean and deviation.
+    """
+    mean, std = x.mean(0), x.std(0) + 1e-3
+    weight = torch.zeros(x.shape[1] + 1, sum(sizes), device=x.device, requires_grad=True)
+    scores = lambda x: (((x - mean) / std) @ weight[1:] + weight[0]).split(sizes, 1)
+    optimizer = torch.optim.LBFGS([weight], max_iter=60, history_size=5, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum(F.cross_entropy(s, y[:, k]) for k, s in enumerate(scores(x))) + 1e-4 * weight[1:].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        return {name: [(s.argmax(1) == ty[:, k]).float().mean().item() for k, s in enumerate(scores(tx))] for name, (tx, ty) in tests.items()}
+
+
+def knn(x, y, sizes, tests, k=20):
+    """Accuracy a factor of a vote of the k nearest training rows by inner product; arguments as linear_probe."""
+    result = {}
+    for name, (tx, ty) in tests.items():
+        nearest = torch.cat([(part @ x.T).topk(k, 1).indices for part in tx.split(500)])  # (n, k)
+        result[name] = [(F.one_hot(y[nearest, f], sizes[f]).sum(1).argmax(1) == ty[:, f]).float().mean().item() for f in range(len(sizes))]
+    return result
+
+
+def report(dataset, codes, features, values, run, most=10_000):
+    """Everything the tokenizer is judged by, on all splits but train: see the README's table for what each line means."""
+    rng = np.random.default_rng(0)
+    rows = {s: np.sort(rng.choice(r, most, replace=False)) if len(r) > most else np.array(r) for s, r in dataset.splits.items()}
+    inputs = {"codes": lambda r: F.one_hot(torch.from_numpy(codes[r, 0].astype(np.int64)), values).flatten(1).float(),
+              "features": lambda r: F.normalize(features[r].float(), dim=1)}
+    train = codes[dataset.splits["train"].start:dataset.splits["train"].stop, 0]
+    usage = np.stack([np.bincount(train[:, k], minlength=values) for k in range(train.shape[1])]) / len(train)  # (L, V)
+    entropy = -(usage * np.log2(np.maximum(usage, 1e-12))).sum(1)
+    result = {"values used": float((usage > 0).mean()), "entropy per position": float(entropy.mean()), "lowest entropy": float(entropy.min()),
+              "distinct codes": len(np.unique(train, axis=0)) / len(train)}
+    sizes = [len(v) for v in dataset.factors.values()]
+    for name, read in inputs.items() if sizes else ():
+        x, y = read(rows["train"]).to(run.device), dataset.labels[rows["train"]].to(run.device)
+        tests = {s: (read(r).to(run.device), dataset.labels[r].to(run.device)) for s, r in rows.items() if s != "train"}
+        for method, accuracies in (("linear", linear_probe(x, y, sizes, tests)), ("knn", knn(x, y, sizes, tests))):
+            for split, values_ in accuracies.items():
+                result[f"{method} on {name}, {split}"] = {f: round(a, 4) for f, a in zip(dataset.factors, values_)}
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+# ---------------------------------------------------------------------------------------------------------------------
+
+def block_flops(tokens, width, mlp=4.0):
+    """Forward FLOPs of one transformer block on one sample: projections and MLP, then attention (a multiply-add counts 2)."""
+    return 2 * tokens * (4 + 2 * mlp) * width ** 2 + 4 * tokens ** 2 * width
+
+
+def training_flops(args):
+    """FLOPs of one step: a global crop costs 4 forwards (3 student, 1 teacher), a local crop 3; heads and stem counted, norms not."""
+    D, head = args.width, 2 * (args.width * args.head_hidden + args.head_hidden ** 2 + args.head_hidden * args.bottleneck + args.bottleneck * args.prototypes)
+
+    def view(size):
+        side = size // args.patch
+        n = side ** 2
+        stem, channels = 0, 3
+        for k in range(args.stem):
+            stem, channels = stem + 2 * (size >> k + 1) ** 2 * 9 * channels * (32 << k), 32 << k
+        patches = 2 * n * channels * (args.patch >> args.stem) ** 2 * D
+        reads, inputs = (1, 5 * D) if args.sem_read == "registers" else (n, D)
+        per_read = args.codes * args.values / (1 if args.sem_read == "registers" else (args.global_size // args.patch) ** 2)
+        return stem + patches + args.depth * block_flops(n + 5, D) + reads * 2 * per_read * (inputs + D) + head
+
+    masked = sum(round(r * (args.global_size // args.patch) ** 2) for r in MASK_RATIOS) / 8 if args.ibot > 0 else 0  # a global view
+    return args.batch_size * (2 * 4 * (view(args.global_size) + masked * head) + 3 * args.locals * view(args.local_size))
+
+
+def add_flags(parser):
+    """The tokenizer's own flags; the defaults are the shapes values."""
+    g = parser.add_argument_group("model")
+    g.add_argument("--patch", type=data.positive, default=8, help="patch side in pixels")
+    g.add_argument("--width", type=data.positive, default=192, help="D, width of the tokens")
+    g.add_argument("--depth", type=data.positive, default=4, help="transformer blocks")
+    g.add_argument("--heads", type=data.positive, default=3, help="attention heads")
+    g.add_argument("--stem", type=int, default=2, help="halving convolutions before the patch projection; 0: DINOv2's plain patches")
+    g.add_argument("--layer-scale", type=float, default=1.0, help="start of the gains on residual branches")
+    g.add_argument("--drop-path", type=data.share, default=0.0, help="probability of dropping a residual branch")
+    g.add_argument("--codes", type=data.positive, default=32, help="L, code positions")
+    g.add_argument("--values", type=data.positive, default=16, help="V, values per position")
+    g.add_argument("--tau", type=data.non_negative, default=1.0, help="temperature of the SEM's softmax in training")
+    g.add_argument("--sem-read", choices=("registers", "patches"), default="patches",
+                   help="what the SEM reads: CLS and registers together (the paper), or each patch token its own positions")
+    g = parser.add_argument_group("loss")
+    g.add_argument("--head-hidden", type=data.positive, default=512, help="hidden width of the DINO head")
+    g.add_argument("--bottleneck", type=data.positive, default=128, help="output width of the DINO head")
+    g.add_argument("--prototypes", type=data.positive, default=512, help="K, prototypes of the DINO head")
+    g.add_argument("--student-temperature", type=float, default=0.1, help="temperature of the student's softmax")
+    g.add_argument("--teacher-temperature", type=float, default=0.04, help="temperature of the teacher's softmax")
+    g.add_argument("--centering", choices=("sinkhorn", "centre"), default="sinkhorn", help="how the teacher's targets are kept from collapsing")
+    g.add_argument("--momentum", type=data.share, default=0.98, help="of the teacher, rising to 1 by a cosine")
+    g.add_argument("--ibot", type=data.non_negative, default=0.5, help="weight of the masked-patch loss; 0: none")
+    g.add_argument("--koleo", type=data.non_negative, default=0.1, help="weight of KoLeo")
+    g = parser.add_argument_group("views")
+    g.add_argument("--global-size", type=data.positive, default=32, help="side of global crops in pixels")
+    g.add_argument("--global-scale", type=data.share, nargs=2, default=[0.6, 1.0], help="share of the area of a global crop, from and to")
+    g.add_argument("--locals", type=int, default=2, help="local crops per image")
+    g.add_argument("--local-size", type=data.positive, default=16, help="side of local crops in pixels")
+    g.add_argument("--local-scale", type=data.share, nargs=2, default=[0.2, 0.5], help="share of the area of a local crop")
+    g.add_argument("--jitter", type=data.share, nargs=4, default=[0.15, 0.15, 0.0, 0.0], help="brightness, contrast, saturation, hue: largest change")
+    g.add_argument("--jitter-p", type=data.share, default=0.8, help="probability of the jitter")
+    g.add_argument("--grey", type=data.share, default=0.0, help="probability of grey")
+    g.add_argument("--blur", type=data.share, default=0.0, help="probability of blur")
+    g.add_argument("--solarise", type=data.share, default=0.0, help="probability of solarisation, on the second global crop")
+
+
+def check_flags(parser, args):
+    """What argparse cannot see: sizes that must divide."""
+    if args.width % args.heads:
+        parser.error(f"argument --heads: {args.heads} does not divide --width {args.width}")
+    if args.patch % (1 << args.stem) if args.stem >= 0 else True:
+        parser.error(f"argument --stem: {args.stem} halvings do not fit in --patch {args.patch}")
+    for name in ("global_size", "local_size"):
+        if getattr(args, name) % args.patch:
+            parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} is no multiple of --patch {args.patch}")
+    if args.sem_read == "patches" and args.codes % (args.global_size // args.patch) ** 2:
+        parser.error(f"argument --codes: {args.codes} is no multiple of the {(args.global_size // args.patch) ** 2} patches that --sem-read patches reads")
+    if args.locals < 0 or args.values < 2 or args.tau == 0 or args.student_temperature <= 0 or args.teacher_temperature <= 0:
+        parser.error("arguments --locals, --values, --tau, --student-temperature, --teacher-temperature: expected >= 0, >= 2, > 0, > 0, > 0")
+    if args.accumulate != 1:
+        parser.error("argument --accumulate: Sinkhorn and KoLeo look at the whole batch; use more processes instead")
+    if args.ibot > 0 and args.batch_size % 8:
+        parser.error(f"argument --batch-size: {args.batch_size} is no multiple of 8, the cycle of the iBOT masks")
+
+
+def main(argv=None):
+    """Train the tokenizer, encode the dataset, report."""
+    parser = data.make_parser(__doc__)
+    data.add_training_flags(parser, steps=1000, batch_size=128, lr=2e-3, warmup=100)
+    add_flags(parser)
+    args = data.parse(parser, PRESETS, argv)
+    check_flags(parser, args)
+    run = data.Run(args, lock="tokenizer")
+    torch.manual_seed(args.seed)
+    student = Student(build_backbone(vars(args)), DINOHead(args.width, args.head_hidden, args.bottleneck, args.prototypes)).to(run.device)
+    flops = training_flops(args)
+    if args.dry_run:
+        return data.describe(args, student, flops, run)
+    dataset, path = data.load_dataset(args), run.folder / "tokenizer.pt"
+    centering = nn.ModuleDict({k: Centering(args.prototypes) for k in ("views", "patches")}).to(run.device)
+    optimizers, teacher_average = data.Optimizers(student, args), data.EMA(student, args.momentum)
+    state = data.resume(path, "tokenizer", args, trained_on=None)
+    if state:
+        student.load_state_dict(state["model"]), teacher_average.load_state_dict(state["ema"])
+        optimizers.load_state_dict(state["optimizer"]), centering.load_state_dict(state["centering"])
+    teacher = Student(build_backbone(vars(args)), DINOHead(args.width, args.head_hidden, args.bottleneck, args.prototypes)).to(run.device)
+    teacher_average.into(teacher.requires_grad_(False).eval())  # the averages are the teacher's own parameters from here on
+
+    def save(step):
+        if run.main:
+            data.save_checkpoint(path, stage="tokenizer", config=vars(args), step=step, model=student.state_dict(), ema=teacher.state_dict(),
+                                 optimizer=optimizers.state_dict(), centering=centering.state_dict(), trained_on=None)
+
+    start = state["step"] if state else 0
+    trained = run.wrap(student, args)
+    log, meter = data.Log(run, "tokenizer", args.tensorboard), data.Meter(run, args, flops, start)
+    for step, rows, images in data.image_batches(dataset, run, args, start):
+        run.seed_step(args.seed, step)
+        draws = data.Draws(args.seed, step, run, args.batch_size)
+        loss, parts = step_loss(trained, teacher, centering, data.unit(images), draws, args, run)
+        loss.backward()
+        norm = optimizers.step(data.warmup_cosine(step, args), step)
+        teacher_average.decay = data.cosine(step, args.steps, args.momentum, 1.0)
+        teacher_average.update(step)
+        meter.tick(step, log, loss=loss, norm=norm, **parts)
+        stopping = run.stopping()
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
+            save(step + 1)
+        if stopping:
+            return data.stopped(path, step + 1, args, run)
+
+    codes_path = run.folder / "codes.json"
+    if start < args.steps or not codes_path.exists() or json.loads(codes_path.read_text())["tokenizer"] != data.file_checksum(path):
+        codes, features = encode_dataset(teacher.backbone, dataset, vars(args), run)
+        if run.main:
+            data.write_codes(run.folder, codes, args.values, dataset.splits)
+            result = report(dataset, codes, features, args.values, run)
+            data.write_atomic(run.folder / "tokenizer.json", lambda p: p.write_text(json.dumps(result, indent=1)))
+    if run.main:
+        for name, value in json.loads((run.folder / "tokenizer.json").read_text()).items():
+            line = " ".join(f"{k} {v:.3f}" for k, v in value.items()) if isinstance(value, dict) else f"{value:.3f}"
+            print(f"{name:44} {line}")
+    run.close()
+
+
+if __name__ == "__main__":
+    main()
