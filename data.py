@@ -107,16 +107,16 @@ def draw_shapes(labels, nuisance, size=32):
     y, x = (g.expand(n, size, size) for g in torch.meshgrid(grid, grid, indexing="ij"))
     ink = lambda d: (0.5 - d * size / 32).clamp(0, 1)  # signed distance in pixels → coverage (anti-aliasing)
 
-    phase = (nuisance[:, 3:5, None, None] * 2 - 1) * 1.0
+    phase = (nuisance[:, 3:5, None, None] * 2 - 1) * 0.5
     u, v = x + phase[:, :1, 0], y + phase[:, 1:, 0]
     wave = lambda a: (a % 8 - 4).abs() - 2  # triangle wave of period 8, zero at the edges of a band of width 4
     pattern = torch.stack([
         torch.zeros_like(u), ink(wave(u + v) / math.sqrt(2)),
         (ink(wave(u)) - ink(wave(v))).abs(), ink(torch.hypot((u % 8) - 4, (v % 8) - 4) - 2.2)], 1)
     pattern = pattern[torch.arange(n), labels[:, 3]]  # (N, S, S)
-    image = (0.66 - 0.26 * pattern)[:, None].expand(n, 3, size, size)
+    image = (0.68 - 0.20 * pattern)[:, None].expand(n, 3, size, size)
 
-    radius = torch.tensor([6.0, 9.5])[labels[:, 2]][:, None, None]
+    radius = torch.tensor([6.5, 10.0])[labels[:, 2]][:, None, None]
     cx, cy = x - shift[:, 0, None, None], y - shift[:, 1, None, None]
     cos, sin = tilt.cos()[:, None, None], tilt.sin()[:, None, None]
     cx, cy = (cx * cos + cy * sin) / radius, (cy * cos - cx * sin) / radius
@@ -125,7 +125,7 @@ def draw_shapes(labels, nuisance, size=32):
         rows = labels[:, 0] == k
         distance[rows] = signed_distance(shape, cx[rows], cy[rows])
     palette = lambda names: torch.tensor([RGB[name] for name in names])
-    colour = palette(SHAPES["colour"])[labels[:, 1]] + (nuisance[:, 5:8] - 0.5) * 0.08
+    colour = palette(SHAPES["colour"])[labels[:, 1]] + (nuisance[:, 5:8] - 0.5) * 0.04
     alpha = ink(distance * radius)[:, None]
     image = image * (1 - alpha) + colour.clamp(0, 1)[:, :, None, None] * alpha
 
@@ -482,15 +482,15 @@ def to_bytes(images):
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def random_crops(images, size, scale, draws, ratio=(3 / 4, 4 / 3)):
+def random_crops(images, size, scale, ratio, draws):
     """Random resized crop and flip (p 0.5) of a batch. images (B, 3, S, S) in [-1, 1] → (B, 3, size, size).
 
-    scale: the crop's share of the area; ratio: width / height. Bilinear, one box a picture, all in one grid_sample.
+    scale: the crop's share of the area, from and to; ratio: smallest width / height, the largest is its inverse. Bilinear, one box a picture, all in one grid_sample.
     """
     b, device = len(images), images.device
     u = draws.uniform(5).T
     area = scale[0] + (scale[1] - scale[0]) * u[0]
-    shape = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * u[1])
+    shape = torch.exp((2 * u[1] - 1) * math.log(ratio))
     width, height = (area * shape).sqrt().clamp(max=1), (area / shape).sqrt().clamp(max=1)
     left, top = (1 - width) * (2 * u[2] - 1), (1 - height) * (2 * u[3] - 1)
     sign = torch.where(u[4] < 0.5, -1.0, 1.0)
@@ -665,7 +665,7 @@ def open_codes(args):
         codes, about = np.load(path, mmap_mode="r"), json.loads(about_path.read_text())
         L, V, count = about["L"], about["V"], about["count"]
         about["splits"] = {k: range(*r) for k, r in about["splits"].items()}
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as problem:
         fail(f"{path}: not a readable code file ({problem}); {again}")
     if codes.shape != (count, 2, L) or codes.dtype != code_type(V):
         fail(f"{path}: holds {codes.shape} {codes.dtype}, codes.json says {(count, 2, L)} {np.dtype(code_type(V))}; {again}")

@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 PRESETS = {
     "cifar10": dict(steps=40_000, batch_size=512, patch=4, width=384, depth=8, heads=6, codes=64, values=64, prototypes=4096,
-                    jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, solarise=0.2, global_scale=[0.4, 1.0], momentum=0.992, warmup=2000),
-    "folder": dict(steps=3000, prototypes=1024, jitter=[0.2, 0.2, 0.1, 0.05], global_scale=[0.4, 1.0]),
+                    jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, solarise=0.2, global_scale=[0.4, 1.0], ratio=0.75, momentum=0.992, warmup=2000),
+    "folder": dict(steps=3000, prototypes=1024, jitter=[0.2, 0.2, 0.1, 0.05], global_scale=[0.4, 1.0], ratio=0.75),
     "imagenet": dict(steps=125_000, batch_size=256, image_size=256, patch=14, width=1024, depth=24, heads=16, stem=0, codes=512, values=256,
-                     global_size=224, global_scale=[0.32, 1.0], locals=8, local_size=98, local_scale=[0.05, 0.32], prototypes=65_536,
+                     global_size=224, global_scale=[0.32, 1.0], ratio=0.75, locals=8, local_size=98, local_scale=[0.05, 0.32], prototypes=65_536,
                      head_hidden=2048, bottleneck=256, teacher_temperature=0.07, jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, blur=0.5, solarise=0.2,
                      lr=5e-5, lr_matrix=0.0, lr_final=0.02, warmup=12_500, weight_decay=0.04, momentum=0.992, drop_path=0.3, workers=12),
 }
@@ -115,7 +115,7 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """Vision transformer with registers and the simplicial embedding."""
 
-    def __init__(self, image_size, patch, width, depth, heads, codes, values, tau, sem_read, registers=4, stem=0, drop_path=0.0, layer_scale=1e-5):
+    def __init__(self, image_size, patch, width, depth, heads, codes, values, tau, sem_read, registers, stem=0, drop_path=0.0, layer_scale=1e-5):
         super().__init__()
         self.side, self.L, self.V, self.tau, self.sem_read = image_size // patch, codes, values, tau, sem_read
         self.patch_embed = PatchEmbed(patch, width, stem)
@@ -173,10 +173,11 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """Codes (B, L) long of equation (2) and features (B, D) (normalised CLS) of images (B, 3, S, S) in [-1, 1]."""
+        """Codes (B, L) long of equation (2) and features (B, D) of images (B, 3, S, S) in [-1, 1]: the normalised CLS, or the
+        mean of the normalised patches where the SEM reads those."""
         x = self.tokens(images)
-        z = self.logits(x).float().view(len(x), self.L, self.V)
-        return z.argmax(-1), self.norm(x[:, 0]).float()
+        z, normal = self.logits(x).float().view(len(x), self.L, self.V), self.norm(x).float()
+        return z.argmax(-1), normal[:, 0] if self.sem_read == "registers" else normal[:, 1 + self.register_tokens.shape[1]:].mean(1)
 
 
 class DINOHead(nn.Module):
@@ -286,7 +287,7 @@ def patch_masks(scores):
 def step_loss(student, teacher, centering, images, draws, args, run):
     """Equation (3) on images (b, 3, S, S) in [-1, 1]; returns the loss and its parts. `draws` gives all randomness."""
     def views(size, scale, solarise):
-        crops = data.random_crops(images, size, scale, draws)
+        crops = data.random_crops(images, size, scale, args.ratio, draws)
         return data.colour_augment(crops, args.jitter, args.jitter_p, args.grey, args.blur, solarise, draws)
 
     global_crops = torch.cat([views(args.global_size, args.global_scale, 0.0), views(args.global_size, args.global_scale, args.solarise)])
@@ -318,7 +319,7 @@ def step_loss(student, teacher, centering, images, draws, args, run):
 
 def build_backbone(config):
     """The ViT of a dict of settings (a checkpoint's config, or vars(args))."""
-    keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "stem", "drop_path", "layer_scale")
+    keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "registers", "stem", "drop_path", "layer_scale")
     return ViT(config["global_size"], **{k: config[k] for k in keys})
 
 
@@ -427,9 +428,9 @@ def training_flops(args):
         for k in range(args.stem):
             stem, channels = stem + 2 * (size >> k + 1) ** 2 * 9 * channels * (32 << k), 32 << k
         patches = 2 * n * channels * (args.patch >> args.stem) ** 2 * D
-        reads, inputs = (1, 5 * D) if args.sem_read == "registers" else (n, D)
+        reads, inputs = (1, (1 + args.registers) * D) if args.sem_read == "registers" else (n, D)
         per_read = args.codes * args.values / (1 if args.sem_read == "registers" else (args.global_size // args.patch) ** 2)
-        return stem + patches + args.depth * block_flops(n + 5, D) + reads * 2 * per_read * (inputs + D) + head
+        return stem + patches + args.depth * block_flops(n + 1 + args.registers, D) + reads * 2 * per_read * (inputs + D) + head
 
     masked = sum(round(r * (args.global_size // args.patch) ** 2) for r in MASK_RATIOS) / 8 if args.ibot > 0 else 0  # a global view
     return args.batch_size * (2 * 4 * (view(args.global_size) + masked * head) + 3 * args.locals * view(args.local_size))
@@ -448,6 +449,7 @@ def add_flags(parser):
     g.add_argument("--codes", type=data.positive, default=32, help="L, code positions")
     g.add_argument("--values", type=data.positive, default=16, help="V, values per position")
     g.add_argument("--tau", type=data.non_negative, default=1.0, help="temperature of the SEM's softmax in training")
+    g.add_argument("--registers", type=int, default=4, help="register tokens beside CLS")
     g.add_argument("--sem-read", choices=("registers", "patches"), default="patches",
                    help="what the SEM reads: CLS and registers together (the paper), or each patch token its own positions")
     g = parser.add_argument_group("loss")
@@ -463,6 +465,7 @@ def add_flags(parser):
     g = parser.add_argument_group("views")
     g.add_argument("--global-size", type=data.positive, default=32, help="side of global crops in pixels")
     g.add_argument("--global-scale", type=data.share, nargs=2, default=[0.6, 1.0], help="share of the area of a global crop, from and to")
+    g.add_argument("--ratio", type=data.share, default=0.9, help="smallest width / height of a crop; the largest is its inverse")
     g.add_argument("--locals", type=int, default=2, help="local crops per image")
     g.add_argument("--local-size", type=data.positive, default=16, help="side of local crops in pixels")
     g.add_argument("--local-scale", type=data.share, nargs=2, default=[0.2, 0.5], help="share of the area of a local crop")

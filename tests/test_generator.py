@@ -1,0 +1,161 @@
+"""The generator's parts: code embedding, DiT, flow loss, ODE solver, guidance."""
+import math
+import types
+
+import data
+import generator
+import pytest
+import torch
+
+
+def dit(condition="both", predict="x", seed=0, **change):
+    torch.manual_seed(seed)
+    settings = dict(image_size=16, patch=4, stem=1, width=32, depth=2, heads=2, codes=8, values=5, groups=4, condition=condition, predict=predict)
+    model = generator.DiT(**settings | change)
+    for p in model.parameters():  # the zero initialisation would hide everything that is tested here
+        if not p.abs().sum() > 0:
+            torch.nn.init.normal_(p, std=0.05)
+    return model.eval()
+
+
+def test_starts_as_the_identity_of_nothing():
+    torch.manual_seed(0)
+    model = generator.DiT(16, 4, 0, 32, 2, 2, 8, 5, 4, "both", "x")
+    assert model(torch.randn(2, 3, 16, 16), torch.rand(2), torch.zeros(2, 8).long()).abs().max() == 0
+
+
+@pytest.mark.parametrize("condition", ["both", "mean", "context", "none"])
+def test_each_way_of_reading_the_code_sees_every_position(condition):
+    model, z, t, codes = dit(condition), torch.randn(1, 3, 16, 16), torch.rand(1), torch.zeros(1, 8).long()
+    for position in range(8):
+        other = codes.clone()
+        other[0, position] = 3
+        assert torch.equal(model(z, t, codes), model(z, t, other)) == (condition == "none")
+
+
+def test_code_embedding_is_the_mean_over_each_group_and_deviates_by_point_seven():
+    torch.manual_seed(0)
+    embedding = generator.CodeEmbedding(8, 5, 4, 1000)
+    codes = torch.randint(0, 6, (3, 8))
+    table = embedding.table.view(8, 6, 1000)
+    expected = torch.stack([torch.stack([(table[2 * g, c[2 * g]] + table[2 * g + 1, c[2 * g + 1]]) / 2 for g in range(4)]) for c in codes])
+    assert torch.allclose(embedding(codes), expected, atol=1e-6) and abs(embedding(codes).std() - 0.7) < 0.05
+
+
+def test_time_matters_and_samples_do_not_see_each_other():
+    model, z, codes = dit(), torch.randn(3, 3, 16, 16), torch.randint(0, 6, (3, 8))
+    t = torch.tensor([0.1, 0.5, 0.9])
+    together = model(z, t, codes)
+    assert torch.allclose(together[1:2], model(z[1:2], t[1:2], codes[1:2]), atol=1e-5)
+    assert not torch.allclose(model(z[:1], t[:1], codes[:1]), model(z[:1], t[1:2], codes[:1]), atol=1e-4)
+
+
+# --- loss -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("predict", ["x", "v"])
+def test_the_loss_is_zero_for_the_true_velocity_and_right_for_a_known_error(run, predict):
+    args = types.SimpleNamespace(t_mean=-0.4, t_std=0.7, predict=predict)
+    x, seen = torch.randn(64, 3, 8, 8), {}
+
+    def perfect(z, t, codes, error=0.0):
+        seen["t"] = t
+        t = t[:, None, None, None]
+        e = (z - t * x) / (1 - t)
+        return (x if predict == "x" else x - e) + error
+
+    assert generator.flow_loss(perfect, x, None, data.Draws(0, 0, run, 64), args, run) < 1e-8
+    off = generator.flow_loss(lambda *a: perfect(*a, error=0.1), x, None, data.Draws(0, 0, run, 64), args, run)
+    weight = 1 / (1 - seen["t"]).clamp(min=0.05) if predict == "x" else torch.ones(64)
+    assert torch.allclose(off, (0.1 * weight).square().mean(), rtol=1e-3)
+
+
+def test_times_are_logit_normal(run):
+    args, seen = types.SimpleNamespace(t_mean=-0.4, t_std=1.2, predict="v"), []
+    generator.flow_loss(lambda z, t, c: seen.append(t) or z, torch.zeros(20_000, 1, 1, 1), None, data.Draws(0, 0, run, 20_000), args, run)
+    logit = torch.logit(seen[0])
+    assert abs(logit.mean() + 0.4) < 0.03 and abs(logit.std() - 1.2) < 0.03
+
+
+def test_codes_are_dropped_and_swapped_as_often_as_said(run):
+    codes, others = torch.zeros(20_000, 16).long(), torch.ones(20_000, 16).long()
+    seen = generator.corrupt_codes(codes, others, 9, data.Draws(0, 0, run, 20_000), drop=0.1, swap=0.5)
+    dropped = (seen == 9).any(1)
+    assert torch.equal(dropped, (seen == 9).all(1)) and abs(dropped.float().mean() - 0.1) < 0.01
+    kept = seen[~dropped].float()
+    assert abs(kept.mean() - 0.5 * 0.25) < 0.01 and kept.mean(1).max() < 0.95  # half of them, a quarter of the positions on average
+    assert torch.equal(generator.corrupt_codes(codes, others, 9, data.Draws(0, 0, run, 20_000), 0.0, 0.0), codes)
+
+
+# --- sampler --------------------------------------------------------------------------------------------------------
+
+def test_solvers_reach_the_known_solution_at_their_order():
+    """dz/dt = a z + cos t has a closed solution; halving the step divides Euler's error by 2 and Heun's by about 4."""
+    a, z0 = -1.5, torch.tensor([1.0, -2.0])
+    field = lambda z, t: a * z + math.cos(t)
+    particular = lambda t: (math.sin(t) - a * math.cos(t)) / (1 + a * a)
+    exact = particular(1.0) + (z0 - particular(0.0)) * math.exp(a)
+    error = lambda steps, method: (generator.integrate(field, z0, steps, method) - exact).abs().max().item()
+    assert 1.8 < error(40, "euler") / error(80, "euler") < 2.2
+    assert error(80, "heun") < error(80, "euler") / 10 and 3 < error(40, "heun") / error(80, "heun") < 5  # its last step is Euler's
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_a_single_image_is_reached_exactly_and_gaussian_data_keep_their_spread(run, method):
+    x = torch.randn(1, 3, 8, 8)
+    one_image = lambda z, t: (x - z) / (1 - t)
+    assert torch.allclose(generator.integrate(one_image, torch.randn(1, 3, 8, 8), 5, method), x, atol=1e-5)
+    sigma = 0.5  # data N(0, sigma²): v = E[x − e | z] = (t sigma² − (1 − t)) / (t² sigma² + (1 − t)²) · z
+    field = lambda z, t: (t * sigma ** 2 - (1 - t)) / (t ** 2 * sigma ** 2 + (1 - t) ** 2) * z
+    samples = generator.integrate(field, torch.randn(20_000, generator=torch.Generator().manual_seed(0)), 100, method)
+    assert abs(samples.std() - sigma) < 0.02
+
+
+class Counting:
+    """A generator whose velocity is a constant that depends on the code, and which counts its calls."""
+    V, condition, predict = 5, "both", "v"
+
+    def __init__(self, value=None):
+        self.value, self.calls = value, []
+
+    def __call__(self, z, t, codes):
+        self.calls.append(len(z))
+        value = codes.float().mean(1) if self.value is None else torch.full((len(z),), self.value)
+        return value[:, None, None, None].expand_as(z)
+
+
+def test_guidance_is_linear_one_means_none_and_the_interval_holds(run):
+    codes, z = torch.ones(2, 8).long(), torch.zeros(2, 3, 4, 4)  # with code: velocity 1, without: 5
+    at = lambda guidance, interval, t, model: generator.guided_field(model, codes, guidance, interval, run)(z, t)[0, 0, 0, 0].item()
+    for guidance, expected, calls in ((1.0, 1.0, [2]), (0.0, 5.0, [4]), (3.0, 5 + 3 * (1 - 5), [4])):
+        model = Counting()
+        assert at(guidance, [0, 1], 0.5, model) == pytest.approx(expected) and model.calls == calls
+    for t, expected in ((0.1, 1.0), (0.3, -7.0), (0.6, -7.0), (0.7, 1.0)):
+        assert at(3.0, [0.3, 0.6], t, Counting()) == pytest.approx(expected)
+
+
+def test_guidance_by_a_weaker_model(run):
+    codes, z, model, weak = torch.ones(2, 8).long(), torch.zeros(2, 3, 4, 4), Counting(), Counting(0.25)
+    v = generator.guided_field(model, codes, 2.0, [0, 1], run, weak)(z, 0.5)
+    assert torch.allclose(v, torch.tensor(0.25 + 2 * (1 - 0.25))) and model.calls == weak.calls == [2]
+
+
+def test_images_follow_from_seed_and_number_alone(run):
+    model, codes = dit(), torch.randint(0, 5, (5, 8))
+    sampler = {"steps": 3, "method": "heun", "guidance": 2.0, "interval": [0.0, 1.0]}
+    whole = generator.generate(model, codes, 5, sampler, run, seed=4)
+    split = generator.generate(model, codes, 5, sampler, run, seed=4, batch=2)
+    assert whole.dtype == torch.uint8 and whole.shape == (5, 3, 16, 16) and (whole.int() - split.int()).abs().max() <= 1
+    assert not torch.equal(generator.generate(model, codes, 5, sampler, run, seed=5), whole)
+
+
+@pytest.mark.parametrize("patch, stem, condition", [(4, 0, "both"), (8, 2, "mean"), (4, 1, "none")])
+def test_flops_formula_counts_what_torch_counts(patch, stem, condition):
+    from torch.utils.flop_counter import FlopCounterMode
+    parser = data.make_parser("")
+    data.add_training_flags(parser, 1, 4, 0.1, 0)
+    generator.add_flags(parser)
+    args = data.parse(parser, {}, ["--patch", str(patch), "--stem", str(stem), "--condition", condition, "--width", "96"])
+    args.codes, args.values = 16, 8
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        generator.build_generator(vars(args))(torch.randn(4, 3, 32, 32), torch.rand(4), torch.zeros(4, 16).long())
+    assert abs(counter.get_total_flops() * 3 / (generator.training_flops(args) / args.batch_size * 4) - 1) < 0.03

@@ -1,0 +1,113 @@
+"""Pictures and scores: mixing codes, the Fréchet distance, the judge, and the table."""
+import json
+import os
+
+import data
+import numpy as np
+import prior
+import pytest
+import sample
+import tokenizer
+import torch
+from conftest import refused, script
+from PIL import Image
+
+
+def test_mixing_takes_each_position_from_a_parent_by_its_weight():
+    codes = torch.arange(3)[:, None].expand(3, 3000)
+    mixed = sample.mix_codes(codes, [0.5, 0.3, 0.2], torch.Generator().manual_seed(0))
+    assert (torch.bincount(mixed) / 3000 - torch.tensor([0.5, 0.3, 0.2])).abs().max() < 0.03
+    assert (sample.mix_codes(codes, [0, 1, 0], torch.Generator()) == 1).all()
+
+
+def test_mixing_by_positions_takes_those_from_the_first():
+    codes = torch.tensor([[1, 1, 1, 1], [2, 2, 2, 2]])
+    assert sample.mix_codes(codes, [0.5, 0.5], torch.Generator(), [0, 2]).tolist() == [1, 2, 1, 2]
+
+
+def test_frechet_distance_of_gaussians_with_known_distance():
+    rng = torch.Generator().manual_seed(0)
+    a = torch.randn(200_000, 3, generator=rng, dtype=torch.float64)
+    assert abs(sample.frechet(a, a)) < 1e-9
+    b = torch.randn(200_000, 3, generator=rng, dtype=torch.float64) * torch.tensor([1.0, 2.0, 3.0]) + torch.tensor([1.0, 0, 0])
+    assert abs(sample.frechet(a, b) - (1 + 0 + 1 + 4)) < 0.05  # |m|² + Σ (σ₁ − σ₂)²
+
+
+def test_nearest_distance_counts_differing_positions():
+    train = np.array([[0, 0, 0, 0], [1, 1, 1, 1]])
+    assert sample.nearest_distance(torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [2, 2, 0, 1]]), train, 3).tolist() == [1, 0, 3]
+
+
+def test_blends_differ_from_both_of_their_drawings_and_the_batch_is_a_function_of_the_step():
+    args = type("Args", (), {"dataset": "shapes", "image_size": 32})
+    images, labels, blends = sample.judge_batch(None, args, 5)
+    again = sample.judge_batch(None, args, 5)
+    assert torch.equal(images, again[0]) and torch.equal(blends, again[2]) and images.shape == blends.shape
+    assert ((images.int() - blends.int()).abs().amax((1, 2, 3)) > 5).float().mean() > 0.95
+    unseen = sum(data.is_unseen(sample.judge_batch(None, args, k)[1], pair).sum() for k in range(3) for pair in data.UNSEEN_PAIRS.values())
+    assert unseen > 20  # the judge also learns the pairs that the stages never see
+
+
+def test_pictures_store_their_settings(trained):
+    for command, flags in (("unconditional", ["--kind", "ar"]), ("reconstruct", []), ("infill", ["--keep", "0.25"]),
+                           ("compose", ["--weights", "0.8", "0.2"]), ("compose", ["--positions", "0", "1"])):
+        script("sample", command, *flags, "--out", trained, "--rows", "2", "--sample-steps", "2", "--guide", "early")
+        name = "unconditional-ar" if command == "unconditional" else command
+        with Image.open(trained / "shapes" / "samples" / f"{name}.png") as image:
+            settings = json.loads(image.text["settings"])
+        assert settings["command"] == command and settings["sample_steps"] == 2 and settings["guide"] == "early"
+
+
+def test_named_images_of_any_size_are_reconstructed_and_composed(trained, tmp_path):
+    for k, size in enumerate(((100, 60), (20, 20), (32, 32))):
+        Image.new("RGB", size, (80 * k, 90, 200)).save(tmp_path / f"{k}.png")
+    names = [tmp_path / f"{k}.png" for k in range(3)]
+    script("sample", "reconstruct", *names, "--out", trained, "--rows", "1", "--sample-steps", "1")
+    with Image.open(trained / "shapes" / "samples" / "reconstruct.png") as image:
+        assert image.width == 3 * 66 + 2
+    script("sample", "compose", *names, "--out", trained, "--rows", "1", "--sample-steps", "1")
+    for flags, words in ((["compose", names[0]], ["at least 2"]), (["compose", *names, "--weights", "1", "1"], ["--weights", "3"]),
+                         (["compose", *names, "--positions", "16"], ["--positions", "15"]), (["infill", names[0], "--keep", "1.5"], ["--keep"])):
+        refused(script("sample", *flags, "--out", trained, check=False), *words)
+
+
+def test_infill_keeps_what_it_is_told_to_keep(trained, run):
+    """With everything kept the code is the image's own; the prior is not asked."""
+    script("sample", "infill", "--keep", "1", "--out", trained, "--rows", "1", "--sample-steps", "2", "--guidance", "1")
+    script("sample", "reconstruct", "--out", trained, "--rows", "1", "--sample-steps", "2", "--guidance", "1")
+    read = lambda name: np.asarray(Image.open(trained / "shapes" / "samples" / f"{name}.png"))[:70]  # the inputs
+    assert np.array_equal(read("infill"), read("reconstruct"))
+
+
+def test_the_table_of_scores_is_complete_and_within_bounds(trained, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "shapes"
+    out.mkdir()
+    for path in (trained / "shapes").iterdir():
+        if path.is_file():
+            os.link(path, out / path.name)
+    monkeypatch.setattr(sample, "train_judge", lambda dataset, args, run, train=sample.train_judge: train(dataset, args, run, steps=3))
+    sample.main(["--score", "--out", str(tmp_path), "--count", "16", "--sample-steps", "2"])
+    scores = json.loads((out / "scores.json").read_text())
+    assert {"real images", "blends of two images", "tokenizer", "reconstruct", "held-out codes", "prior-masked", "prior-ar", "masked bound / ar bits",
+            "compose", "unseen-shape-colour", "unseen-colour-frame", "settings", "seconds"} <= scores.keys()
+    assert scores["prior-ar"]["calls per sample"] == 16 and scores["prior-masked"]["calls per sample"] <= 16
+    for value in (scores["compose"]["every factor from a parent, clean"], scores["unseen-colour-frame"]["pair kept"], scores["reconstruct"]["clean"]):
+        assert 0 <= value <= 1
+    for name in ("frechet / true codes",):
+        assert scores["prior-masked"][name] == pytest.approx(scores["prior-masked"]["frechet"] / scores["reconstruct"]["frechet"])
+    assert "compose" in capsys.readouterr().out
+    assert (out / "judge.pt").exists()  # kept for the next time
+
+
+def test_stages_read_back_what_was_encoded(trained, run):
+    """The code of an image on its own is the code in the file: reading and encoding agree."""
+    parser = data.make_parser("")
+    args = data.parse(parser, {}, ["--out", str(trained), "--dtype", "float32"])
+    backbone, config = tokenizer.load_tokenizer(args, run.device)
+    codes, about = data.open_codes(args)
+    dataset, rows = data.load_dataset(args), [0, 1000, 39_000]
+    for flip in (0, 1):
+        images = dataset.pixels(rows, torch.full((3,), bool(flip)))
+        again = tokenizer.encode_images(backbone, images, config, run)[0]
+        assert (again.numpy() == codes[rows, flip]).mean() > 0.9  # the file was written in bfloat16 where the machine has it
+    assert prior.load_prior(args, "ar", run.device).L == about["L"] == config["codes"]
