@@ -2,7 +2,7 @@
 
 The SEM turns R read tokens h into L points on a simplex and back (paper, section 3.1):
     z = LayerNorm(W_in · flatten(h)) reshaped (L, V)    p = softmax(z / tau) over V    out = Norm(W_out · flatten(p))      (1)
-    code_l = argmax_v z_lv                                                                                              (2)
+    code_l = argmax_v z_lv − mean of z_lv over the training images (the mean is ours: without it few values are used)    (2)
 Training (DINO on `out`, iBOT on masked patches, KoLeo spreads the batch; the teacher is a moving average of the student):
     loss = − Σ_k t_k log s_k over pairs of views + ibot · the same on masked patches − koleo · mean log nearest distance   (3)
 
@@ -11,6 +11,7 @@ Reads images; writes OUT/<dataset>/tokenizer.pt, codes.npy (N, 2 flips, L), code
     python tokenizer.py --dataset cifar10                                      # one GPU
     torchrun --nproc-per-node 8 tokenizer.py --dataset imagenet                # a node
 """
+import argparse
 import json
 import math
 
@@ -30,7 +31,8 @@ PRESETS = {
     "imagenet": dict(steps=125_000, batch_size=256, image_size=256, patch=14, width=1024, depth=24, heads=16, stem=0, codes=512, values=256,
                      global_size=224, global_scale=[0.32, 1.0], ratio=0.75, locals=8, local_size=98, local_scale=[0.05, 0.32], prototypes=65_536,
                      head_hidden=2048, bottleneck=256, teacher_temperature=0.07, jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, blur=0.5, solarise=0.2,
-                     lr=5e-5, lr_matrix=0.0, lr_final=0.02, warmup=12_500, weight_decay=0.04, momentum=0.992, drop_path=0.3, workers=12),
+                     lr=5e-5, lr_matrix=0.0, lr_final=0.02, warmup=12_500, weight_decay=0.04, momentum=0.992, drop_path=0.3, layer_scale=1e-5, registers=4,
+                     sem_read="registers", centre_codes=False, ibot=1.0, koleo=0.1, workers=12),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,6 +131,7 @@ class ViT(nn.Module):
         self.sem_embed = nn.Linear(inputs, codes // reads * values, bias=False)
         self.sem_norm = nn.LayerNorm(codes // reads * values)
         self.sem_out = nn.Linear(codes // reads * values, width, bias=False)
+        self.register_buffer("sem_centre", torch.zeros(codes, values))  # set after training by centre_codes
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02 if width >= 384 else width ** -0.5 / 1.5)
@@ -167,8 +170,8 @@ class ViT(nn.Module):
         """Returns out (B, D) of equation (1) and the normalised patch tokens (B, N, D)."""
         x = self.tokens(images, mask)
         z = self.logits(x)
-        p = (z.unflatten(-1, (-1, self.V)).float() / self.tau).softmax(-1).flatten(-2)  # (B, reads, L · V / reads)
-        out = self.sem_out(p.to(z.dtype)).mean(1)  # (B, D); one read: the mean over it is itself
+        p = (z.unflatten(-1, (-1, self.V)).float() / self.tau).softmax(-1)  # (B, reads, L / reads, V)
+        out = self.sem_out(p.flatten(-2).to(z.dtype)).mean(1)  # (B, D); one read: the mean over it is itself
         return self.norm(out), self.norm(x[:, 1 + self.register_tokens.shape[1]:])
 
     @torch.no_grad()
@@ -177,7 +180,7 @@ class ViT(nn.Module):
         mean of the normalised patches where the SEM reads those."""
         x = self.tokens(images)
         z, normal = self.logits(x).float().view(len(x), self.L, self.V), self.norm(x).float()
-        return z.argmax(-1), normal[:, 0] if self.sem_read == "registers" else normal[:, 1 + self.register_tokens.shape[1]:].mean(1)
+        return (z - self.sem_centre).argmax(-1), normal[:, 0] if self.sem_read == "registers" else normal[:, 1 + self.register_tokens.shape[1]:].mean(1)
 
 
 class DINOHead(nn.Module):
@@ -331,13 +334,30 @@ def load_tokenizer(args, device):
     return backbone.to(device).eval(), state["config"]
 
 
+@torch.no_grad()
+def centre_codes(backbone, dataset, config, run, most=4000):
+    """Set the mean of z (L, V) that equation (2) subtracts, over training images: each value is chosen where it is unusually likely."""
+    rows = torch.as_tensor(np.random.default_rng(0).permutation(dataset.splits["train"])[:most])
+    means = []
+    for part in rows.split(500):
+        with run.autocast():
+            z = backbone.logits(backbone.tokens(to_input(dataset.pixels(part), config, run)))
+        means.append(z.float().view(len(part), backbone.L, backbone.V).sum(0))
+    backbone.sem_centre.copy_(torch.stack(means).sum(0) / len(rows))
+
+
+def to_input(images, config, run):
+    """Bytes (B, 3, S, S) → floats in [-1, 1] on the device, at the size the ViT was trained on."""
+    x = data.unit(images.to(run.device))
+    if x.shape[-1] == config["global_size"]:
+        return x
+    return F.interpolate(x, size=config["global_size"], mode="bicubic", antialias=True)
+
+
 def encode_images(backbone, images, config, run):
     """Codes (B, L) and features (B, D) of images (B, 3, S, S) uint8."""
-    x = data.unit(images.to(run.device))
-    if x.shape[-1] != config["global_size"]:
-        x = F.interpolate(x, size=config["global_size"], mode="bicubic", antialias=True)
     with run.autocast():
-        return backbone.encode(x)
+        return backbone.encode(to_input(images, config, run))
 
 
 def encode_dataset(backbone, dataset, config, run, batch=500):
@@ -452,6 +472,7 @@ def add_flags(parser):
     g.add_argument("--registers", type=int, default=4, help="register tokens beside CLS")
     g.add_argument("--sem-read", choices=("registers", "patches"), default="patches",
                    help="what the SEM reads: CLS and registers together (the paper), or each patch token its own positions")
+    g.add_argument("--centre-codes", action=argparse.BooleanOptionalAction, default=True, help="subtract the mean of z in equation (2); the paper does not")
     g = parser.add_argument_group("loss")
     g.add_argument("--head-hidden", type=data.positive, default=512, help="hidden width of the DINO head")
     g.add_argument("--bottleneck", type=data.positive, default=128, help="output width of the DINO head")
@@ -536,6 +557,8 @@ def main(argv=None):
         teacher_average.update(step)
         meter.tick(step, log, loss=loss, norm=norm, **parts)
         stopping = run.stopping()
+        if step + 1 == args.steps and args.centre_codes:
+            centre_codes(teacher.eval().backbone, dataset, vars(args), run)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
             save(step + 1)
         if stopping:

@@ -19,7 +19,7 @@ def test_names_and_shapes_are_those_of_dinov2_with_registers():
     """The 304,372,736 values of ViT-L/14 with 4 registers, by their public names (on the meta device: no memory)."""
     with torch.device("meta"):
         model = tokenizer.ViT(518, 14, 1024, 24, 16, 1, 2, 1.0, "registers", 4, layer_scale=1e-5)
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith("sem_")}
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("sem_")}  # all but the simplicial embedding
     expected = {"cls_token": (1, 1, 1024), "register_tokens": (1, 4, 1024), "mask_token": (1, 1024), "pos_embed": (1, 1370, 1024),
                 "patch_embed.proj.weight": (1024, 3, 14, 14), "patch_embed.proj.bias": (1024,), "norm.weight": (1024,), "norm.bias": (1024,)}
     for k in range(24):
@@ -182,3 +182,15 @@ def test_probes_find_what_is_there_and_nothing_else(run):
     assert result["values used"] == 1 and abs(result["entropy per position"] - 2) < 0.02
     codes[:, :, 0] = 0
     assert tokenizer.report(dataset, codes, features, 4, run)["lowest entropy"] == 0
+
+
+def test_centred_codes_use_values_that_a_constant_preference_would_hide(run):
+    model = vit("patches")
+    with torch.no_grad():
+        model.sem_norm.bias.copy_(torch.tensor([9.0, 0, 0, 0, 0]).repeat(model.sem_norm.bias.numel() // 5))  # value 0 always wins
+    images = torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8)
+    dataset = data.Dataset("x", images, torch.zeros(200, 0).long(), {}, {"train": range(200)}, None)
+    before = tokenizer.encode_images(model, images, {"global_size": 16}, run)[0]
+    tokenizer.centre_codes(model, dataset, {"global_size": 16}, run)
+    after = tokenizer.encode_images(model, images, {"global_size": 16}, run)[0]
+    assert (before == 0).all() and all((after == v).any() for v in range(5))
