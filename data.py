@@ -53,10 +53,10 @@ def fail(message):
 # ---------------------------------------------------------------------------------------------------------------------
 
 SHAPES = {
-    "shape": ["circle", "square", "triangle", "star", "cross", "ring", "crescent", "bar"],
+    "shape": ["circle", "triangle", "cross", "ring", "crescent", "bar"],
     "colour": ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"],
     "size": ["small", "large"],
-    "background": ["plain", "striped", "checked", "dotted"],
+    "background": ["light", "dark", "striped", "dotted"],
     "frame": ["red", "yellow", "green", "blue", "white", "black"],
 }
 RGB = {"red": (.88, .13, .13), "orange": (.98, .55, .08), "yellow": (.96, .90, .15), "green": (.15, .65, .22),
@@ -89,11 +89,8 @@ def signed_distance(shape, x, y):
         return (r - 0.76).abs() - 0.24
     if shape == "crescent":
         return torch.maximum(r - 1.0, 0.80 - torch.hypot(x - 0.50, y))
-    corners, inner = {"triangle": (3, 0.5), "star": (5, 0.42)}[shape]  # fold the plane onto one corner, pointing up
-    angle = (torch.atan2(x, -y) + math.pi / corners) % (2 * math.pi / corners) - math.pi / corners
-    px, py = r * angle.cos() - 1.15, r * angle.sin().abs()  # corner at the origin, first edge towards the inner vertex
-    ex, ey = 1.15 * (inner * math.cos(math.pi / corners) - 1), 1.15 * inner * math.sin(math.pi / corners)
-    return (py * -ex + px * ey) / math.hypot(ex, ey)
+    assert shape == "triangle"  # equilateral, pointing up, circumradius 1.15
+    return torch.maximum(y - 0.575, (x.abs() * math.sqrt(3) - y) / 2 - 0.575)
 
 
 def draw_shapes(labels, nuisance, size=32):
@@ -111,13 +108,11 @@ def draw_shapes(labels, nuisance, size=32):
     phase = (nuisance[:, 3:5, None, None] * 2 - 1) * 0.5
     u, v = x + phase[:, :1, 0], y + phase[:, 1:, 0]
     wave = lambda a: (a % 8 - 4).abs() - 2  # triangle wave of period 8, zero at the edges of a band of width 4
-    pattern = torch.stack([
-        torch.zeros_like(u), ink(wave(u + v) / math.sqrt(2)),
-        (ink(wave(u)) - ink(wave(v))).abs(), ink(torch.hypot((u % 8) - 4, (v % 8) - 4) - 2.2)], 1)
-    pattern = pattern[torch.arange(n), labels[:, 3]]  # (N, S, S)
-    image = (0.68 - 0.26 * pattern)[:, None].expand(n, 3, size, size)
+    tone = torch.stack([torch.full_like(u, 0.78), torch.full_like(u, 0.36), 0.72 - 0.24 * ink(wave(u)),
+                        0.72 - 0.24 * ink(torch.hypot(u % 8 - 4, v % 8 - 4) - 2.4)], 1)  # one of each background
+    image = tone[torch.arange(n), labels[:, 3]][:, None].expand(n, 3, size, size)
 
-    radius = torch.tensor([6.5, 10.0])[labels[:, 2]][:, None, None]
+    radius = torch.tensor([7.0, 10.5])[labels[:, 2]][:, None, None]
     cx, cy = x - shift[:, 0, None, None], y - shift[:, 1, None, None]
     cos, sin = tilt.cos()[:, None, None], tilt.sin()[:, None, None]
     cx, cy = (cx * cos + cy * sin) / radius, (cy * cos - cx * sin) / radius
@@ -763,14 +758,14 @@ def make_parser(doc):
     return parser
 
 
-def add_training_flags(parser, steps, batch_size, lr, warmup):
+def add_training_flags(parser, steps, batch_size, lr, lr_matrix, warmup):
     """The flags of a training run, with the shapes values of this stage."""
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=positive, default=steps, help="length in optimizer steps")
     group.add_argument("--batch-size", type=positive, default=batch_size, help="images per step over all devices")
     group.add_argument("--accumulate", type=positive, default=1, help="split each batch into this many parts to save memory")
     group.add_argument("--lr", type=non_negative, default=lr, help="learning rate of AdamW (biases, norms, embeddings)")
-    group.add_argument("--lr-matrix", type=non_negative, default=0.02, help="learning rate of Muon for matrices; 0: AdamW for all")
+    group.add_argument("--lr-matrix", type=non_negative, default=lr_matrix, help="learning rate of Muon for the blocks' matrices; 0: AdamW for all")
     group.add_argument("--lr-final", type=share, default=0.05, help="share of the learning rate left at the end (cosine); 1: constant")
     group.add_argument("--warmup", type=int, default=warmup, help="steps of linear warm-up")
     group.add_argument("--weight-decay", type=non_negative, default=0.0, help="decoupled weight decay")

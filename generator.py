@@ -36,8 +36,8 @@ PRESETS = {
 
 
 def modulate(x, shift, scale):
-    """RMS-normalise (..., D) without weights, then scale and shift each sample: x (B, N, D), shift and scale (B, D)."""
-    return F.rms_norm(x, x.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
+    """LayerNorm without weights, then scale and shift each sample: x (B, N, D), shift and scale (B, D)."""
+    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale[:, None])
 
 
 class Attention(nn.Module):
@@ -51,7 +51,7 @@ class Attention(nn.Module):
     def forward(self, x):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 × (B, H, N, D/H)
-        q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
         x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
 
@@ -86,8 +86,8 @@ class Block(nn.Module):
     def forward(self, x, c):
         """x (B, N, D) tokens, c (B, D) condition after its SiLU → (B, N, D)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN(c).chunk(6, -1)  # 6 × (B, D)
-        x = x + gate_a[:, None] * self.attn(modulate(x, shift_a, scale_a))  # (B, N, D)
-        return x + gate_m[:, None] * self.mlp(modulate(x, shift_m, scale_m))  # (B, N, D)
+        x = torch.addcmul(x, gate_a[:, None], self.attn(modulate(x, shift_a, scale_a)))  # (B, N, D)
+        return torch.addcmul(x, gate_m[:, None], self.mlp(modulate(x, shift_m, scale_m)))  # (B, N, D)
 
 
 class CodeEmbedding(nn.Module):
@@ -250,7 +250,7 @@ def generate(model, codes, count, sampler, run, seed=0, weak=None, batch=250):
 def add_sampler_flags(parser):
     """How images are drawn from a trained generator; the one home of these defaults."""
     g = parser.add_argument_group("image sampler")
-    g.add_argument("--sample-steps", type=data.positive, default=10, help="steps from noise to image")
+    g.add_argument("--sample-steps", type=data.positive, default=6, help="steps from noise to image")
     g.add_argument("--method", choices=("heun", "euler"), default="heun", help="ODE solver")
     g.add_argument("--guidance", type=data.non_negative, default=2.0, help="w of equation (3); 1: none")
     g.add_argument("--guidance-interval", type=data.share, nargs=2, default=[0.0, 1.0], metavar=("FROM", "TO"), help="t in which guidance acts")
@@ -341,7 +341,7 @@ def check_flags(parser, args):
 def main(argv=None):
     """Train the generator; write a grid of real images and their reconstructions at every checkpoint."""
     parser = data.make_parser(__doc__)
-    data.add_training_flags(parser, steps=2000, batch_size=128, lr=2e-3, warmup=50)
+    data.add_training_flags(parser, steps=2000, batch_size=128, lr=2e-3, lr_matrix=0.02, warmup=50)
     add_flags(parser)
     args = data.parse(parser, PRESETS, argv)
     check_flags(parser, args)

@@ -331,7 +331,7 @@ def add_flags(parser):
 def main(argv=None):
     """Train a prior; report bits per token on held-out codes and network calls per sample."""
     parser = data.make_parser(__doc__)
-    data.add_training_flags(parser, steps=800, batch_size=128, lr=2e-3, warmup=50)
+    data.add_training_flags(parser, steps=800, batch_size=128, lr=2e-3, lr_matrix=0.02, warmup=50)
     add_flags(parser)
     args = data.parse(parser, PRESETS, argv)
     if args.width % args.heads or args.width // args.heads % 2:

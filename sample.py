@@ -256,7 +256,9 @@ class Scores:
             result["blends of two images"] = {"clean": look(self.judge, blends, self.run)[2].double().mean().item()}
         report = json.loads((self.run.folder / "tokenizer.json").read_text())
         result["tokenizer"] = {k: v for k, v in report.items() if not k.endswith("val")}
-        result["reconstruct"] = self.pictures(self.stages.draw(self.codes_of(self.rows), seed), dataset.labels[self.rows])
+        images = self.stages.draw(self.codes_of(self.rows), seed)
+        result["reconstruct"] = self.pictures(images, dataset.labels[self.rows])
+        seen_usual = self.look(images)[1]
         if (self.run.folder / "generator-uncond.pt").exists():
             sampler = generator.sampler_settings(self.args)
             images = generator.generate(self.stages.generator("generator-uncond"), None, len(self.rows), sampler, self.run, seed)
@@ -266,7 +268,7 @@ class Scores:
         if len(self.rows) >= 2:
             self.score_composition()
         for split, pair in data.UNSEEN_PAIRS.items() if self.args.dataset == "shapes" else ():
-            result[split] = self.score_unseen(split, pair)
+            result[split] = self.score_unseen(split, pair, seen_usual)
         return result
 
     def score_priors(self, codes, about):
@@ -287,7 +289,7 @@ class Scores:
 
     def score_composition(self):
         """Children of pairs of test images, each code position from one parent at random: does every factor come from a parent?"""
-        a, b = self.rows, np.roll(self.rows, 1)
+        a, b = self.rows[:self.n // 2], np.roll(self.rows, 1)[:self.n // 2]
         rng = data.step_generator(self.args.seed, 2)
         children = torch.stack([mix_codes(torch.stack(pair), [0.5, 0.5], rng) for pair in zip(self.codes_of(a), self.codes_of(b))])
         images = self.stages.draw(children, self.args.seed + 2)
@@ -301,20 +303,20 @@ class Scores:
             line |= {"every factor from a parent, clean": good.double().mean().item(),
                      "every factor from a parent": parents(seen).double().mean().item(),
                      "of these, unlike both parents": (good & both).double().sum().item() / max(1, good.sum().item()),
-                     "chance (another test image)": parents(self.dataset.labels[np.roll(self.rows, 7)]).double().mean().item(),
+                     "chance (another test image)": parents(self.dataset.labels[np.roll(self.rows, 7)[:self.n // 2]]).double().mean().item(),
                      "factors": {n: ((seen[:, k] == la[:, k]) | (seen[:, k] == lb[:, k])).double().mean().item() for k, n in enumerate(self.names)}}
         self.result["compose"] = line
 
-    def score_unseen(self, split, pair):
-        """Images of pairs never seen in training → code → image: is the pair kept? With chance, and the true-factor reference."""
-        rows = np.array(self.dataset.splits[split])[:self.n]
+    def score_unseen(self, split, pair, seen_usual):
+        """Images of pairs never seen in training → code → image: is the pair kept? With chance, the true-factor reference, and how
+        often images of usual codes, read as `seen_usual` (n, F), hit an unseen pair by mistake."""
+        rows = np.array(self.dataset.splits[split])[:self.n // 2]
         labels, ks = self.dataset.labels[rows], [self.names.index(name) for name in pair]
         images = self.stages.draw(self.codes_of(rows), self.args.seed + 3)
         _, seen, clean = self.look(images)
-        _, seen_usual, _ = self.look(self.stages.draw(self.codes_of(self.rows), self.args.seed))
         kept = lambda s: (s[:, ks] == labels[:, ks]).all(1).double().mean().item()
         line = {"pair kept": kept(seen), "clean": clean.double().mean().item(), "factors": factor_accuracy(seen, labels, self.names),
-                "chance (one value right, the other guessed)": 1 / len(data.SHAPES[pair[0]]),
+                "chance (colour right, the other factor guessed)": 1 / len(data.SHAPES[pair[0] if pair[1] == "colour" else pair[1]]),
                 "unseen pairs among seen codes' images": data.is_unseen(seen_usual, pair).double().mean().item()}
         if (self.run.folder / "generator-factors.pt").exists():
             model = self.stages.generator("generator-factors")
@@ -415,7 +417,7 @@ def main(argv=None):
     g.add_argument("images", nargs="*", help="image files; none: pictures of the test split")
     g.add_argument("--train", action="store_true", help="train what is missing by calling the stages, then pictures and scores")
     g.add_argument("--score", action="store_true", help="measure everything and write scores.json")
-    g.add_argument("--count", type=data.positive, default=2000, help="pictures measured for each score")
+    g.add_argument("--count", type=data.positive, default=2000, help="pictures measured for each score (half as many for compositions and unseen pairs)")
     g.add_argument("--kind", choices=("masked", "ar"), default="masked", help="the prior of unconditional samples")
     g.add_argument("--weights", type=data.non_negative, nargs="+", help="compose: share of positions from each image (default: equal)")
     g.add_argument("--positions", type=int, nargs="+", help="compose: take these positions from the first image")

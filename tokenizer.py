@@ -25,14 +25,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 PRESETS = {
-    "cifar10": dict(steps=40_000, batch_size=512, patch=4, width=384, depth=8, heads=6, codes=64, values=64, prototypes=4096,
-                    jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, solarise=0.2, global_scale=[0.4, 1.0], ratio=0.75, momentum=0.992, warmup=2000),
-    "folder": dict(steps=3000, prototypes=1024, jitter=[0.2, 0.2, 0.1, 0.05], global_scale=[0.4, 1.0], ratio=0.75),
-    "imagenet": dict(steps=125_000, batch_size=256, image_size=256, patch=14, width=1024, depth=24, heads=16, stem=0, codes=512, values=256,
-                     global_size=224, global_scale=[0.32, 1.0], ratio=0.75, locals=8, local_size=98, local_scale=[0.05, 0.32], prototypes=65_536,
-                     head_hidden=2048, bottleneck=256, teacher_temperature=0.07, jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, blur=0.5, solarise=0.2,
-                     lr=5e-5, lr_matrix=0.0, lr_final=0.02, warmup=12_500, weight_decay=0.04, momentum=0.992, drop_path=0.3, layer_scale=1e-5, registers=4,
-                     sem_read="registers", centre_codes=False, ibot=1.0, koleo=0.1, workers=12),
+    "cifar10": dict(steps=40_000, batch_size=512, patch=4, width=384, depth=8, heads=6, registers=4, codes=64, values=64, prototypes=4096,
+                    teacher_temperature=0.04, ibot=0.5, koleo=0.1, locals=4, local_scale=[0.1, 0.4], jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2,
+                    solarise=0.2, global_scale=[0.4, 1.0], ratio=0.75, lr=1e-3, momentum=0.992, warmup=2000),
+    "folder": dict(steps=3000, prototypes=1024, jitter=[0.2, 0.2, 0.1, 0.05], global_scale=[0.5, 1.0], ratio=0.75),
+    "imagenet": dict(steps=125_000, batch_size=256, image_size=256, patch=14, stem=0, width=1024, depth=24, heads=16, registers=4, layer_scale=1e-5,
+                     drop_path=0.3, codes=512, values=256, sem_read="registers", centre_codes=False, head_hidden=2048, bottleneck=256,
+                     prototypes=65_536, teacher_temperature=0.07, ibot=1.0, koleo=0.1, momentum=0.992, global_size=224, global_scale=[0.32, 1.0],
+                     ratio=0.75, locals=8, local_size=98, local_scale=[0.05, 0.32], jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, blur=0.5,
+                     solarise=0.2, lr=5e-5, lr_final=0.02, warmup=12_500, weight_decay=0.04, workers=12),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,16 +461,16 @@ def add_flags(parser):
     """The tokenizer's own flags; the defaults are the shapes values."""
     g = parser.add_argument_group("model")
     g.add_argument("--patch", type=data.positive, default=8, help="patch side in pixels")
-    g.add_argument("--width", type=data.positive, default=192, help="D, width of the tokens")
-    g.add_argument("--depth", type=data.positive, default=4, help="transformer blocks")
-    g.add_argument("--heads", type=data.positive, default=3, help="attention heads")
+    g.add_argument("--width", type=data.positive, default=128, help="D, width of the tokens")
+    g.add_argument("--depth", type=data.positive, default=2, help="transformer blocks")
+    g.add_argument("--heads", type=data.positive, default=2, help="attention heads")
     g.add_argument("--stem", type=int, default=2, help="halving convolutions before the patch projection; 0: DINOv2's plain patches")
     g.add_argument("--layer-scale", type=float, default=1.0, help="start of the gains on residual branches")
     g.add_argument("--drop-path", type=data.share, default=0.0, help="probability of dropping a residual branch")
     g.add_argument("--codes", type=data.positive, default=32, help="L, code positions")
     g.add_argument("--values", type=data.positive, default=16, help="V, values per position")
     g.add_argument("--tau", type=data.non_negative, default=1.0, help="temperature of the SEM's softmax in training")
-    g.add_argument("--registers", type=int, default=4, help="register tokens beside CLS")
+    g.add_argument("--registers", type=int, default=0, help="register tokens beside CLS")
     g.add_argument("--sem-read", choices=("registers", "patches"), default="patches",
                    help="what the SEM reads: CLS and registers together (the paper), or each patch token its own positions")
     g.add_argument("--centre-codes", action=argparse.BooleanOptionalAction, default=True, help="subtract the mean of z in equation (2); the paper does not")
@@ -478,16 +479,16 @@ def add_flags(parser):
     g.add_argument("--bottleneck", type=data.positive, default=128, help="output width of the DINO head")
     g.add_argument("--prototypes", type=data.positive, default=512, help="K, prototypes of the DINO head")
     g.add_argument("--student-temperature", type=float, default=0.1, help="temperature of the student's softmax")
-    g.add_argument("--teacher-temperature", type=float, default=0.04, help="temperature of the teacher's softmax")
+    g.add_argument("--teacher-temperature", type=float, default=0.02, help="temperature of the teacher's softmax")
     g.add_argument("--centering", choices=("sinkhorn", "centre"), default="sinkhorn", help="how the teacher's targets are kept from collapsing")
     g.add_argument("--momentum", type=data.share, default=0.98, help="of the teacher, rising to 1 by a cosine")
-    g.add_argument("--ibot", type=data.non_negative, default=0.5, help="weight of the masked-patch loss; 0: none")
-    g.add_argument("--koleo", type=data.non_negative, default=0.1, help="weight of KoLeo")
+    g.add_argument("--ibot", type=data.non_negative, default=0.0, help="weight of the masked-patch loss; 0: none")
+    g.add_argument("--koleo", type=data.non_negative, default=1.0, help="weight of KoLeo")
     g = parser.add_argument_group("views")
     g.add_argument("--global-size", type=data.positive, default=32, help="side of global crops in pixels")
     g.add_argument("--global-scale", type=data.share, nargs=2, default=[0.6, 1.0], help="share of the area of a global crop, from and to")
     g.add_argument("--ratio", type=data.share, default=0.9, help="smallest width / height of a crop; the largest is its inverse")
-    g.add_argument("--locals", type=int, default=2, help="local crops per image")
+    g.add_argument("--locals", type=int, default=0, help="local crops per image")
     g.add_argument("--local-size", type=data.positive, default=16, help="side of local crops in pixels")
     g.add_argument("--local-scale", type=data.share, nargs=2, default=[0.2, 0.5], help="share of the area of a local crop")
     g.add_argument("--jitter", type=data.share, nargs=4, default=[0.15, 0.15, 0.0, 0.0], help="brightness, contrast, saturation, hue: largest change")
@@ -519,7 +520,7 @@ def check_flags(parser, args):
 def main(argv=None):
     """Train the tokenizer, encode the dataset, report."""
     parser = data.make_parser(__doc__)
-    data.add_training_flags(parser, steps=1000, batch_size=128, lr=2e-3, warmup=100)
+    data.add_training_flags(parser, steps=1000, batch_size=128, lr=2e-3, lr_matrix=0.0, warmup=40)
     add_flags(parser)
     args = data.parse(parser, PRESETS, argv)
     check_flags(parser, args)

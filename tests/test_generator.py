@@ -152,7 +152,7 @@ def test_images_follow_from_seed_and_number_alone(run):
 def test_flops_formula_counts_what_torch_counts(patch, stem, condition):
     from torch.utils.flop_counter import FlopCounterMode
     parser = data.make_parser("")
-    data.add_training_flags(parser, 1, 4, 0.1, 0)
+    data.add_training_flags(parser, 1, 4, 0.1, 0.0, 0)
     generator.add_flags(parser)
     args = data.parse(parser, {}, ["--patch", str(patch), "--stem", str(stem), "--condition", condition, "--width", "96"])
     args.codes, args.values = 16, 8

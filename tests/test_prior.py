@@ -195,7 +195,7 @@ def test_bits_per_token_of_uniform_codes(run):
 def test_flops_formula_counts_what_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
     parser = data.make_parser("")
-    data.add_training_flags(parser, 1, 4, 0.1, 0)
+    data.add_training_flags(parser, 1, 4, 0.1, 0.0, 0)
     prior.add_flags(parser)
     args = data.parse(parser, {}, ["--kind", "masked", "--width", "64", "--depth", "3"])
     args.codes, args.values = 12, 10
