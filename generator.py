@@ -169,7 +169,7 @@ def velocity(output, z, t, predict):
 
 def corrupt_codes(codes, others, null, draws, drop, swap):
     """Codes (B, L) for training: with probability `drop` none at all (all `null`), else with probability `swap` a share
-    u ~ U(0, 0.5) of the positions holds the values of another image's code in `others` (B, L)."""
+    u ~ U(0, 0.5) of the positions holds the values of other images' codes in `others` (B, L)."""
     u = draws.uniform(3 + codes.shape[1])  # (B, 3 + L)
     codes = torch.where((u[:, 3:] < u[:, 2:3] / 2) & (u[:, 1:2] < swap), others, codes)
     return torch.where(u[:, :1] < drop, null, codes)
@@ -390,8 +390,10 @@ def main(argv=None):
             x = data.unit(images.chunk(args.accumulate)[part])
             x, c = torch.where(flip[:, None, None, None], x.flip(3), x), None
             if codes is not None:  # the code of the flip that the network is shown
-                read = lambda rows: torch.from_numpy(codes[pick(rows), flip.long().cpu().numpy()].astype(np.int64)).to(run.device)
-                c = corrupt_codes(read(rows), read(rows.roll(1)), args.values, draws, args.drop, args.swap)
+                f, places = flip.long().cpu().numpy()[:, None], np.arange(args.codes)
+                donors = torch.stack([rows.roll(1 + k) for k in places], 1)  # (B, L): another image for each position
+                read = lambda rows: torch.from_numpy(codes[pick(rows), f, places].astype(np.int64)).to(run.device)  # (b, L)
+                c = corrupt_codes(read(rows[:, None]), read(donors), args.values, draws, args.drop, args.swap)
             part_loss = flow_loss(trained, x, c, draws, args, run) / args.accumulate
             part_loss.backward()
             loss = loss + part_loss.detach()
