@@ -156,7 +156,7 @@ def ar_nll(model, codes, run):
 
 
 @torch.no_grad()
-def bits_per_token(model, codes, run, draws=8, batch=500):
+def bits_per_token(model, codes, run, draws=4, batch=500):
     """Mean bits per token on codes (n, L) long and its standard error; exact for AR, the bound (1) for masked.
 
     The bound is averaged over `draws` random masks a code, with k spread evenly over 1..L.
@@ -248,6 +248,18 @@ def sample_masked(model, codes, sampler, run, generator):
 
 
 @torch.no_grad()
+def repair_codes(model, codes, rounds, share, sampler, run, generator):
+    """Make contradictory codes (n, L) plausible: in each round hide a random `share` of the positions and draw them all again from
+    the masked prior, given the others (blocked Gibbs sampling from the codes at hand, one network call a round)."""
+    hidden = max(1, round(share * model.L))
+    at_once = {**sampler, "order": "event", "per_step": hidden}
+    for _ in range(rounds):
+        again = torch.rand(codes.shape, generator=generator).argsort(1).argsort(1) < hidden
+        codes, _ = sample_masked(model, torch.where(again, model.V, codes), at_once, run, generator)
+    return codes
+
+
+@torch.no_grad()
 def sample_ar(model, count, sampler, run, generator):
     """Draw codes (count, L) from a causal prior, one position a call, with a static cache. Returns codes and calls (count,)."""
     codes = torch.full((count, model.L), model.V, device=run.device)
@@ -321,7 +333,7 @@ def add_flags(parser):
     g = parser.add_argument_group("model")
     g.add_argument("--kind", choices=("masked", "ar"), required=True, help="masked diffusion or autoregressive")
     g.add_argument("--width", type=data.positive, default=128, help="D, width of the tokens")
-    g.add_argument("--depth", type=data.positive, default=4, help="transformer blocks")
+    g.add_argument("--depth", type=data.positive, default=2, help="transformer blocks")
     g.add_argument("--heads", type=data.positive, default=2, help="attention heads")
     g.add_argument("--tables", choices=("position", "shared"), default="position", help="embeddings and outputs: one set a position, or one for all")
     g.add_argument("--dropout", type=data.share, default=0.0, help="on both residual branches")
@@ -331,7 +343,7 @@ def add_flags(parser):
 def main(argv=None):
     """Train a prior; report bits per token on held-out codes and network calls per sample."""
     parser = data.make_parser(__doc__)
-    data.add_training_flags(parser, steps=800, batch_size=128, lr=2e-3, lr_matrix=0.02, warmup=50)
+    data.add_training_flags(parser, steps=800, batch_size=64, lr=2e-3, lr_matrix=0.02, warmup=50)
     add_flags(parser)
     args = data.parse(parser, PRESETS, argv)
     if args.width % args.heads or args.width // args.heads % 2:

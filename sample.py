@@ -6,6 +6,7 @@
     python sample.py reconstruct a.png b.png           # image → code → images, a new noise each
     python sample.py compose a.png b.png --weights 0.5 0.5        # each position of the code from one of the images at random
     python sample.py compose a.png b.png --positions 0 1 2 3      # these positions from the first image, the rest from the second
+      Mixed codes contradict themselves; --repair rounds of redrawing some positions from the masked prior settle that.
     python sample.py infill a.png --keep 0.5           # keep half of the code, draw the rest from the masked prior
 Images are files of any size; where none are named, pictures of the test split are taken. Grids go to OUT/<dataset>/samples/,
 with all settings stored inside the PNG (text field "settings").
@@ -92,6 +93,12 @@ class Stages:
         """Images (n, 3, S, S) uint8 from codes (n, L), with the sampler of the flags."""
         weak = self.generator("generator-early") if self.args.guide == "early" else None
         return generator.generate(self.generator(), codes, len(codes), generator.sampler_settings(self.args), self.run, seed, weak)
+
+    def repair(self, codes, rounds, rng):
+        """Codes (n, L) after `rounds` of repair by the masked prior."""
+        if not rounds:
+            return codes
+        return prior.repair_codes(self.prior("masked"), codes, rounds, self.args.repair_share, prior.sampler_settings(self.args), self.run, rng)
 
     def sample_codes(self, kind, count, seed=0):
         """Codes (count, L) and network calls (count,) of a prior, with the sampler of the flags."""
@@ -266,7 +273,8 @@ class Scores:
             result["reconstruct"]["frechet / without codes"] = result["reconstruct"]["frechet"] / result["generator without codes"]["frechet"]
         self.score_priors(codes, about)
         if len(self.rows) >= 2:
-            self.score_composition()
+            self.score_composition("compose", self.args.repair)
+            self.score_composition("compose without repair", 0)
         for split, pair in data.UNSEEN_PAIRS.items() if self.args.dataset == "shapes" else ():
             result[split] = self.score_unseen(split, pair, seen_usual)
         return result
@@ -287,12 +295,13 @@ class Scores:
         masked, ar = (self.result[f"prior-{kind}"]["bits per token"] for kind in ("masked", "ar"))
         self.result["masked bound / ar bits"] = masked / ar
 
-    def score_composition(self):
-        """Children of pairs of test images, each code position from one parent at random: does every factor come from a parent?"""
+    def score_composition(self, name, rounds):
+        """Children of pairs of test images, each code position from one parent at random, then `rounds` of repair by the masked prior:
+        does every factor come from a parent?"""
         a, b = self.rows[:self.n // 2], np.roll(self.rows, 1)[:self.n // 2]
         rng = data.step_generator(self.args.seed, 2)
         children = torch.stack([mix_codes(torch.stack(pair), [0.5, 0.5], rng) for pair in zip(self.codes_of(a), self.codes_of(b))])
-        images = self.stages.draw(children, self.args.seed + 2)
+        images = self.stages.draw(self.stages.repair(children, rounds, rng), self.args.seed + 2)
         line = self.pictures(images)
         if self.names:
             _, seen, clean = self.look(images)
@@ -305,7 +314,7 @@ class Scores:
                      "of these, unlike both parents": (good & both).double().sum().item() / max(1, good.sum().item()),
                      "chance (another test image)": parents(self.dataset.labels[np.roll(self.rows, 7)[:self.n // 2]]).double().mean().item(),
                      "factors": {n: ((seen[:, k] == la[:, k]) | (seen[:, k] == lb[:, k])).double().mean().item() for k, n in enumerate(self.names)}}
-        self.result["compose"] = line
+        self.result[name] = line
 
     def score_unseen(self, split, pair, seen_usual):
         """Images of pairs never seen in training → code → image: is the pair kept? With chance, the true-factor reference, and how
@@ -402,7 +411,7 @@ def make_pictures(command, stages, args, run):
             children = torch.stack([mix_codes(codes, weights, rng, args.positions) for _ in range(count)])
             columns = max(k, args.columns)
             blank = torch.full((columns - k, *inputs.shape[1:]), 255, dtype=torch.uint8)
-            images = torch.cat([inputs, blank, stages.draw(children, seed)])
+            images = torch.cat([inputs, blank, stages.draw(stages.repair(children, args.repair, rng), seed)])
     path = run.folder / "samples" / f"{command}{'-' + args.kind if command == 'unconditional' else ''}.png"
     data.save_grid(path, images, columns, titles, settings={**vars(args), "command": command})
     print(f"{command}: {path}")
@@ -421,6 +430,8 @@ def main(argv=None):
     g.add_argument("--kind", choices=("masked", "ar"), default="masked", help="the prior of unconditional samples")
     g.add_argument("--weights", type=data.non_negative, nargs="+", help="compose: share of positions from each image (default: equal)")
     g.add_argument("--positions", type=int, nargs="+", help="compose: take these positions from the first image")
+    g.add_argument("--repair", type=int, default=16, help="compose: rounds in which the masked prior redraws some positions; 0: the bare mixture")
+    g.add_argument("--repair-share", type=data.share, default=0.25, help="compose: share of the positions redrawn in a round")
     g.add_argument("--keep", type=data.share, default=0.5, help="infill: share of the positions that is kept")
     g.add_argument("--columns", type=data.positive, default=8, help="pictures in a row (where the inputs do not decide it)")
     g.add_argument("--rows", type=data.positive, default=4, help="rows of generated pictures")
@@ -429,6 +440,8 @@ def main(argv=None):
     g.add_argument("--guide", choices=("null", "early"), default="null", help="guide by the model without code, or by its earlier checkpoint")
     prior.add_sampler_flags(parser)
     args = data.parse(parser, PRESETS, argv)
+    if args.repair < 0:
+        parser.error(f"argument --repair: expected at least 0, got {args.repair}")
     if not (args.command or args.train or args.score):
         parser.error("say what to do: unconditional, reconstruct, compose, infill, --train or --score")
     start = time.time()

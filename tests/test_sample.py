@@ -89,7 +89,7 @@ def test_the_table_of_scores_is_complete_and_within_bounds(trained, tmp_path, mo
     sample.main(["--score", "--out", str(tmp_path), "--count", "16", "--sample-steps", "2"])
     scores = json.loads((out / "scores.json").read_text())
     assert {"real images", "blends of two images", "tokenizer", "reconstruct", "held-out codes", "prior-masked", "prior-ar", "masked bound / ar bits",
-            "compose", "unseen-shape-colour", "unseen-colour-frame", "settings", "seconds"} <= scores.keys()
+            "compose", "compose without repair", "unseen-shape-colour", "unseen-colour-frame", "settings", "seconds"} <= scores.keys()
     assert scores["prior-ar"]["calls per sample"] == 16 and scores["prior-masked"]["calls per sample"] <= 16
     for value in (scores["compose"]["every factor from a parent, clean"], scores["unseen-colour-frame"]["pair kept"], scores["reconstruct"]["clean"]):
         assert 0 <= value <= 1
