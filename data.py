@@ -57,7 +57,7 @@ SHAPES = {
     "colour": ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"],
     "size": ["small", "large"],
     "background": ["light", "dark", "striped", "dotted"],
-    "frame": ["red", "yellow", "green", "blue", "white", "black"],
+    "frame": ["red", "orange", "yellow", "green", "cyan", "blue", "white", "black"],
 }
 RGB = {"red": (.88, .13, .13), "orange": (.98, .55, .08), "yellow": (.96, .90, .15), "green": (.15, .65, .22),
        "cyan": (.20, .82, .88), "blue": (.15, .28, .85), "purple": (.48, .15, .68), "pink": (.98, .50, .75),
@@ -151,7 +151,7 @@ def load_shapes(args):
     images, labels, splits, start = [], [], {}, 0
     for split, count in SHAPES_COUNTS.items():
         factors, nuisance = shapes_labels(split, count)
-        images += [draw_shapes(f, u, args.image_size) for f, u in zip(factors.split(4096), nuisance.split(4096))]
+        images += [draw_shapes(f, u, args.image_size) for f, u in zip(factors.split(512), nuisance.split(512))]
         labels.append(factors)
         splits[split] = range(start, start := start + count)
     caption = lambda row: "a {2} {1} {0} on a {3} background in a {4} frame".format(

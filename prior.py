@@ -84,8 +84,8 @@ class Prior(nn.Module):
         super().__init__()
         self.L, self.V, self.causal, self.tables = codes, values, causal, tables
         hidden = (8 * width // 3 + 63) // 64 * 64
-        self.wte = nn.Parameter(torch.randn((codes if tables == "position" else 1) * (values + 1), width))
-        self.wpe = nn.Parameter(torch.randn(codes, width) * 0.5)
+        self.wte = nn.Parameter(torch.randn((codes if tables == "position" else 1) * (values + 1), width) * 0.1)
+        self.wpe = nn.Parameter(torch.randn(codes, width) * 0.05)
         self.blocks = nn.ModuleList(Block(width, heads, hidden, dropout, causal) for _ in range(depth))
         self.ln_f = nn.RMSNorm(width, eps=1e-5)
         self.ff_out = nn.Parameter(torch.zeros(codes if tables == "position" else 1, width, values))
@@ -343,7 +343,7 @@ def add_flags(parser):
 def main(argv=None):
     """Train a prior; report bits per token on held-out codes and network calls per sample."""
     parser = data.make_parser(__doc__)
-    data.add_training_flags(parser, steps=800, batch_size=64, lr=2e-3, lr_matrix=0.02, warmup=50)
+    data.add_training_flags(parser, steps=700, batch_size=128, lr=5e-3, lr_matrix=0.02, warmup=50)
     add_flags(parser)
     args = data.parse(parser, PRESETS, argv)
     if args.width % args.heads or args.width // args.heads % 2:

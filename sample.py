@@ -149,7 +149,7 @@ def judge_batch(dataset, args, step, size=128):
     return a.to(torch.uint8), labels, blends.round().to(torch.uint8)
 
 
-def train_judge(dataset, args, run, steps=900):
+def train_judge(dataset, args, run, steps=600):
     """Train the judge (seed 0 always: all runs are judged alike) and return it in evaluation mode."""
     torch.manual_seed(0)
     judge = Judge([len(v) for v in dataset.factors.values()], args.image_size).to(run.device)
@@ -157,11 +157,12 @@ def train_judge(dataset, args, run, steps=900):
     for step in range(steps):
         images, labels, blends = judge_batch(dataset, args, step)
         x = data.unit((images if blends is None else torch.cat([images, blends])).to(run.device))
-        _, factors, clean = judge(x)
+        with run.autocast():
+            _, factors, clean = judge(x)
         labels, n = labels.to(run.device), len(images)
-        loss = sum(F.cross_entropy(f[:n], labels[:, k]) for k, f in enumerate(factors))
+        loss = sum(F.cross_entropy(f[:n].float(), labels[:, k]) for k, f in enumerate(factors))
         if blends is not None:
-            loss = loss + F.binary_cross_entropy_with_logits(clean, (torch.arange(len(x), device=run.device) < n).float())
+            loss = loss + F.binary_cross_entropy_with_logits(clean.float(), (torch.arange(len(x), device=run.device) < n).float())
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * data.cosine(step, steps, 1.0, 0.0)
         loss.backward()
@@ -367,7 +368,7 @@ def train_missing(args):
 def input_images(stages, args, least):
     """The named files (n, 3, S, S) uint8 and their titles, or `least` test images where none are named."""
     if not args.images:
-        rows = list(stages.dataset.splits["test"])[:max(least, 2 if args.command == "compose" else 8)]
+        rows = list(stages.dataset.splits["test"])[:least if least > 1 else 8]
         return stages.dataset.pixels(rows), [f"test {k}" for k in range(len(rows))]
     if len(args.images) < least:
         data.fail(f"{args.command}: needs at least {least} images, got {len(args.images)}")
@@ -407,9 +408,8 @@ def make_pictures(command, stages, args, run):
                 data.fail(f"compose: --positions has values outside 0 to {codes.shape[1] - 1}")
             if args.positions and sum(weights[1:]) <= 0:
                 data.fail("compose: --positions takes all other positions from the later images, whose weights are all zero")
-            count = max(k, args.columns) * args.rows
-            children = torch.stack([mix_codes(codes, weights, rng, args.positions) for _ in range(count)])
             columns = max(k, args.columns)
+            children = torch.stack([mix_codes(codes, weights, rng, args.positions) for _ in range(columns * args.rows)])
             blank = torch.full((columns - k, *inputs.shape[1:]), 255, dtype=torch.uint8)
             images = torch.cat([inputs, blank, stages.draw(stages.repair(children, args.repair, rng), seed)])
     path = run.folder / "samples" / f"{command}{'-' + args.kind if command == 'unconditional' else ''}.png"

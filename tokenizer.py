@@ -252,6 +252,7 @@ class Centering(nn.Module):
     @torch.no_grad()
     def forward(self, logits, temperature):
         """logits (n, K) → targets (n, K)."""
+        logits = logits.float()
         targets = ((logits - self.centre) / temperature).softmax(-1)
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.centre.lerp_(all_reduce_sum(logits.mean(0, keepdim=True)) / world, 1 - self.momentum)
