@@ -829,27 +829,25 @@ class Run:
         native = self.device.type == "cuda" or (self.device.type == "cpu" and (
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
         self.dtype = torch.bfloat16 if args.dtype == "bfloat16" or (args.dtype == "auto" and native) else torch.float32
-        self.folder = run_folder(args)
+        self.folder, self._lock, self._handlers, self._asked = run_folder(args), None, {}, []
         if lock and self.main:
             self._lock = open(self.folder / f".{lock}.lock", "w")  # released by the system when the process ends
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 fail(f"{self.folder}: another run is training {lock} there; wait for it or choose another --out")
-        self._stop = False
         if lock:
-            for name in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(name, self._on_signal)
+            def on_signal(number, frame, asked=self._asked):  # holds no reference to the run, so that a failed one lets go of its lock
+                asked.append(number)
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
 
-    def _on_signal(self, number, frame):
-        self._stop = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+            self._handlers = {name: signal.signal(name, on_signal) for name in (signal.SIGTERM, signal.SIGINT)}
 
     def stopping(self):
         """Whether any process was asked to stop; all processes get the same answer."""
         if self.world == 1:
-            return self._stop
-        flag = torch.tensor(float(self._stop), device=self.device)
+            return bool(self._asked)
+        flag = torch.tensor(float(bool(self._asked)), device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
@@ -886,9 +884,14 @@ class Run:
         return value
 
     def close(self):
-        """Leave the process group."""
+        """Leave the process group, release the folder and give the signals back."""
         if self.world > 1:
+            dist.barrier()  # the first process may still be writing its report
             dist.destroy_process_group()
+        if self._lock:
+            self._lock.close()
+        for name, handler in self._handlers.items():
+            signal.signal(name, handler)
 
 
 def _has_compiler():

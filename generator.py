@@ -346,11 +346,12 @@ def main(argv=None):
     args.codes, args.values = about["L"], about["V"]
     if args.condition in ("both", "context") and args.codes % args.groups:
         parser.error(f"argument --groups: {args.groups} does not divide the {args.codes} positions of the codes")
+    dataset = None if args.dry_run else data.load_dataset(args)
     torch.manual_seed(args.seed)
     model, flops = build_generator(vars(args)).to(run.device), training_flops(args)
     if args.dry_run:
         return data.describe(args, model, flops, run)
-    dataset, path = data.load_dataset(args), run.folder / f"{stage}.pt"
+    path = run.folder / f"{stage}.pt"
     if codes is not None and len(codes) != len(dataset):
         data.fail(f"{run.folder / 'codes.npy'}: codes of {len(codes)} images, {args.dataset} has {len(dataset)}; make it again with "
                   + data.stage_command("tokenizer", args))

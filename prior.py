@@ -174,7 +174,7 @@ def bits_per_token(model, codes, run, draws=4, batch=500):
             each.append(masked_nll(model, part, u.to(run.device), torch.rand(n, model.L, generator=generator).to(run.device), run))
         values.append(torch.stack(each).mean(0))
     values = torch.cat(values).double() / math.log(2)
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+    return values.mean().item(), (values.std(correction=0) / len(values) ** 0.5).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -526,12 +526,13 @@ def main(argv=None):
     args = data.parse(parser, PRESETS, argv)
     check_flags(parser, args)
     run = data.Run(args, lock="tokenizer")
+    dataset = None if args.dry_run else data.load_dataset(args)
     torch.manual_seed(args.seed)
     student = Student(build_backbone(vars(args)), DINOHead(args.width, args.head_hidden, args.bottleneck, args.prototypes)).to(run.device)
     flops = training_flops(args)
     if args.dry_run:
         return data.describe(args, student, flops, run)
-    dataset, path = data.load_dataset(args), run.folder / "tokenizer.pt"
+    path = run.folder / "tokenizer.pt"
     centering = nn.ModuleDict({k: Centering(args.prototypes) for k in ("views", "patches")}).to(run.device)
     optimizers, teacher_average = data.Optimizers(student, args), data.EMA(student, args.momentum)
     state = data.resume(path, "tokenizer", args, trained_on=None)

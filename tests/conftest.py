@@ -1,4 +1,6 @@
 """Shared by all tests: the scripts on the path, tiny settings, a CIFAR-10 folder and an image folder made on the spot."""
+import gc
+import importlib
 import json
 import os
 import subprocess
@@ -24,22 +26,45 @@ TINY = {
 }
 
 
-def script(name, *flags, cwd=None, check=True, env=None, launcher=()):
-    """Run one of the scripts as a user would; returns the finished process with its output."""
-    command = [sys.executable, *launcher, str(ROOT / f"{name}.py"), *map(str, flags)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})})
-    if check:
-        assert done.returncode == 0, done.stderr[-3000:]
-    return done
+SMALL = {"train": 160, "val": 32, "test": 48, "unseen-shape-colour": 16, "unseen-colour-frame": 16}  # of the shapes, instead of 42,000
+LAUNCH = f"import sys, importlib; sys.path.insert(0, {str(ROOT)!r}); import data; data.SHAPES_COUNTS = {SMALL}; importlib.import_module(sys.argv.pop(1)).main()"
 
 
-def refused(done, *words):
-    """The process stopped with one line that holds all `words`, and no traceback."""
-    lines = [line for line in done.stderr.strip().splitlines() if line.startswith("error:") or ": error:" in line]
-    assert done.returncode != 0 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+def call(name, *flags):
+    """Run one of the scripts in this process, on a small set of shapes. Raises SystemExit where it stops with an error."""
+    importlib.import_module(name).main([str(flag) for flag in flags])
+
+
+def script(name, *flags, launcher=(), **options):
+    """Run one of the scripts as a process of its own, on a small set of shapes; returns the finished process with its output."""
+    return subprocess.run(command(name, *flags, launcher=launcher), capture_output=True, text=True, timeout=240, env=ENVIRONMENT, **options)
+
+
+def command(name, *flags, launcher=()):
+    """The command line of `script`; `launcher` is torchrun's module and flags."""
+    start = ["-c", LAUNCH] if not launcher else [*launcher, str(Path(__file__).with_name("launch.py"))]
+    return [sys.executable, *start, name, *map(str, flags)]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DLC_LAUNCH": LAUNCH}
+
+
+def refuse(name, *flags, words=()):
+    """The script, run in this process, stops with one line that holds all `words`."""
+    with pytest.raises(SystemExit) as stopped:
+        call(name, *flags)
+    line = str(stopped.value)
+    del stopped
+    gc.collect()  # the frames of the stopped script, and with them its lock, which a process would release by ending
+    assert line.startswith("error: ") and "\n" not in line, line
     for word in words:
-        assert str(word) in lines[0], lines[0]
+        assert str(word) in line, line
+
+
+@pytest.fixture(autouse=True)
+def small_shapes(monkeypatch):
+    """All tests in this process see the small set of shapes."""
+    monkeypatch.setattr(data, "SHAPES_COUNTS", SMALL)
 
 
 class FakeRun:
@@ -93,13 +118,30 @@ def places(tmp_path_factory):
 def train_all(out, *flags, stages=("tokenizer", "generator", "prior-masked", "prior-ar")):
     """All stages, tiny, in order."""
     for stage in stages:
-        name, *kind = stage.split("-")
-        script(name, *(["--kind", *kind] if kind else []), *TINY[name], "--out", out, *flags)
+        name, tiny = flags_of(stage)
+        call(name, *tiny, "--out", out, *flags)
+
+
+def flags_of(stage):
+    """The script of a stage and its tiny flags."""
+    name, *kind = stage.split("-")
+    return name, [*(["--kind", *kind] if kind else []), *TINY[name]]
+
+
+def link_codes(trained, out):
+    """A new OUT that shares the tokenizer and codes of `trained`; returns its shapes folder."""
+    folder = out / "shapes"
+    folder.mkdir(parents=True)
+    for file in ("codes.npy", "codes.json", "tokenizer.pt", "tokenizer.json"):
+        os.link(trained / "shapes" / file, folder / file)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """OUT with all stages trained for a few steps on shapes (their quality is nil)."""
     out = tmp_path_factory.mktemp("trained")
-    train_all(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SHAPES_COUNTS", SMALL)
+        train_all(out)
     return out

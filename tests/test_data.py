@@ -18,7 +18,7 @@ def folder_args(path, out, size=16):
 # --- shapes ---------------------------------------------------------------------------------------------------------
 
 def test_shapes_keep_unseen_pairs_out_of_every_other_split():
-    for split in data.SHAPES_COUNTS:
+    for split in conftest.SMALL:
         labels, _ = data.shapes_labels(split, 500)
         for kind, pair in data.UNSEEN_PAIRS.items():
             share = data.is_unseen(labels, pair).float().mean()

@@ -1,23 +1,18 @@
 """The scripts as commands: every dataset, resuming, two processes, stops, and what they refuse."""
+import fcntl
 import importlib
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 
-import conftest
+import data
 import pytest
 import torch
-from conftest import ROOT, TINY, refused, script, train_all
+from conftest import ENVIRONMENT, TINY, call, command, flags_of, link_codes, refuse, script, train_all
 
 STAGES = ("tokenizer", "generator", "prior-masked", "prior-ar")
-
-
-def flags_of(stage):
-    name, *kind = stage.split("-")
-    return name, [*(["--kind", *kind] if kind else []), *TINY[name]]
 
 
 def weights(out, stage, dataset="shapes"):
@@ -45,51 +40,60 @@ def same(a, b, path=""):
 def test_every_script_runs_on_every_dataset(places, tmp_path, dataset):
     """A few steps of each stage, then pictures; shapes are covered by the other tests. The preset comes first, tiny flags override it."""
     out, where = tmp_path / "results of a run", ["--dataset", dataset, *places[dataset], "--image-size", "32"]
-    script("data", *where, "--out", out)
+    call("data", *where, "--out", out)
     tokenizer_only = "--patch 8 --global-size 32 --local-size 16 --sem-read patches".split()
     if dataset == "cifar10":  # encoding all 60,000 images is the long part: the smallest network will do
         tokenizer_only += ["--width", "8"]
-    script("tokenizer", *TINY["tokenizer"], *tokenizer_only, *where, "--out", out)
-    script("generator", *TINY["generator"], "--patch", "8", "--stem", "2", *where, "--out", out)
-    script("prior", "--kind", "masked", *TINY["prior"], "--dataset", dataset, "--out", out)
-    script("sample", "infill", *where, "--out", out, "--rows", "1", "--sample-steps", "2")
+    call("tokenizer", *TINY["tokenizer"], *tokenizer_only, *where, "--out", out)
+    call("generator", *TINY["generator"], "--patch", "8", "--stem", "2", *where, "--out", out)
+    call("prior", "--kind", "masked", *TINY["prior"], "--dataset", dataset, "--out", out)
+    call("sample", "infill", *where, "--out", out, "--rows", "1", "--sample-steps", "2")
     names = {path.name for path in (out / dataset).iterdir()}
     assert {"tokenizer.pt", "codes.npy", "codes.json", "tokenizer.json", "generator.pt", "generator-early.pt", "prior-masked.pt", "samples"} <= names
     assert (out / dataset / "samples" / "infill.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_stop_and_resume_equals_one_run_bit_for_bit(trained, tmp_path, stage):
-    """SIGTERM in the middle of a run, then the same command again: weights, averages and optimizer are those of one run."""
-    (name, flags), folder = flags_of(stage), tmp_path / "shapes"
-    if name != "tokenizer":
-        folder.mkdir(parents=True)
-        for file in ("codes.npy", "codes.json", "tokenizer.pt"):
-            os.link(trained / "shapes" / file, folder / file)
+def test_stop_and_resume_equals_one_run_bit_for_bit(trained, tmp_path, stage, monkeypatch, capsys):
+    """Asked to stop in the middle, then the same command again: weights, averages and optimizer are those of one run."""
+    (name, flags), results = flags_of(stage), {}
     extra = ["--dropout", "0.2"] if name == "prior" else ["--drop-path", "0.2", "--centering", "centre"] if name == "tokenizer" else []
-    steps = ["--steps", "40", "--save-every", "3"]
-    command = [*flags, *extra, *steps, "--out", tmp_path]
-    process = subprocess.Popen([sys.executable, str(ROOT / f"{name}.py"), *map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.time() + 120
-    while not (folder / f"{stage}.pt").exists() and time.time() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 0 and "stopped at step" in said and "Traceback" not in said, said
-    stopped_at = weights(tmp_path, stage)["step"]
-    assert 3 <= stopped_at < 40
-    script(name, *command)
-    resumed = weights(tmp_path, stage)
-    script(name, *command, "--restart")
-    whole = weights(tmp_path, stage)
-    assert resumed["step"] == whole["step"] == 40
+    flags = [*flags, *extra, "--steps", "9", "--save-every", "4"]
+    for way in ("whole", "resumed"):
+        out = tmp_path / way
+        if name != "tokenizer":
+            link_codes(trained, out)
+        if way == "resumed":
+            asked = []
+            with monkeypatch.context() as patch:
+                patch.setattr(data.Run, "stopping", lambda run: asked.append(1) or len(asked) == 5)  # between two checkpoints, mid-epoch
+                call(name, *flags, "--out", out)
+            assert weights(out, stage)["step"] == 5 and "stopped at step 5 of 9" in capsys.readouterr().err
+        call(name, *flags, "--out", out)
+        results[way] = weights(out, stage)
+    assert results["whole"]["step"] == results["resumed"]["step"] == 9
     for key in ("model", "ema", "optimizer"):
-        same(resumed[key], whole[key], key)
-    if stage == "prior-ar":  # a finished stage says so and changes nothing; other settings are named
-        before = (folder / f"{stage}.pt").read_bytes()
-        assert "is finished" in script(name, *command).stdout and (folder / f"{stage}.pt").read_bytes() == before
-        refused(script(name, *command, "--width", "32", check=False), "width 16 → 32", "prior-ar.pt")
+        same(results["whole"][key], results["resumed"][key], key)
+    before = (tmp_path / "whole" / "shapes" / f"{stage}.pt").read_bytes()  # a finished stage says so and changes nothing
+    call(name, *flags, "--out", tmp_path / "whole")
+    assert "is finished" in capsys.readouterr().out and (tmp_path / "whole" / "shapes" / f"{stage}.pt").read_bytes() == before
+    refuse(name, *flags, "--width", "32", "--out", tmp_path / "whole", words=["width 16 → 32", f"{stage}.pt"])
+    call(name, *flags, "--width", "32", "--out", tmp_path / "whole", "--restart")
+    assert weights(tmp_path / "whole", stage)["config"]["width"] == 32
+
+
+def test_a_terminated_process_finishes_its_step_saves_and_resumes(trained, tmp_path):
+    folder = link_codes(trained, tmp_path)
+    words = command("prior", "--kind", "ar", *TINY["prior"], "--steps", "100000", "--save-every", "5", "--out", tmp_path)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    deadline = time.time() + 60
+    while not (folder / "prior-ar.pt").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    refuse("prior", "--kind", "ar", *TINY["prior"], "--out", tmp_path, words=["another run"])  # two runs on one folder do not mix
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 0 and "stopped at step" in said and "Traceback" not in said, said
+    assert weights(tmp_path, "prior-ar")["step"] >= 5
 
 
 def port():
@@ -103,55 +107,36 @@ def test_two_processes_equal_one(trained, tmp_path, stage):
     """The same global batch on one process and on two (gloo) gives the same weights up to rounding."""
     name, flags = flags_of(stage)
     flags = [*flags, "--steps", "3", "--batch-size", "16", "--dtype", "float32", "--lr-matrix", "0", "--lr", "1e-4"]
-    for part in ("one", "two"):
-        folder = tmp_path / part / "shapes"
-        folder.mkdir(parents=True)
-        for file in ("codes.npy", "codes.json", "tokenizer.pt") if name != "tokenizer" else ():
-            os.link(trained / "shapes" / file, folder / file)
-    script(name, *flags, "--out", tmp_path / "one")
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port())
-    script(name, *flags, "--out", tmp_path / "two", launcher=[str(x) for x in launcher])
-    one, two = (weights(tmp_path / part, stage)["model"] for part in ("one", "two"))
-    assert one.keys() == two.keys()
-    start = weights(trained, stage)["model"]
-    moved = sum((one[k] - start[k]).abs().sum() for k in one if one[k].is_floating_point() and one[k].shape == start[k].shape)
-    assert moved > 0
-    for k in one:  # Adam moves a weight by about lr a step whatever its gradient: rounding of a tiny one shows as a fraction of 3e-4
-        assert (one[k] - two[k]).abs().max() < 1e-4, k
+    for part in ("one", "two") if name != "tokenizer" else ():
+        link_codes(trained, tmp_path / part)
+    call(name, *flags, "--out", tmp_path / "one")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port())]
+    done = script(name, *flags, "--out", tmp_path / "two", launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (weights(tmp_path / part, stage) for part in ("one", "two"))
+    assert one["model"].keys() == two["model"].keys() and one["step"] == two["step"] == 3
+    assert any(not torch.equal(one["model"][k], one["ema"].get(k, one["model"][k])) for k in one["model"])  # it did move
+    for k, value in one["model"].items():  # Adam moves a weight by about lr a step whatever its gradient: rounding of a tiny one shows as a part of 3e-4
+        assert (value - two["model"][k]).abs().max() < 1e-4, k
 
 
 def test_accumulation_equals_one_batch(trained, tmp_path):
     for stage in ("generator", "prior-masked"):
-        name, flags = flags_of(stage)
-        results = []
+        (name, flags), results = flags_of(stage), []
         for parts in (1, 4):
-            folder = tmp_path / f"{stage}{parts}" / "shapes"
-            folder.mkdir(parents=True)
-            for file in ("codes.npy", "codes.json", "tokenizer.pt"):
-                os.link(trained / "shapes" / file, folder / file)
-            script(name, *flags, "--dtype", "float32", "--lr-matrix", "0", "--lr", "1e-4", "--accumulate", parts, "--out", folder.parent)
-            results.append(weights(folder.parent, stage)["model"])
+            out = tmp_path / f"{stage}{parts}"
+            link_codes(trained, out)
+            call(name, *flags, "--dtype", "float32", "--lr-matrix", "0", "--lr", "1e-4", "--accumulate", parts, "--out", out)
+            results.append(weights(out, stage)["model"])
         for k in results[0]:
             assert (results[0][k] - results[1][k]).abs().max() < 1e-4, k
 
 
 def test_a_run_that_turns_to_nan_stops_and_keeps_the_last_checkpoint(trained, tmp_path):
-    folder = tmp_path / "shapes"
-    folder.mkdir()
-    for file in ("codes.npy", "codes.json", "tokenizer.pt"):
-        os.link(trained / "shapes" / file, folder / file)
+    link_codes(trained, tmp_path)
     flags = [*TINY["prior"], "--kind", "ar", "--out", tmp_path, "--lr", "1e38", "--steps", "60", "--save-every", "1", "--clip", "1e30"]
-    refused(script("prior", *flags, check=False), "step")
+    refuse("prior", *flags, words=["step"])
     assert all(torch.isfinite(v).all() for v in weights(tmp_path, "prior-ar")["model"].values())
-
-
-def test_two_runs_on_one_folder_do_not_mix(trained, tmp_path):
-    folder = tmp_path / "shapes"
-    folder.mkdir()
-    import fcntl
-    with open(folder / ".tokenizer.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(script("tokenizer", *TINY["tokenizer"], "--out", tmp_path, check=False), "another run")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -172,32 +157,37 @@ def test_wrong_flags_stop_with_exit_code_2(tmp_path, name, flags, words, capsys)
     assert stopped.value.code == 2 and "error:" in line and all(word in line for word in words), line
 
 
-def test_missing_stages_are_named_with_the_command_that_trains_them(tmp_path, trained):
+def test_missing_stages_are_named_with_the_command_that_trains_them(tmp_path, trained, monkeypatch):
     for name, flags, words in (
             ("generator", TINY["generator"], ["codes.npy", "python tokenizer.py"]), ("prior", ["--kind", "ar"], ["codes.npy", "python tokenizer.py"]),
-            ("sample", ["unconditional"], ["codes.npy", "python tokenizer.py"]), ("sample", ["reconstruct"], ["tokenizer.pt", "python tokenizer.py"])):
-        refused(script(name, *flags, "--out", tmp_path, check=False), *words)
-    folder = tmp_path / "shapes"
-    for file in ("codes.npy", "codes.json", "tokenizer.pt"):
-        os.link(trained / "shapes" / file, folder / file)
-    refused(script("sample", "reconstruct", "--out", tmp_path, check=False), "generator.pt", "python generator.py")
-    refused(script("sample", "unconditional", "--kind", "ar", "--out", tmp_path, check=False), "prior-ar.pt", "python prior.py --kind ar")
-    for name, place in (("cifar10", "data/cifar10"), ("imagenet", "data/imagenet"), ("folder", "data/folder")):
-        refused(script("tokenizer", "--dataset", name, "--out", tmp_path, cwd=tmp_path, check=False), place)
+            ("sample", ["unconditional"], ["prior-masked.pt", "python prior.py --kind masked"]),
+            ("sample", ["reconstruct"], ["tokenizer.pt", "python tokenizer.py"])):
+        refuse(name, *flags, "--out", tmp_path / "empty", words=words)
+    link_codes(trained, tmp_path / "codes")
+    refuse("sample", "reconstruct", "--out", tmp_path / "codes", words=["generator.pt", "python generator.py"])
+    refuse("sample", "unconditional", "--kind", "ar", "--out", tmp_path / "codes", words=["prior-ar.pt", "python prior.py --kind ar"])
+    monkeypatch.chdir(tmp_path)
+    for name in ("cifar10", "imagenet", "folder"):
+        refuse("tokenizer", "--dataset", name, "--out", tmp_path, words=[f"data/{name}"])
 
 
 def test_stages_of_another_tokenizer_are_refused(trained, tmp_path):
     train_all(tmp_path, "--seed", "1", stages=("tokenizer",))
     for stage in ("generator", "prior-ar"):
         os.link(trained / "shapes" / f"{stage}.pt", tmp_path / "shapes" / f"{stage}.pt")
-    refused(script("sample", "unconditional", "--kind", "ar", "--out", tmp_path, check=False), "prior-ar.pt", "other codes")
-    refused(script("sample", "reconstruct", "--out", tmp_path, check=False), "generator.pt", "other codes")
-    refused(script("generator", *TINY["generator"], "--out", tmp_path, check=False), "generator.pt", "other codes")
+    refuse("sample", "unconditional", "--kind", "ar", "--out", tmp_path, words=["prior-ar.pt", "other codes"])
+    refuse("sample", "reconstruct", "--out", tmp_path, words=["generator.pt", "other codes"])
+    refuse("generator", *TINY["generator"], "--out", tmp_path, words=["generator.pt", "other codes"])
 
 
 def test_pictures_that_do_not_open_and_folders_that_cannot_be_written(trained, tmp_path):
     (tmp_path / "broken.png").write_text("no picture")
     for path in ("broken.png", "missing.png"):
-        refused(script("sample", "reconstruct", tmp_path / path, "--out", trained, check=False), path)
+        refuse("sample", "reconstruct", tmp_path / path, "--out", trained, words=[path])
     (tmp_path / "file").write_text("")
-    refused(script("data", "--out", tmp_path / "file", check=False), "cannot write", "--out")
+    refuse("data", "--out", tmp_path / "file", words=["cannot write", "--out"])
+
+
+def test_an_error_is_one_line_and_exit_code_1(tmp_path):
+    done = script("sample", "reconstruct", "--out", tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: no ") and done.stderr.count("\n") == 1
