@@ -22,6 +22,7 @@ import fcntl
 import hashlib
 import json
 import math
+import shutil
 import signal
 import sys
 import tarfile
@@ -758,8 +759,8 @@ def make_parser(doc):
     return parser
 
 
-def add_training_flags(parser, steps, batch_size, lr, lr_matrix, warmup):
-    """The flags of a training run, with the shapes values of this stage."""
+def add_training_flags(parser, steps, batch_size, lr, lr_matrix, warmup, ema=0.995):
+    """The flags of a training run, with the shapes values of this stage; ema None: the stage averages weights in its own way."""
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=positive, default=steps, help="length in optimizer steps")
     group.add_argument("--batch-size", type=positive, default=batch_size, help="images per step over all devices")
@@ -770,7 +771,8 @@ def add_training_flags(parser, steps, batch_size, lr, lr_matrix, warmup):
     group.add_argument("--warmup", type=int, default=warmup, help="steps of linear warm-up")
     group.add_argument("--weight-decay", type=non_negative, default=0.0, help="decoupled weight decay")
     group.add_argument("--clip", type=non_negative, default=3.0, help="largest gradient norm")
-    group.add_argument("--ema", type=share, default=0.995, help="decay per step of the averaged weights that are used afterwards")
+    if ema is not None:
+        group.add_argument("--ema", type=share, default=ema, help="decay per step of the averaged weights that are used afterwards")
     group.add_argument("--save-every", type=positive, default=1000, help="steps between checkpoints")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA only)")
     group.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="also log for TensorBoard")
@@ -895,7 +897,6 @@ class Run:
 
 
 def _has_compiler():
-    import shutil
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++", "clang++"))
 
 

@@ -1,5 +1,4 @@
 """The scripts as commands: every dataset, resuming, two processes, stops, and what they refuse."""
-import fcntl
 import importlib
 import os
 import signal
