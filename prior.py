@@ -133,7 +133,8 @@ class Prior(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def hide(codes, null, u, scores):
-    """Hide k = ⌈u · L⌉ positions, those of the lowest scores. codes (B, L), u (B,) in [0, 1), scores (B, L) → codes with `null`, k (B,)."""
+    """Hide k = ⌊u · L⌋ + 1 positions, those of the lowest scores. codes (B, L), u (B,) in [0, 1), scores (B, L) →
+    codes with `null`, which are hidden (B, L) bool, k (B,)."""
     k = (u * codes.shape[1]).floor() + 1
     hidden = scores.argsort(1).argsort(1) < k[:, None]
     return torch.where(hidden, null, codes), hidden, k
@@ -193,8 +194,9 @@ def draw_values(logits, temperature, nucleus, generator):
         scores = (log_p / temperature).log_softmax(-1)
         if nucleus < 1:
             ordered, order = scores.sort(-1, descending=True)
-            outside = (ordered.exp().cumsum(-1) - ordered.exp() >= nucleus).scatter(-1, order, ordered.exp().cumsum(-1) - ordered.exp() >= nucleus)
-            scores = scores.masked_fill(outside, -math.inf)
+            before = ordered.exp().cumsum(-1) - ordered.exp()  # probability of all likelier values
+            before[..., 0] = -1  # the most likely one stays, whatever the nucleus
+            scores = scores.masked_fill((before >= nucleus).gather(-1, order.argsort(-1)), -math.inf)
         noise = torch.rand(scores.shape, generator=generator, dtype=torch.float64).to(scores.device)
         values = (scores - torch.log(-torch.log(noise.clamp(min=1e-300)))).argmax(-1)  # Gumbel-max
     return values, log_p.gather(-1, values[..., None])[..., 0]

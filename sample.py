@@ -240,9 +240,10 @@ class Scores:
         features = torch.cat([tokenizer.encode_images(backbone, part, config, self.run)[1].cpu() for part in images.split(500)])
         return features.double(), torch.zeros(len(images), 0).long(), torch.ones(len(images)).bool()
 
-    def pictures(self, images, labels=None):
-        """What every set of pictures is measured by: Fréchet distance to training images, cleanness and, given labels, factors."""
-        features, factors, clean = self.look(images)
+    def pictures(self, images, labels=None, looked=None):
+        """What every set of pictures is measured by: Fréchet distance to training images, cleanness and, given labels, factors.
+        `looked`: what `look` said of the images, where the caller needs it too."""
+        features, factors, clean = looked or self.look(images)
         line = {"frechet": frechet(features, self.reference)}
         if self.args.dataset == "shapes":
             line["clean"] = clean.double().mean().item()
@@ -265,8 +266,8 @@ class Scores:
         report = json.loads((self.run.folder / "tokenizer.json").read_text())
         result["tokenizer"] = {k: v for k, v in report.items() if not k.endswith("val")}
         images = self.stages.draw(self.codes_of(self.rows), seed)
-        result["reconstruct"] = self.pictures(images, dataset.labels[self.rows])
-        seen_usual = self.look(images)[1]
+        looked = self.look(images)
+        result["reconstruct"], seen_usual = self.pictures(images, dataset.labels[self.rows], looked), looked[1]
         if (self.run.folder / "generator-uncond.pt").exists():
             sampler = generator.sampler_settings(self.args)
             images = generator.generate(self.stages.generator("generator-uncond"), None, len(self.rows), sampler, self.run, seed)
@@ -303,9 +304,10 @@ class Scores:
         rng = data.step_generator(self.args.seed, 2)
         children = torch.stack([mix_codes(torch.stack(pair), [0.5, 0.5], rng) for pair in zip(self.codes_of(a), self.codes_of(b))])
         images = self.stages.draw(self.stages.repair(children, rounds, rng), self.args.seed + 2)
-        line = self.pictures(images)
+        looked = self.look(images)
+        line = self.pictures(images, looked=looked)
         if self.names:
-            _, seen, clean = self.look(images)
+            _, seen, clean = looked
             la, lb = self.dataset.labels[a], self.dataset.labels[b]
             parents = lambda f: ((f == la) | (f == lb)).all(1)
             both = (seen != la).any(1) & (seen != lb).any(1)  # neither parent again

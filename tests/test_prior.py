@@ -190,6 +190,8 @@ def test_values_are_drawn_by_temperature_and_nucleus():
     assert (draw(0.5, 1.0) - p ** 2 / (p ** 2).sum()).abs().max() < 0.02
     assert (draw(1.0, 0.75) - torch.tensor([0.625, 0.375, 0, 0])).abs().max() < 0.02
     assert draw(0.0, 1.0)[0] == 1 and draw(1.0, 0.0)[0] == 1
+    last = logits.flip(1)  # the most likely value is not the first: nothing left over would read as value 0
+    assert all((prior.draw_values(last, t, n, torch.Generator())[0] == 3).all() for t, n in ((0.0, 1.0), (1.0, 0.0), (1.0, 0.4)))
     _, log_p = prior.draw_values(logits[:5], 1.0, 1.0, torch.Generator())
     assert log_p.exp().max() <= 0.5 + 1e-6
 
