@@ -76,12 +76,13 @@ def is_unseen(labels, pair):
 
 
 def signed_distance(shape, x, y):
-    """Distance to the outline of `shape` at radius 1, negative inside; x, y (...) in radii, y pointing down."""
+    """Distance to the outline of `shape` at radius 1, negative inside; x, y (...) in radii, y pointing down.
+
+    Every shape is its own mirror image, so that a flipped drawing is a drawing like any other.
+    """
     r, box = torch.hypot(x, y), lambda w, h: torch.maximum(x.abs() - w, y.abs() - h)
     if shape == "circle":
         return r - 0.95
-    if shape == "square":
-        return box(0.82, 0.82)
     if shape == "bar":
         return box(1.05, 0.40)
     if shape == "cross":
@@ -89,7 +90,7 @@ def signed_distance(shape, x, y):
     if shape == "ring":
         return (r - 0.76).abs() - 0.24
     if shape == "crescent":
-        return torch.maximum(r - 1.0, 0.80 - torch.hypot(x - 0.50, y))
+        return torch.maximum(r - 1.0, 0.80 - torch.hypot(x, y + 0.50))
     assert shape == "triangle"  # equilateral, pointing up, circumradius 1.15
     return torch.maximum(y - 0.575, (x.abs() * math.sqrt(3) - y) / 2 - 0.575)
 

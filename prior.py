@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 PRESETS = {
     "cifar10": dict(steps=20_000, batch_size=256, width=384, depth=8, heads=6, lr=1e-3, warmup=1000, ema=0.999, dropout=0.1),
-    "folder": dict(steps=1000, dropout=0.1),
+    "folder": dict(steps=1000, depth=2, dropout=0.1),
     "imagenet": dict(steps=400_000, batch_size=512, width=1024, depth=24, heads=16, tables="shared", lr=3e-4, lr_matrix=0.0, lr_final=0.1,
                      warmup=2500, ema=0.9999, clip=1.0, dropout=0.1, save_every=5000),
 }
@@ -203,12 +203,13 @@ def draw_values(logits, temperature, nucleus, generator):
 
 
 @torch.no_grad()
-def sample_masked(model, codes, sampler, run, generator):
+def sample_masked(model, codes, sampler, run, generator, log_weights=None):
     """Fill the hidden positions (value V) of codes (n, L) long; given positions never change.
 
     sampler: dict with order ("ancestral", "event", "confidence"), steps (ancestral), per_step, remask, remask_window,
-    temperature, nucleus. Returns codes (n, L) and the network calls each sample took (n,): at most one a hidden position
-    unless remasking hides positions again, because a step that reveals nothing costs nothing.
+    temperature, nucleus. log_weights (n, L, V): added to the logits, −inf forbids a value. Returns codes (n, L) and the network
+    calls each sample took (n,): at most one a hidden position unless remasking hides positions again, because a step that
+    reveals nothing costs nothing.
     """
     codes, given, calls = codes.clone().to(run.device), (codes != model.V).to(run.device), torch.zeros(len(codes), dtype=torch.long)
     uniform = lambda *shape: torch.rand(*shape, generator=generator).to(run.device)
@@ -218,6 +219,8 @@ def sample_masked(model, codes, sampler, run, generator):
         calls[rows.cpu()] += 1
         with run.autocast():
             logits = model(codes[rows])  # (m, L, V)
+        if log_weights is not None:
+            logits = logits.float() + log_weights[rows.cpu()].to(run.device)
         values, log_p = draw_values(logits, sampler["temperature"], sampler["nucleus"], generator)
         if where is None:  # the most likely of the drawn values first, with Gumbel noise so that samples differ
             score = log_p.float() + sampler["order_noise"] * -torch.log(-torch.log(uniform(*log_p.shape).clamp(min=1e-30)))
@@ -250,14 +253,14 @@ def sample_masked(model, codes, sampler, run, generator):
 
 
 @torch.no_grad()
-def repair_codes(model, codes, rounds, share, sampler, run, generator):
-    """Make contradictory codes (n, L) plausible: in each round hide a random `share` of the positions and draw them all again from
-    the masked prior, given the others (blocked Gibbs sampling from the codes at hand, one network call a round)."""
+def redraw_codes(model, codes, rounds, share, sampler, run, generator, log_weights=None):
+    """Codes (n, L) after `rounds` in each of which a random `share` of the positions is hidden and drawn again given the others
+    (Gibbs sampling in blocks, each position of a block on its own: one network call a round). log_weights as sample_masked."""
     hidden = max(1, round(share * model.L))
     at_once = {**sampler, "order": "event", "per_step": hidden}
     for _ in range(rounds):
         again = torch.rand(codes.shape, generator=generator).argsort(1).argsort(1) < hidden
-        codes, _ = sample_masked(model, torch.where(again, model.V, codes), at_once, run, generator)
+        codes, _ = sample_masked(model, torch.where(again, model.V, codes), at_once, run, generator, log_weights)
     return codes
 
 
@@ -287,7 +290,7 @@ def add_sampler_flags(parser):
     """How codes are drawn from a trained prior; the one home of these defaults."""
     g = parser.add_argument_group("code sampler")
     g.add_argument("--temperature", type=data.non_negative, default=1.0, help="of the values' distribution; 0: the most likely")
-    g.add_argument("--nucleus", type=data.share, default=1.0, help="draw from the smallest set of values that holds this probability")
+    g.add_argument("--nucleus", type=data.share, default=0.95, help="draw from the smallest set of values that holds this probability")
     g.add_argument("--order", choices=("event", "ancestral", "confidence"), default="event", help="masked: which positions are revealed when")
     g.add_argument("--per-step", type=data.positive, default=1, help="event and confidence: positions revealed in one call")
     g.add_argument("--order-noise", type=data.non_negative, default=1.0, help="confidence: Gumbel noise on the order")
@@ -335,7 +338,7 @@ def add_flags(parser):
     g = parser.add_argument_group("model")
     g.add_argument("--kind", choices=("masked", "ar"), required=True, help="masked diffusion or autoregressive")
     g.add_argument("--width", type=data.positive, default=128, help="D, width of the tokens")
-    g.add_argument("--depth", type=data.positive, default=2, help="transformer blocks")
+    g.add_argument("--depth", type=data.positive, default=1, help="transformer blocks")
     g.add_argument("--heads", type=data.positive, default=2, help="attention heads")
     g.add_argument("--tables", choices=("position", "shared"), default="position", help="embeddings and outputs: one set a position, or one for all")
     g.add_argument("--dropout", type=data.share, default=0.0, help="on both residual branches")
@@ -345,7 +348,7 @@ def add_flags(parser):
 def main(argv=None):
     """Train a prior; report bits per token on held-out codes and network calls per sample."""
     parser = data.make_parser(__doc__)
-    data.add_training_flags(parser, steps=700, batch_size=128, lr=5e-3, lr_matrix=0.02, warmup=50)
+    data.add_training_flags(parser, steps=1500, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50)
     add_flags(parser)
     args = data.parse(parser, PRESETS, argv)
     if args.width % args.heads or args.width // args.heads % 2:

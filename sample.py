@@ -6,7 +6,7 @@
     python sample.py reconstruct a.png b.png           # image → code → images, a new noise each
     python sample.py compose a.png b.png --weights 0.5 0.5        # each position of the code from one of the images at random
     python sample.py compose a.png b.png --positions 0 1 2 3      # these positions from the first image, the rest from the second
-      Mixed codes contradict themselves; --repair rounds of redrawing some positions from the masked prior settle that.
+      Positions drawn apart contradict each other; the masked prior chooses them so that they fit (--choose random: drawn apart).
     python sample.py infill a.png --keep 0.5           # keep half of the code, draw the rest from the masked prior
 Images are files of any size; where none are named, pictures of the test split are taken. Grids go to OUT/<dataset>/samples/,
 with all settings stored inside the PNG (text field "settings").
@@ -37,17 +37,16 @@ PRESETS = {}
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def mix_codes(codes, weights, generator_, positions=None):
-    """One code (L,) from k codes (k, L): each position from image i with probability weights[i]; or, with `positions`, those from
-    the first image and all others from the rest (by their weights)."""
-    k, L = codes.shape
-    weights = torch.as_tensor(weights, dtype=torch.float64)
-    if positions is None:
-        source = torch.multinomial(weights, L, replacement=True, generator=generator_)
-    else:
-        source = 1 + torch.multinomial(weights[1:], L, replacement=True, generator=generator_)
-        source[positions] = 0
-    return codes[source, torch.arange(L)]
+def mixture_weights(codes, weights, values, positions=None):
+    """Log-weights (..., L, V) of the values in a mixture of k codes (..., k, L): at each position the weights of the images that have
+    the value there, −inf where none has. `positions`: there the first image alone, at all others the rest by their weights."""
+    k, L = codes.shape[-2:]
+    share = torch.as_tensor(weights, dtype=torch.float32)[:, None].expand(k, L).clone()
+    if positions is not None:
+        first = torch.zeros(L, dtype=torch.bool).index_fill(0, torch.as_tensor(positions), True)
+        share[0], share[1:] = first.float(), share[1:] * ~first
+    share = share / share.sum(0)
+    return (F.one_hot(codes, values) * share[..., None]).sum(-3).log()
 
 
 class Stages:
@@ -94,11 +93,16 @@ class Stages:
         weak = self.generator("generator-early") if self.args.guide == "early" else None
         return generator.generate(self.generator(), codes, len(codes), generator.sampler_settings(self.args), self.run, seed, weak)
 
-    def repair(self, codes, rounds, rng):
-        """Codes (n, L) after `rounds` of repair by the masked prior."""
-        if not rounds:
-            return codes
-        return prior.repair_codes(self.prior("masked"), codes, rounds, self.args.repair_share, prior.sampler_settings(self.args), self.run, rng)
+    def compose(self, codes, weights, rng, choose, positions=None):
+        """One child (n, L) of each family of k codes (n, k, L), a value of a parent at every position. choose "random": each position
+        on its own, by the weights; "prior": drawn from the masked prior times the weights, then redrawn in rounds."""
+        log_weights = mixture_weights(codes, weights, self.codes[1]["V"], positions)  # (n, L, V)
+        if choose == "random":
+            return prior.draw_values(log_weights, 1.0, 1.0, rng)[0]
+        model, sampler = self.prior("masked"), prior.sampler_settings(self.args)
+        hidden = torch.full_like(codes[:, 0], model.V)
+        children, _ = prior.sample_masked(model, hidden, sampler, self.run, rng, log_weights)
+        return prior.redraw_codes(model, children, self.args.rounds, self.args.round_share, sampler, self.run, rng, log_weights)
 
     def sample_codes(self, kind, count, seed=0):
         """Codes (count, L) and network calls (count,) of a prior, with the sampler of the flags."""
@@ -275,8 +279,8 @@ class Scores:
             result["reconstruct"]["frechet / without codes"] = result["reconstruct"]["frechet"] / result["generator without codes"]["frechet"]
         self.score_priors(codes, about)
         if len(self.rows) >= 2:
-            self.score_composition("compose", self.args.repair)
-            self.score_composition("compose without repair", 0)
+            self.score_composition("compose, positions chosen by the prior", "prior")
+            self.score_composition("compose, positions at random", "random")
         for split, pair in data.UNSEEN_PAIRS.items() if self.args.dataset == "shapes" else ():
             result[split] = self.score_unseen(split, pair, seen_usual)
         return result
@@ -297,25 +301,24 @@ class Scores:
         masked, ar = (self.result[f"prior-{kind}"]["bits per token"] for kind in ("masked", "ar"))
         self.result["masked bound / ar bits"] = masked / ar
 
-    def score_composition(self, name, rounds):
-        """Children of pairs of test images, each code position from one parent at random, then `rounds` of repair by the masked prior:
-        does every factor come from a parent?"""
+    def score_composition(self, name, choose):
+        """Children of pairs of test images, each code position from one of the parents: does every factor come from a parent?"""
         a, b = self.rows[:self.n // 2], np.roll(self.rows, 1)[:self.n // 2]
         rng = data.step_generator(self.args.seed, 2)
-        children = torch.stack([mix_codes(torch.stack(pair), [0.5, 0.5], rng) for pair in zip(self.codes_of(a), self.codes_of(b))])
-        images = self.stages.draw(self.stages.repair(children, rounds, rng), self.args.seed + 2)
+        parents = torch.stack([self.codes_of(a), self.codes_of(b)], 1)  # (n, 2, L)
+        images = self.stages.draw(self.stages.compose(parents, [0.5, 0.5], rng, choose), self.args.seed + 2)
         looked = self.look(images)
         line = self.pictures(images, looked=looked)
         if self.names:
             _, seen, clean = looked
             la, lb = self.dataset.labels[a], self.dataset.labels[b]
-            parents = lambda f: ((f == la) | (f == lb)).all(1)
+            inherited = lambda f: ((f == la) | (f == lb)).all(1)
             both = (seen != la).any(1) & (seen != lb).any(1)  # neither parent again
-            good = parents(seen) & clean
+            good = inherited(seen) & clean
             line |= {"every factor from a parent, clean": good.double().mean().item(),
-                     "every factor from a parent": parents(seen).double().mean().item(),
+                     "every factor from a parent": inherited(seen).double().mean().item(),
                      "of these, unlike both parents": (good & both).double().sum().item() / max(1, good.sum().item()),
-                     "chance (another test image)": parents(self.dataset.labels[np.roll(self.rows, 7)[:self.n // 2]]).double().mean().item(),
+                     "chance (another test image)": inherited(self.dataset.labels[np.roll(self.rows, 7)[:self.n // 2]]).double().mean().item(),
                      "factors": {n: ((seen[:, k] == la[:, k]) | (seen[:, k] == lb[:, k])).double().mean().item() for k, n in enumerate(self.names)}}
         self.result[name] = line
 
@@ -411,17 +414,17 @@ def make_pictures(command, stages, args, run):
             if args.positions and sum(weights[1:]) <= 0:
                 data.fail("compose: --positions takes all other positions from the later images, whose weights are all zero")
             columns = max(k, args.columns)
-            children = torch.stack([mix_codes(codes, weights, rng, args.positions) for _ in range(columns * args.rows)])
+            children = stages.compose(codes.expand(columns * args.rows, -1, -1), weights, rng, args.choose, args.positions)
             blank = torch.full((columns - k, *inputs.shape[1:]), 255, dtype=torch.uint8)
-            images = torch.cat([inputs, blank, stages.draw(stages.repair(children, args.repair, rng), seed)])
+            images = torch.cat([inputs, blank, stages.draw(children, seed)])
     path = run.folder / "samples" / f"{command}{'-' + args.kind if command == 'unconditional' else ''}.png"
     data.save_grid(path, images, columns, titles, settings={**vars(args), "command": command})
     print(f"{command}: {path}")
     return path
 
 
-def main(argv=None):
-    """Train what is missing, make pictures, print scores."""
+def parse(argv):
+    """The flags of this script, checked."""
     parser = data.make_parser(__doc__)
     g = parser.add_argument_group("what to do")
     g.add_argument("command", nargs="?", choices=("unconditional", "reconstruct", "compose", "infill"), help="pictures to make")
@@ -432,8 +435,10 @@ def main(argv=None):
     g.add_argument("--kind", choices=("masked", "ar"), default="masked", help="the prior of unconditional samples")
     g.add_argument("--weights", type=data.non_negative, nargs="+", help="compose: share of positions from each image (default: equal)")
     g.add_argument("--positions", type=int, nargs="+", help="compose: take these positions from the first image")
-    g.add_argument("--repair", type=int, default=16, help="compose: rounds in which the masked prior redraws some positions; 0: the bare mixture")
-    g.add_argument("--repair-share", type=data.share, default=0.25, help="compose: share of the positions redrawn in a round")
+    g.add_argument("--choose", choices=("prior", "random"), default="prior",
+                   help="compose: the masked prior chooses which image each position comes from, or each is drawn on its own")
+    g.add_argument("--rounds", type=int, default=16, help="compose: rounds in which the masked prior chooses again for some positions")
+    g.add_argument("--round-share", type=data.share, default=0.25, help="compose: share of the positions in a round")
     g.add_argument("--keep", type=data.share, default=0.5, help="infill: share of the positions that is kept")
     g.add_argument("--columns", type=data.positive, default=8, help="pictures in a row (where the inputs do not decide it)")
     g.add_argument("--rows", type=data.positive, default=4, help="rows of generated pictures")
@@ -442,11 +447,16 @@ def main(argv=None):
     g.add_argument("--guide", choices=("null", "early"), default="null", help="guide by the model without code, or by its earlier checkpoint")
     prior.add_sampler_flags(parser)
     args = data.parse(parser, PRESETS, argv)
-    if args.repair < 0:
-        parser.error(f"argument --repair: expected at least 0, got {args.repair}")
+    if args.rounds < 0:
+        parser.error(f"argument --rounds: expected at least 0, got {args.rounds}")
     if not (args.command or args.train or args.score):
         parser.error("say what to do: unconditional, reconstruct, compose, infill, --train or --score")
-    start = time.time()
+    return args
+
+
+def main(argv=None):
+    """Train what is missing, make pictures, print scores."""
+    args, start = parse(argv), time.time()
     if args.train:
         train_missing(args)
     run = data.Run(args)

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 PRESETS = {
-    "cifar10": dict(steps=40_000, batch_size=512, patch=4, width=384, depth=8, heads=6, registers=4, codes=64, values=64, prototypes=4096,
+    "cifar10": dict(steps=40_000, batch_size=512, patch=4, attention=True, width=384, depth=8, heads=6, registers=4, codes=64, values=64, prototypes=4096,
                     teacher_temperature=0.04, ibot=0.5, koleo=0.1, locals=4, local_scale=[0.1, 0.4], jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2,
                     solarise=0.2, global_scale=[0.4, 1.0], ratio=0.75, lr=1e-3, momentum=0.992, warmup=2000),
     "folder": dict(steps=3000, prototypes=1024, jitter=[0.2, 0.2, 0.1, 0.05], global_scale=[0.5, 1.0], ratio=0.75),
-    "imagenet": dict(steps=125_000, batch_size=256, image_size=256, patch=14, stem=0, width=1024, depth=24, heads=16, registers=4, layer_scale=1e-5,
+    "imagenet": dict(steps=125_000, batch_size=256, image_size=256, patch=14, stem=0, width=1024, depth=24, heads=16, attention=True, registers=4, layer_scale=1e-5,
                      drop_path=0.3, codes=512, values=256, sem_read="registers", centre_codes=False, head_hidden=2048, bottleneck=256,
                      prototypes=65_536, teacher_temperature=0.07, ibot=1.0, koleo=0.1, momentum=0.992, global_size=224, global_scale=[0.32, 1.0],
                      ratio=0.75, locals=8, local_size=98, local_scale=[0.05, 0.32], jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, blur=0.5,
@@ -79,13 +79,14 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with LayerScale and drop-path. (B, N, D) → (B, N, D)."""
+    """Pre-norm transformer block with LayerScale and drop-path; without attention an MLP on each token. (B, N, D) → (B, N, D)."""
 
-    def __init__(self, width, heads, drop_path, layer_scale):
+    def __init__(self, width, heads, attention, drop_path, layer_scale):
         super().__init__()
-        self.norm1, self.attn, self.ls1 = nn.LayerNorm(width, eps=1e-6), Attention(width, heads), LayerScale(width, layer_scale)
+        self.attention, self.drop_path = attention, drop_path
+        if attention:
+            self.norm1, self.attn, self.ls1 = nn.LayerNorm(width, eps=1e-6), Attention(width, heads), LayerScale(width, layer_scale)
         self.norm2, self.mlp, self.ls2 = nn.LayerNorm(width, eps=1e-6), MLP(width, 4 * width), LayerScale(width, layer_scale)
-        self.drop_path = drop_path
 
     def drop(self, branch):
         """Drop the whole branch of some samples while training, keeping its mean."""
@@ -95,7 +96,8 @@ class Block(nn.Module):
         return branch * keep / (1 - self.drop_path)
 
     def forward(self, x):
-        x = x + self.drop(self.ls1(self.attn(self.norm1(x))))  # (B, N, D)
+        if self.attention:
+            x = x + self.drop(self.ls1(self.attn(self.norm1(x))))  # (B, N, D)
         return x + self.drop(self.ls2(self.mlp(self.norm2(x))))  # (B, N, D)
 
 
@@ -118,14 +120,15 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """Vision transformer with registers and the simplicial embedding."""
 
-    def __init__(self, image_size, patch, width, depth, heads, codes, values, tau, sem_read, registers, stem=0, drop_path=0.0, layer_scale=1e-5):
+    def __init__(self, image_size, patch, width, depth, heads, codes, values, tau, sem_read, registers, stem=0, attention=True,
+                 drop_path=0.0, layer_scale=1e-5):
         super().__init__()
         self.side, self.L, self.V, self.tau, self.sem_read = image_size // patch, codes, values, tau, sem_read
         self.patch_embed = PatchEmbed(patch, width, stem)
         self.cls_token, self.mask_token = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, width))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side ** 2, width))
-        self.blocks = nn.ModuleList(Block(width, heads, drop_path, layer_scale) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, attention, drop_path, layer_scale) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         reads = {"registers": 1, "patches": self.side ** 2}[sem_read]  # groups of positions that are read apart
         inputs = (1 + registers) * width if sem_read == "registers" else width
@@ -324,7 +327,7 @@ def step_loss(student, teacher, centering, images, draws, args, run):
 
 def build_backbone(config):
     """The ViT of a dict of settings (a checkpoint's config, or vars(args))."""
-    keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "registers", "stem", "drop_path", "layer_scale")
+    keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "registers", "stem", "attention", "drop_path", "layer_scale")
     return ViT(config["global_size"], **{k: config[k] for k in keys})
 
 
@@ -434,9 +437,9 @@ def report(dataset, codes, features, values, run, most=10_000):
 # training
 # ---------------------------------------------------------------------------------------------------------------------
 
-def block_flops(tokens, width, mlp=4.0):
-    """Forward FLOPs of one transformer block on one sample: projections and MLP, then attention (a multiply-add counts 2)."""
-    return 2 * tokens * (4 + 2 * mlp) * width ** 2 + 4 * tokens ** 2 * width
+def block_flops(tokens, width, attention=True):
+    """Forward FLOPs of one transformer block on one sample: MLP, then attention and its projections (a multiply-add counts 2)."""
+    return 16 * tokens * width ** 2 + attention * (8 * tokens * width ** 2 + 4 * tokens ** 2 * width)
 
 
 def training_flops(args):
@@ -452,7 +455,7 @@ def training_flops(args):
         patches = 2 * n * channels * (args.patch >> args.stem) ** 2 * D
         reads, inputs = (1, (1 + args.registers) * D) if args.sem_read == "registers" else (n, D)
         per_read = args.codes * args.values / (1 if args.sem_read == "registers" else (args.global_size // args.patch) ** 2)
-        return stem + patches + args.depth * block_flops(n + 1 + args.registers, D) + reads * 2 * per_read * (inputs + D) + head
+        return stem + patches + args.depth * block_flops(n + 1 + args.registers, D, args.attention) + reads * 2 * per_read * (inputs + D) + head
 
     masked = sum(round(r * (args.global_size // args.patch) ** 2) for r in MASK_RATIOS) / 8 if args.ibot > 0 else 0  # a global view
     return args.batch_size * (2 * 4 * (view(args.global_size) + masked * head) + 3 * args.locals * view(args.local_size))
@@ -465,11 +468,13 @@ def add_flags(parser):
     g.add_argument("--width", type=data.positive, default=128, help="D, width of the tokens")
     g.add_argument("--depth", type=data.positive, default=2, help="transformer blocks")
     g.add_argument("--heads", type=data.positive, default=2, help="attention heads")
+    g.add_argument("--attention", action=argparse.BooleanOptionalAction, default=False,
+                   help="patches see each other; without it each patch is encoded on its own (only with --sem-read patches)")
     g.add_argument("--stem", type=int, default=2, help="halving convolutions before the patch projection; 0: DINOv2's plain patches")
     g.add_argument("--layer-scale", type=float, default=1.0, help="start of the gains on residual branches")
     g.add_argument("--drop-path", type=data.share, default=0.0, help="probability of dropping a residual branch")
-    g.add_argument("--codes", type=data.positive, default=32, help="L, code positions")
-    g.add_argument("--values", type=data.positive, default=16, help="V, values per position")
+    g.add_argument("--codes", type=data.positive, default=16, help="L, code positions")
+    g.add_argument("--values", type=data.positive, default=64, help="V, values per position")
     g.add_argument("--tau", type=data.non_negative, default=1.0, help="temperature of the SEM's softmax in training")
     g.add_argument("--registers", type=int, default=0, help="register tokens beside CLS")
     g.add_argument("--sem-read", choices=("registers", "patches"), default="patches",
@@ -510,6 +515,8 @@ def check_flags(parser, args):
             parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} is no multiple of --patch {args.patch}")
     if args.sem_read == "patches" and args.codes % (args.global_size // args.patch) ** 2:
         parser.error(f"argument --codes: {args.codes} is no multiple of the {(args.global_size // args.patch) ** 2} patches that --sem-read patches reads")
+    if not args.attention and (args.sem_read == "registers" or args.ibot > 0):
+        parser.error("argument --attention: without it nothing sees other patches, which --sem-read registers and --ibot need; add --attention")
     if args.locals < 0 or args.values < 2 or args.tau == 0 or args.student_temperature <= 0 or args.teacher_temperature <= 0:
         parser.error("arguments --locals, --values, --tau, --student-temperature, --teacher-temperature: expected >= 0, >= 2, > 0, > 0, > 0")
     if args.accumulate != 1:
@@ -521,7 +528,7 @@ def check_flags(parser, args):
 def main(argv=None):
     """Train the tokenizer, encode the dataset, report."""
     parser = data.make_parser(__doc__)
-    data.add_training_flags(parser, steps=1000, batch_size=128, lr=2e-3, lr_matrix=0.0, warmup=40, ema=None)
+    data.add_training_flags(parser, steps=640, batch_size=256, lr=2e-3, lr_matrix=0.0, warmup=40, ema=None)
     add_flags(parser)
     args = data.parse(parser, PRESETS, argv)
     check_flags(parser, args)

@@ -58,6 +58,17 @@ def test_signed_distance_has_the_right_sign_and_slope(shape):
     assert slope[d.abs() < 0.05].median().sub(1).abs() < 0.05  # a pixel of ink is a pixel of distance
 
 
+def test_a_flipped_drawing_is_a_drawing_with_mirrored_nuisance():
+    """So that the codes of flipped images, which the priors also learn, stand for pictures like any other."""
+    rng = torch.Generator().manual_seed(0)
+    labels = (torch.rand(100, 5, generator=rng) * torch.tensor([len(v) for v in data.SHAPES.values()])).long()
+    nuisance = torch.rand(100, 8, generator=rng)
+    mirrored = nuisance.clone()
+    mirrored[:, [0, 2, 3]] = 1 - nuisance[:, [0, 2, 3]]  # shift in x, tilt, phase in u
+    difference = data.draw_shapes(labels, nuisance).flip(3).int() - data.draw_shapes(labels, mirrored).int()
+    assert difference.abs().max() <= 1
+
+
 def test_larger_shapes_are_the_same_picture():
     labels, nuisance = data.shapes_labels("train", 8)
     small, large = data.draw_shapes(labels, nuisance).float(), data.draw_shapes(labels, nuisance, 64).float()

@@ -172,14 +172,25 @@ def test_infilling_keeps_what_is_given_and_follows_the_conditional(run, known, o
     assert torch.equal(same, full) and calls.sum() == 0
 
 
-def test_repair_walks_to_the_distribution_and_keeps_it(run, known):
+def test_redrawing_keeps_the_distribution_and_walks_to_it(run, known):
     start = CODES[torch.multinomial(known.p, 20_000, replacement=True, generator=torch.Generator().manual_seed(3))]
-    kept = prior.repair_codes(known, start, 3, 0.25, SAMPLER, run, torch.Generator().manual_seed(0))
+    kept = prior.redraw_codes(known, start, 3, 0.25, SAMPLER, run, torch.Generator().manual_seed(0))
     assert (frequencies(kept) - known.p).abs().sum() < 0.08 and not torch.equal(kept, start)  # one position a round: exact Gibbs
     p = torch.full((81,), 1e-9, dtype=torch.float64)
-    p[0] = p[80] = 0.5  # only 0000 and 2222 are codes: a mixture of them is repaired to one of them
-    fixed = prior.repair_codes(Known(p / p.sum()), torch.tensor([[0, 0, 0, 2], [2, 0, 2, 2]]).repeat(50, 1), 150, 0.25, SAMPLER, run, torch.Generator())
+    p[0] = p[80] = 0.5  # only 0000 and 2222 are codes: a mixture of them walks to one of them
+    fixed = prior.redraw_codes(Known(p / p.sum()), torch.tensor([[0, 0, 0, 2], [2, 0, 2, 2]]).repeat(50, 1), 150, 0.25, SAMPLER, run, torch.Generator())
     assert ((fixed == 0).all(1) | (fixed == 2).all(1)).float().mean() > 0.95
+
+
+def test_weights_forbid_values_and_redrawing_follows_prior_times_weights(run, known):
+    weights = torch.rand(L, V, generator=torch.Generator().manual_seed(5)).double()
+    weights[0, 1] = weights[2, 0] = weights[2, 2] = 0
+    log_weights = weights.log().float().expand(20_000, L, V)
+    codes, _ = prior.sample_masked(known, torch.full((20_000, L), V), SAMPLER, run, torch.Generator().manual_seed(0), log_weights)
+    assert not (codes[:, 0] == 1).any() and (codes[:, 2] == 1).all()
+    codes = prior.redraw_codes(known, codes, 40, 0.25, SAMPLER, run, torch.Generator().manual_seed(1), log_weights)
+    p = known.p * weights[torch.arange(L), CODES].prod(1)
+    assert (frequencies(codes) - p / p.sum()).abs().sum() < 0.05
 
 
 def test_values_are_drawn_by_temperature_and_nucleus():

@@ -13,16 +13,29 @@ from conftest import call, refuse
 from PIL import Image
 
 
-def test_mixing_takes_each_position_from_a_parent_by_its_weight():
-    codes = torch.arange(3)[:, None].expand(3, 3000)
-    mixed = sample.mix_codes(codes, [0.5, 0.3, 0.2], torch.Generator().manual_seed(0))
-    assert (torch.bincount(mixed) / 3000 - torch.tensor([0.5, 0.3, 0.2])).abs().max() < 0.03
-    assert (sample.mix_codes(codes, [0, 1, 0], torch.Generator()) == 1).all()
+def test_a_mixture_weighs_the_values_of_its_parents():
+    codes = torch.tensor([[0, 1], [0, 2], [3, 2]])
+    weights = sample.mixture_weights(codes, [5, 3, 2], 4).exp()
+    assert torch.allclose(weights, torch.tensor([[0.8, 0, 0, 0.2], [0, 0.5, 0.5, 0]]))
+    batch = sample.mixture_weights(codes.expand(7, 3, 2), [0, 1, 0], 4).exp()
+    assert batch.shape == (7, 2, 4) and (batch[:, 0, 0] == 1).all() and (batch[:, 1, 2] == 1).all()
 
 
-def test_mixing_by_positions_takes_those_from_the_first():
-    codes = torch.tensor([[1, 1, 1, 1], [2, 2, 2, 2]])
-    assert sample.mix_codes(codes, [0.5, 0.5], torch.Generator(), [0, 2]).tolist() == [1, 2, 1, 2]
+def test_chosen_positions_come_from_the_first_and_the_others_from_the_rest():
+    codes = torch.tensor([[1, 1, 1, 1], [2, 2, 2, 2], [3, 3, 3, 3]])
+    weights = sample.mixture_weights(codes, [0.5, 0.3, 0.1], 4, [0, 2]).exp()
+    assert torch.allclose(weights[[0, 2]], torch.tensor([0.0, 1, 0, 0]))
+    assert torch.allclose(weights[[1, 3]], torch.tensor([0.0, 0, 0.75, 0.25]))
+
+
+@pytest.mark.parametrize("choose", ["prior", "random"])
+def test_every_position_of_a_child_is_a_parents(trained, run, choose):
+    args = sample.parse(["compose", "--out", str(trained), "--rounds", "2"])
+    stages = sample.Stages(args, run)
+    parents = torch.from_numpy(stages.codes[0][:90, 0].astype(np.int64)).view(30, 3, -1)
+    children = stages.compose(parents, [0.5, 0.5, 0], torch.Generator().manual_seed(0), choose)
+    from_first, from_second = children == parents[:, 0], children == parents[:, 1]
+    assert (from_first | from_second).all() and not from_first.all() and not from_second.all()
 
 
 def test_frechet_distance_of_gaussians_with_known_distance():
@@ -50,7 +63,7 @@ def test_blends_differ_from_both_of_their_drawings_and_the_batch_is_a_function_o
 
 def test_pictures_store_their_settings(trained):
     for command, flags in (("unconditional", ["--kind", "ar"]), ("reconstruct", []), ("infill", ["--keep", "0.25"]),
-                           ("compose", ["--weights", "0.8", "0.2"]), ("compose", ["--positions", "0", "1"])):
+                           ("compose", ["--weights", "0.8", "0.2"]), ("compose", ["--positions", "0", "1"]), ("compose", ["--choose", "random"])):
         call("sample", command, *flags, "--out", trained, "--rows", "2", "--sample-steps", "2", "--guide", "early")
         name = "unconditional-ar" if command == "unconditional" else command
         with Image.open(trained / "shapes" / "samples" / f"{name}.png") as image:
@@ -89,9 +102,9 @@ def test_the_table_of_scores_is_complete_and_within_bounds(trained, tmp_path, mo
     sample.main(["--score", "--out", str(tmp_path), "--count", "16", "--sample-steps", "2"])
     scores = json.loads((out / "scores.json").read_text())
     assert {"real images", "blends of two images", "tokenizer", "reconstruct", "held-out codes", "prior-masked", "prior-ar", "masked bound / ar bits",
-            "compose", "compose without repair", "unseen-shape-colour", "unseen-colour-frame", "settings", "seconds"} <= scores.keys()
+            "compose, positions chosen by the prior", "compose, positions at random", "unseen-shape-colour", "unseen-colour-frame", "settings", "seconds"} <= scores.keys()
     assert scores["prior-ar"]["calls per sample"] == 16 and scores["prior-masked"]["calls per sample"] <= 16
-    for value in (scores["compose"]["every factor from a parent, clean"], scores["unseen-colour-frame"]["pair kept"], scores["reconstruct"]["clean"]):
+    for value in (scores["compose, positions at random"]["every factor from a parent, clean"], scores["unseen-colour-frame"]["pair kept"], scores["reconstruct"]["clean"]):
         assert 0 <= value <= 1
     for name in ("frechet / true codes",):
         assert scores["prior-masked"][name] == pytest.approx(scores["prior-masked"]["frechet"] / scores["reconstruct"]["frechet"])
