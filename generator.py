@@ -336,7 +336,7 @@ def check_flags(parser, args):
 def main(argv=None):
     """Train the generator; write a grid of real images and their reconstructions at every checkpoint."""
     parser = data.make_parser(__doc__)
-    data.add_training_flags(parser, steps=2200, batch_size=64, lr=2e-3, lr_matrix=0.0, warmup=50)
+    data.add_training_flags(parser, steps=2500, batch_size=64, lr=2e-3, lr_matrix=0.0, warmup=50)
     add_flags(parser)
     args = data.parse(parser, PRESETS, argv)
     check_flags(parser, args)

@@ -286,11 +286,15 @@ def sample_codes(model, count, sampler, run, seed=0, batch=500):
     return torch.cat([c for c, _ in parts]), torch.cat([k for _, k in parts])
 
 
+NUCLEUS = {"masked": 0.9, "ar": 1.0}  # the masked prior errs in its tails; the autoregressive one loses variety with less than all
+
+
 def add_sampler_flags(parser):
     """How codes are drawn from a trained prior; the one home of these defaults."""
     g = parser.add_argument_group("code sampler")
     g.add_argument("--temperature", type=data.non_negative, default=1.0, help="of the values' distribution; 0: the most likely")
-    g.add_argument("--nucleus", type=data.share, default=0.95, help="draw from the smallest set of values that holds this probability")
+    g.add_argument("--nucleus", type=data.share, help="draw from the smallest set of values that holds this probability (default: "
+                   + ", ".join(f"{kind} {value}" for kind, value in NUCLEUS.items()) + ")")
     g.add_argument("--order", choices=("event", "ancestral", "confidence"), default="event", help="masked: which positions are revealed when")
     g.add_argument("--per-step", type=data.positive, default=1, help="event and confidence: positions revealed in one call")
     g.add_argument("--order-noise", type=data.non_negative, default=1.0, help="confidence: Gumbel noise on the order")
@@ -299,9 +303,10 @@ def add_sampler_flags(parser):
     g.add_argument("--remask-window", type=data.share, nargs=2, default=[0.3, 0.55], metavar=("FROM", "TO"), help="t in which --remask acts")
 
 
-def sampler_settings(args):
-    """The sampler flags as the dict that the samplers take."""
-    return {"temperature": args.temperature, "nucleus": args.nucleus, "order": args.order, "per_step": args.per_step,
+def sampler_settings(args, kind):
+    """The sampler flags as the dict that the samplers take, for a prior of this kind."""
+    nucleus = NUCLEUS[kind] if args.nucleus is None else args.nucleus
+    return {"temperature": args.temperature, "nucleus": nucleus, "order": args.order, "per_step": args.per_step,
             "order_noise": args.order_noise, "steps": args.ancestral_steps, "remask": args.remask, "remask_window": args.remask_window}
 
 
@@ -348,7 +353,7 @@ def add_flags(parser):
 def main(argv=None):
     """Train a prior; report bits per token on held-out codes and network calls per sample."""
     parser = data.make_parser(__doc__)
-    data.add_training_flags(parser, steps=1500, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50)
+    data.add_training_flags(parser, steps=1400, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50)
     add_flags(parser)
     args = data.parse(parser, PRESETS, argv)
     if args.width % args.heads or args.width // args.heads % 2:
@@ -398,7 +403,7 @@ def main(argv=None):
                 bits, error = bits_per_token(model, held_out, run)
                 log.write(args.steps, **{f"{split} bits per token": round(bits, 4), "standard error": round(error, 4)})
                 print(f"{split}: {bits:.4f} ± {error:.4f} bits per token ({'exact' if args.kind == 'ar' else 'upper bound'}, {len(held_out):,} codes)")
-            _, calls = sample_codes(model, 100, sampler_settings(args), run)
+            _, calls = sample_codes(model, 100, sampler_settings(args, args.kind), run)
             print(f"network calls per sample: {calls.float().mean():.1f} for {args.codes} positions")
     run.close()
 

@@ -99,14 +99,14 @@ class Stages:
         log_weights = mixture_weights(codes, weights, self.codes[1]["V"], positions)  # (n, L, V)
         if choose == "random":
             return prior.draw_values(log_weights, 1.0, 1.0, rng)[0]
-        model, sampler = self.prior("masked"), prior.sampler_settings(self.args)
+        model, sampler = self.prior("masked"), prior.sampler_settings(self.args, "masked")
         hidden = torch.full_like(codes[:, 0], model.V)
         children, _ = prior.sample_masked(model, hidden, sampler, self.run, rng, log_weights)
         return prior.redraw_codes(model, children, self.args.rounds, self.args.round_share, sampler, self.run, rng, log_weights)
 
     def sample_codes(self, kind, count, seed=0):
         """Codes (count, L) and network calls (count,) of a prior, with the sampler of the flags."""
-        return prior.sample_codes(self.prior(kind), count, prior.sampler_settings(self.args), self.run, seed)
+        return prior.sample_codes(self.prior(kind), count, prior.sampler_settings(self.args, kind), self.run, seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,7 +403,7 @@ def make_pictures(command, stages, args, run):
             rng = data.step_generator(seed, 0)
             keep = torch.rand(args.rows, k, codes.shape[1], generator=rng) < args.keep
             masked = torch.where(keep, codes, stages.prior("masked").V).flatten(0, 1)
-            filled, _ = prior.sample_masked(stages.prior("masked"), masked, prior.sampler_settings(args), run, rng)
+            filled, _ = prior.sample_masked(stages.prior("masked"), masked, prior.sampler_settings(args, "masked"), run, rng)
             images, columns = torch.cat([inputs, stages.draw(filled, seed)]), k
         else:  # compose: the parents, then children
             weights, rng = args.weights or [1 / k] * k, data.step_generator(seed, 0)
@@ -437,7 +437,7 @@ def parse(argv):
     g.add_argument("--positions", type=int, nargs="+", help="compose: take these positions from the first image")
     g.add_argument("--choose", choices=("prior", "random"), default="prior",
                    help="compose: the masked prior chooses which image each position comes from, or each is drawn on its own")
-    g.add_argument("--rounds", type=int, default=16, help="compose: rounds in which the masked prior chooses again for some positions")
+    g.add_argument("--rounds", type=int, default=32, help="compose: rounds in which the masked prior chooses again for some positions")
     g.add_argument("--round-share", type=data.share, default=0.25, help="compose: share of the positions in a round")
     g.add_argument("--keep", type=data.share, default=0.5, help="infill: share of the positions that is kept")
     g.add_argument("--columns", type=data.positive, default=8, help="pictures in a row (where the inputs do not decide it)")

@@ -528,7 +528,7 @@ def check_flags(parser, args):
 def main(argv=None):
     """Train the tokenizer, encode the dataset, report."""
     parser = data.make_parser(__doc__)
-    data.add_training_flags(parser, steps=640, batch_size=256, lr=2e-3, lr_matrix=0.0, warmup=40, ema=None)
+    data.add_training_flags(parser, steps=760, batch_size=256, lr=2e-3, lr_matrix=0.0, warmup=40, ema=None)
     add_flags(parser)
     args = data.parse(parser, PRESETS, argv)
     check_flags(parser, args)

@@ -19,7 +19,7 @@ from PIL import Image  # noqa: E402
 torch.set_num_threads(1)
 
 TINY = {
-    "tokenizer": "--steps 6 --batch-size 8 --width 16 --depth 1 --heads 2 --stem 1 --codes 16 --values 4 --prototypes 16 --head-hidden 16 "
+    "tokenizer": "--steps 6 --batch-size 8 --attention --width 16 --depth 1 --heads 2 --stem 1 --codes 16 --values 4 --prototypes 16 --head-hidden 16 "
                  "--bottleneck 8 --locals 1 --ibot 0.5 --registers 2 --workers 0".split(),
     "generator": "--steps 6 --batch-size 8 --width 16 --depth 1 --heads 2 --groups 4 --sample-steps 2 --workers 0".split(),
     "prior": "--steps 6 --batch-size 8 --width 16 --depth 1 --heads 2".split(),

@@ -143,7 +143,9 @@ def test_a_run_that_turns_to_nan_stops_and_keeps_the_last_checkpoint(trained, tm
 @pytest.mark.parametrize("name, flags, words", [
     ("tokenizer", ["--steps", "0"], ["--steps"]), ("tokenizer", ["--batch-size", "-4"], ["--batch-size"]),
     ("tokenizer", ["--dataset", "mnist"], ["--dataset"]), ("tokenizer", ["--heads", "5"], ["--heads", "--width"]),
-    ("tokenizer", ["--codes", "30"], ["--codes", "patches"]), ("tokenizer", ["--global-size", "30"], ["--global-size", "--patch"]),
+    ("tokenizer", ["--codes", "30"], ["--codes", "patches"]), ("tokenizer", ["--ibot", "0.5"], ["--attention", "--ibot"]),
+    ("tokenizer", ["--sem-read", "registers"], ["--attention", "--sem-read"]), ("sample", ["compose", "--rounds", "-1"], ["--rounds"]),
+    ("tokenizer", ["--global-size", "30"], ["--global-size", "--patch"]),
     ("tokenizer", ["--tau", "0"], ["--tau"]), ("tokenizer", ["--batch", "4"], ["--batch"]), ("tokenizer", ["--stem", "5"], ["--stem"]),
     ("tokenizer", ["--lr", "nan"], ["--lr"]), ("tokenizer", ["--image-size", "40"], ["--image-size"]), ("tokenizer", ["--momentum", "2"], ["--momentum"]),
     ("generator", ["--patch", "5"], ["--patch"]), ("generator", ["--drop", "x"], ["--drop"]), ("generator", ["--accumulate", "7"], ["--accumulate"]),

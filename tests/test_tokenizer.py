@@ -50,8 +50,8 @@ def test_a_cold_simplex_makes_the_output_a_function_of_the_code():
 
 
 def test_patch_reading_gives_each_patch_its_own_positions():
-    """Without attention between patches (depth 0), changing one patch changes its positions of the code alone."""
-    model, images = vit("patches", depth=0), torch.randn(1, 3, 16, 16)
+    """Without attention, changing one patch changes its positions of the code alone."""
+    model, images = vit("patches", attention=False), torch.randn(1, 3, 16, 16)
     other = images.clone()
     other[:, :, 4:8, 8:12] = torch.randn(1, 3, 4, 4) * 5  # patch 6 of 4 × 4
     z, z_other = (model.logits(model.tokens(x)) for x in (images, other))
@@ -79,7 +79,7 @@ def test_masked_patches_are_hidden_from_the_network():
 
 
 def test_drop_path_keeps_the_mean_and_is_off_in_evaluation():
-    block = tokenizer.Block(8, 2, drop_path=0.4, layer_scale=1.0)
+    block = tokenizer.Block(8, 2, attention=True, drop_path=0.4, layer_scale=1.0)
     branch = torch.ones(20_000, 1, 1)
     assert abs(block.drop(branch).mean() - 1) < 0.03 and torch.allclose(block.drop(branch).unique(), torch.tensor([0.0, 1 / 0.6]))
     assert torch.equal(block.eval().drop(branch), branch)
@@ -123,7 +123,7 @@ def tiny_args(*flags):
     parser = data.make_parser("")
     data.add_training_flags(parser, 4, 8, 1e-3, 0.0, 0)
     tokenizer.add_flags(parser)
-    return data.parse(parser, tokenizer.PRESETS, "--width 32 --depth 2 --heads 2 --codes 16 --values 4 --prototypes 24 --head-hidden 16 --bottleneck 8 --batch-size 8".split() + list(flags))
+    return data.parse(parser, tokenizer.PRESETS, "--attention --width 32 --depth 2 --heads 2 --codes 16 --values 4 --prototypes 24 --head-hidden 16 --bottleneck 8 --batch-size 8".split() + list(flags))
 
 
 def make(args):
@@ -131,7 +131,8 @@ def make(args):
     return tokenizer.Student(tokenizer.build_backbone(vars(args)), tokenizer.DINOHead(32, 16, 8, 24))
 
 
-@pytest.mark.parametrize("flags", [("--ibot", "0.5", "--locals", "2"), ("--centering", "centre"), ("--sem-read", "registers", "--registers", "4", "--locals", "3")])
+@pytest.mark.parametrize("flags", [("--ibot", "0.5", "--locals", "2"), ("--centering", "centre"), ("--no-attention",),
+                                   ("--sem-read", "registers", "--registers", "4", "--locals", "3")])
 def test_the_loss_falls_and_reaches_every_weight(run, flags):
     args = tiny_args(*flags)
     student, teacher = make(args), make(args).requires_grad_(False)
@@ -141,19 +142,19 @@ def test_the_loss_falls_and_reaches_every_weight(run, flags):
     for step in range(15):
         loss, parts = tokenizer.step_loss(student, teacher, centering, images, data.Draws(0, 0, run, 8), args, run)
         loss.backward()
-        if step == 0:  # the mask token is used by iBOT alone
+        if step == 0:  # the mask token is used by iBOT alone, CLS by attention
             idle = [n for n, p in student.named_parameters() if p.numel() and (p.grad is None or not p.grad.abs().sum() > 0)]
-            assert all(("mask_token" in n and args.ibot == 0) or n.endswith("qkv.bias") for n in idle), idle
+            assert all(("mask_token" in n and args.ibot == 0) or ("cls_token" in n and not args.attention) or n.endswith("qkv.bias") for n in idle), idle
             assert ("ibot" in parts) == (args.ibot > 0)
         optimizer.step(), optimizer.zero_grad()
         losses.append(loss.item())
     assert args.centering == "centre" or losses[-1] < losses[0] - 0.05  # a moving centre moves the target
 
 
-@pytest.mark.parametrize("read, stem, local", [("registers", 0, 16), ("patches", 2, 0)])
-def test_flops_formula_counts_what_torch_counts(run, read, stem, local):
+@pytest.mark.parametrize("read, stem, local, attention", [("registers", 0, 16, ""), ("patches", 2, 0, ""), ("patches", 2, 0, "no-")])
+def test_flops_formula_counts_what_torch_counts(run, read, stem, local, attention):
     from torch.utils.flop_counter import FlopCounterMode
-    args = tiny_args("--sem-read", read, "--stem", str(stem), "--locals", str(int(local > 0)), "--ibot", "0")
+    args = tiny_args("--sem-read", read, "--stem", str(stem), "--locals", str(int(local > 0)), "--ibot", "0", f"--{attention}attention")
     student = make(args)
     crops = torch.randn(16, 3, 32, 32), (torch.randn(8, 3, local, local) if local else None)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
