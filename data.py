@@ -483,7 +483,8 @@ def to_bytes(images):
 def random_crops(images, size, scale, ratio, draws):
     """Random resized crop and flip (p 0.5) of a batch. images (B, 3, S, S) in [-1, 1] → (B, 3, size, size).
 
-    scale: the crop's share of the area, from and to; ratio: smallest width / height, the largest is its inverse. Bilinear, one box a picture, all in one grid_sample.
+    scale: the crop's share of the area, from and to; ratio: smallest width / height, the largest is its inverse.
+    Bilinear, one box a picture, all in one grid_sample.
     """
     b, device = len(images), images.device
     u = draws.uniform(5).T
@@ -609,7 +610,8 @@ def load_checkpoint(path, stage, args):
     except Exception as problem:  # zipfile, pickle and torch each raise their own kinds
         fail(f"{path}: not a readable checkpoint ({type(problem).__name__}); {again}")
     if not isinstance(state, dict) or state.get("stage") != stage:
-        fail(f"{path}: expected a checkpoint of {stage}, found {state.get('stage') if isinstance(state, dict) else type(state).__name__}; {again}")
+        found = state.get("stage") if isinstance(state, dict) else type(state).__name__
+        fail(f"{path}: expected a checkpoint of {stage}, found {found}; {again}")
     if state["config"]["dataset"] != args.dataset:
         fail(f"{path}: trained on {state['config']['dataset']}, expected {args.dataset}; choose another --out")
     return state
@@ -767,7 +769,8 @@ def add_training_flags(parser, steps, batch_size, lr, lr_matrix, warmup, ema=0.9
     group.add_argument("--batch-size", type=positive, default=batch_size, help="images per step over all devices")
     group.add_argument("--accumulate", type=positive, default=1, help="split each batch into this many parts to save memory")
     group.add_argument("--lr", type=non_negative, default=lr, help="learning rate of AdamW (biases, norms, embeddings)")
-    group.add_argument("--lr-matrix", type=non_negative, default=lr_matrix, help="learning rate of Muon for the blocks' matrices; 0: AdamW for all")
+    group.add_argument("--lr-matrix", type=non_negative, default=lr_matrix,
+                       help="learning rate of Muon for the blocks' matrices; 0: AdamW for all")
     group.add_argument("--lr-final", type=share, default=0.05, help="share of the learning rate left at the end (cosine); 1: constant")
     group.add_argument("--warmup", type=int, default=warmup, help="steps of linear warm-up")
     group.add_argument("--weight-decay", type=non_negative, default=0.0, help="decoupled weight decay")

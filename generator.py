@@ -272,7 +272,8 @@ def load_generator(args, device, stage="generator"):
     path = data.run_folder(args) / f"{stage}.pt"
     state = data.load_checkpoint(path, stage, args)
     if state["trained_on"] and state["trained_on"] != data.open_codes(args)[1]["sha256"]:
-        data.fail(f"{path}: trained on other codes than {path.parent / 'codes.npy'}; train it again with {data.stage_command(stage, args)} --restart")
+        data.fail(f"{path}: trained on other codes than {path.parent / 'codes.npy'}; train it again with "
+                  f"{data.stage_command(stage, args)} --restart")
     model = build_generator(state["config"])
     model.load_state_dict(state["ema"])
     return model.to(device).eval()
@@ -363,7 +364,8 @@ def main(argv=None):
     def save(step, name=stage):
         if run.main:
             whole = {} if name == "generator-early" else dict(model=model.state_dict(), optimizer=optimizers.state_dict())
-            data.save_checkpoint(run.folder / f"{name}.pt", stage=name, config=vars(args), step=step, ema=ema.state_dict(), trained_on=about["sha256"], **whole)
+            data.save_checkpoint(run.folder / f"{name}.pt", stage=name, config=vars(args), step=step, ema=ema.state_dict(),
+                                 trained_on=about["sha256"], **whole)
 
     def show(step):
         rows = list(dataset.splits["val"])[:16]

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 PRESETS = {
     "cifar10": dict(steps=20_000, batch_size=256, width=384, depth=8, heads=6, lr=1e-3, warmup=1000, ema=0.999, dropout=0.1),
-    "folder": dict(steps=1000, depth=2, dropout=0.1),
+    "folder": dict(steps=1000, batch_size=128, depth=2, lr=5e-3, dropout=0.1),
     "imagenet": dict(steps=400_000, batch_size=512, width=1024, depth=24, heads=16, tables="shared", lr=3e-4, lr_matrix=0.0, lr_final=0.1,
                      warmup=2500, ema=0.9999, clip=1.0, dropout=0.1, save_every=5000),
 }
@@ -140,9 +140,9 @@ def hide(codes, null, u, scores):
     return torch.where(hidden, null, codes), hidden, k
 
 
-def masked_nll(model, codes, u, scores, run):
-    """The estimate of bound (1) for each code, in nats per token: codes (B, L) → (B,)."""
-    visible, hidden, k = hide(codes, model.module.V if hasattr(model, "module") else model.V, u, scores)
+def masked_nll(model, codes, null, u, scores, run):
+    """The estimate of bound (1) for each code, in nats per token: codes (B, L) → (B,); `null` stands for hidden, u and scores as `hide`."""
+    visible, hidden, k = hide(codes, null, u, scores)
     with run.autocast():
         logits = model(visible)  # (B, L, V)
     nll = F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none")  # (B, L)
@@ -172,7 +172,8 @@ def bits_per_token(model, codes, run, draws=4, batch=500):
         each = []
         for d in range(draws):
             u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
-            each.append(masked_nll(model, part, u.to(run.device), torch.rand(n, model.L, generator=generator).to(run.device), run))
+            scores = torch.rand(n, model.L, generator=generator)
+            each.append(masked_nll(model, part, model.V, u.to(run.device), scores.to(run.device), run))
         values.append(torch.stack(each).mean(0))
     values = torch.cat(values).double() / math.log(2)
     return values.mean().item(), (values.std(correction=0) / len(values) ** 0.5).item()
@@ -325,7 +326,8 @@ def load_prior(args, kind, device):
     path, stage = data.run_folder(args) / f"prior-{kind}.pt", f"prior-{kind}"
     state = data.load_checkpoint(path, stage, args)
     if state["trained_on"] != data.open_codes(args)[1]["sha256"]:
-        data.fail(f"{path}: trained on other codes than {path.parent / 'codes.npy'}; train it again with {data.stage_command(stage, args)} --restart")
+        data.fail(f"{path}: trained on other codes than {path.parent / 'codes.npy'}; train it again with "
+                  f"{data.stage_command(stage, args)} --restart")
     model = build_prior(state["config"])
     model.load_state_dict(state["ema"])
     return model.to(device).eval()
@@ -345,7 +347,8 @@ def add_flags(parser):
     g.add_argument("--width", type=data.positive, default=128, help="D, width of the tokens")
     g.add_argument("--depth", type=data.positive, default=1, help="transformer blocks")
     g.add_argument("--heads", type=data.positive, default=2, help="attention heads")
-    g.add_argument("--tables", choices=("position", "shared"), default="position", help="embeddings and outputs: one set a position, or one for all")
+    g.add_argument("--tables", choices=("position", "shared"), default="position",
+                   help="embeddings and outputs: one set a position, or one for all")
     g.add_argument("--dropout", type=data.share, default=0.0, help="on both residual branches")
     add_sampler_flags(parser)
 
@@ -383,7 +386,10 @@ def main(argv=None):
             draws = data.Draws(args.seed, step, run, args.batch_size, part, args.accumulate)
             flip = (draws.uniform() < 0.5).long().cpu()
             c = torch.from_numpy(codes[rows.chunk(args.accumulate)[part].numpy(), flip.numpy()].astype(np.int64)).to(run.device)
-            nll = ar_nll(trained, c, run) if args.kind == "ar" else masked_nll(trained, c, draws.stratified(), draws.uniform(args.codes), run)
+            if args.kind == "ar":
+                nll = ar_nll(trained, c, run)
+            else:
+                nll = masked_nll(trained, c, args.values, draws.stratified(), draws.uniform(args.codes), run)
             part_loss = nll.mean() / args.accumulate
             part_loss.backward()
             loss = loss + part_loss.detach()
@@ -402,7 +408,8 @@ def main(argv=None):
                 held_out = torch.from_numpy(codes[about["splits"][split].start:about["splits"][split].stop, 0].astype(np.int64))
                 bits, error = bits_per_token(model, held_out, run)
                 log.write(args.steps, **{f"{split} bits per token": round(bits, 4), "standard error": round(error, 4)})
-                print(f"{split}: {bits:.4f} ± {error:.4f} bits per token ({'exact' if args.kind == 'ar' else 'upper bound'}, {len(held_out):,} codes)")
+                kind = "exact" if args.kind == "ar" else "upper bound"
+                print(f"{split}: {bits:.4f} ± {error:.4f} bits per token ({kind}, {len(held_out):,} codes)")
             _, calls = sample_codes(model, 100, sampler_settings(args, args.kind), run)
             print(f"network calls per sample: {calls.float().mean():.1f} for {args.codes} positions")
     run.close()

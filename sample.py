@@ -319,7 +319,7 @@ class Scores:
                      "every factor from a parent": inherited(seen).double().mean().item(),
                      "of these, unlike both parents": (good & both).double().sum().item() / max(1, good.sum().item()),
                      "chance (another test image)": inherited(self.dataset.labels[np.roll(self.rows, 7)[:self.n // 2]]).double().mean().item(),
-                     "factors": {n: ((seen[:, k] == la[:, k]) | (seen[:, k] == lb[:, k])).double().mean().item() for k, n in enumerate(self.names)}}
+                     "factors": dict(zip(self.names, ((seen == la) | (seen == lb)).double().mean(0).tolist()))}
         self.result[name] = line
 
     def score_unseen(self, split, pair, seen_usual):
@@ -359,7 +359,8 @@ def print_scores(result, indent=""):
 def train_missing(args):
     """Run the stages that have not finished, in order, each as its own command with the flags they share."""
     folder = Path(args.out) / args.dataset
-    shared = [f"--{k.replace('_', '-')}={getattr(args, k)}" for k in ("dataset", "data_dir", "out", "image_size", "seed", "device", "dtype", "workers")]
+    names = ("dataset", "data_dir", "out", "image_size", "seed", "device", "dtype", "workers")
+    shared = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
     for stage in ("tokenizer", "generator", "prior-masked", "prior-ar"):
         script, *words = data.STAGE_COMMANDS[stage].split()
         command = [sys.executable, str(Path(__file__).with_name(script)), *words, *shared]
@@ -431,7 +432,8 @@ def parse(argv):
     g.add_argument("images", nargs="*", help="image files; none: pictures of the test split")
     g.add_argument("--train", action="store_true", help="train what is missing by calling the stages, then pictures and scores")
     g.add_argument("--score", action="store_true", help="measure everything and write scores.json")
-    g.add_argument("--count", type=data.positive, default=2000, help="pictures measured for each score (half as many for compositions and unseen pairs)")
+    g.add_argument("--count", type=data.positive, default=2000,
+                   help="pictures measured for each score (half as many for compositions and unseen pairs)")
     g.add_argument("--kind", choices=("masked", "ar"), default="masked", help="the prior of unconditional samples")
     g.add_argument("--weights", type=data.non_negative, nargs="+", help="compose: share of positions from each image (default: equal)")
     g.add_argument("--positions", type=int, nargs="+", help="compose: take these positions from the first image")

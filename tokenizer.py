@@ -25,15 +25,19 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 PRESETS = {
-    "cifar10": dict(steps=40_000, batch_size=512, patch=4, attention=True, width=384, depth=8, heads=6, registers=4, codes=64, values=64, prototypes=4096,
-                    teacher_temperature=0.04, ibot=0.5, koleo=0.1, locals=4, local_scale=[0.1, 0.4], jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2,
-                    solarise=0.2, global_scale=[0.4, 1.0], ratio=0.75, lr=1e-3, momentum=0.992, warmup=2000),
-    "folder": dict(steps=3000, prototypes=1024, jitter=[0.2, 0.2, 0.1, 0.05], global_scale=[0.5, 1.0], ratio=0.75),
-    "imagenet": dict(steps=125_000, batch_size=256, image_size=256, patch=14, stem=0, width=1024, depth=24, heads=16, attention=True, registers=4, layer_scale=1e-5,
-                     drop_path=0.3, codes=512, values=256, sem_read="registers", centre_codes=False, head_hidden=2048, bottleneck=256,
-                     prototypes=65_536, teacher_temperature=0.07, ibot=1.0, koleo=0.1, momentum=0.992, global_size=224, global_scale=[0.32, 1.0],
-                     ratio=0.75, locals=8, local_size=98, local_scale=[0.05, 0.32], jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, blur=0.5,
-                     solarise=0.2, lr=5e-5, lr_final=0.02, warmup=12_500, weight_decay=0.04, workers=12),
+    "cifar10": dict(steps=40_000, batch_size=512, lr=1e-3, momentum=0.992, warmup=2000,
+                    patch=4, width=384, depth=8, heads=6, attention=True, registers=4, codes=64, values=64,
+                    prototypes=4096, teacher_temperature=0.04, ibot=0.5, koleo=0.1,
+                    global_scale=[0.4, 1.0], ratio=0.75, locals=4, local_scale=[0.1, 0.4],
+                    jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, solarise=0.2),
+    "folder": dict(steps=3000, batch_size=128, prototypes=1024, jitter=[0.2, 0.2, 0.1, 0.05], global_scale=[0.5, 1.0], ratio=0.75),
+    "imagenet": dict(steps=125_000, batch_size=256, lr=5e-5, lr_final=0.02, momentum=0.992, warmup=12_500, weight_decay=0.04,
+                     image_size=256, workers=12,
+                     patch=14, stem=0, width=1024, depth=24, heads=16, attention=True, registers=4, layer_scale=1e-5, drop_path=0.3,
+                     codes=512, values=256, sem_read="registers", centre_codes=False,
+                     head_hidden=2048, bottleneck=256, prototypes=65_536, teacher_temperature=0.07, ibot=1.0, koleo=0.1,
+                     global_size=224, global_scale=[0.32, 1.0], ratio=0.75, locals=8, local_size=98, local_scale=[0.05, 0.32],
+                     jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, blur=0.5, solarise=0.2),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,7 +188,8 @@ class ViT(nn.Module):
         mean of the normalised patches where the SEM reads those."""
         x = self.tokens(images)
         z, normal = self.logits(x).float().view(len(x), self.L, self.V), self.norm(x).float()
-        return (z - self.sem_centre).argmax(-1), normal[:, 0] if self.sem_read == "registers" else normal[:, 1 + self.register_tokens.shape[1]:].mean(1)
+        features = normal[:, 0] if self.sem_read == "registers" else normal[:, 1 + self.register_tokens.shape[1]:].mean(1)  # (B, D)
+        return (z - self.sem_centre).argmax(-1), features
 
 
 class DINOHead(nn.Module):
@@ -327,7 +332,8 @@ def step_loss(student, teacher, centering, images, draws, args, run):
 
 def build_backbone(config):
     """The ViT of a dict of settings (a checkpoint's config, or vars(args))."""
-    keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "registers", "stem", "attention", "drop_path", "layer_scale")
+    keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "registers", "stem", "attention", "drop_path",
+            "layer_scale")
     return ViT(config["global_size"], **{k: config[k] for k in keys})
 
 
@@ -444,7 +450,8 @@ def block_flops(tokens, width, attention=True):
 
 def training_flops(args):
     """FLOPs of one step: a global crop costs 4 forwards (3 student, 1 teacher), a local crop 3; heads and stem counted, norms not."""
-    D, head = args.width, 2 * (args.width * args.head_hidden + args.head_hidden ** 2 + args.head_hidden * args.bottleneck + args.bottleneck * args.prototypes)
+    D, H = args.width, args.head_hidden
+    head = 2 * (D * H + H ** 2 + H * args.bottleneck + args.bottleneck * args.prototypes)
 
     def view(size):
         side = size // args.patch
@@ -479,7 +486,8 @@ def add_flags(parser):
     g.add_argument("--registers", type=int, default=0, help="register tokens beside CLS")
     g.add_argument("--sem-read", choices=("registers", "patches"), default="patches",
                    help="what the SEM reads: CLS and registers together (the paper), or each patch token its own positions")
-    g.add_argument("--centre-codes", action=argparse.BooleanOptionalAction, default=True, help="subtract the mean of z in equation (2); the paper does not")
+    g.add_argument("--centre-codes", action=argparse.BooleanOptionalAction, default=True,
+                   help="subtract the mean of z in equation (2); the paper does not")
     g = parser.add_argument_group("loss")
     g.add_argument("--head-hidden", type=data.positive, default=512, help="hidden width of the DINO head")
     g.add_argument("--bottleneck", type=data.positive, default=128, help="output width of the DINO head")
@@ -497,7 +505,8 @@ def add_flags(parser):
     g.add_argument("--locals", type=int, default=0, help="local crops per image")
     g.add_argument("--local-size", type=data.positive, default=16, help="side of local crops in pixels")
     g.add_argument("--local-scale", type=data.share, nargs=2, default=[0.2, 0.5], help="share of the area of a local crop")
-    g.add_argument("--jitter", type=data.share, nargs=4, default=[0.15, 0.15, 0.0, 0.0], help="brightness, contrast, saturation, hue: largest change")
+    g.add_argument("--jitter", type=data.share, nargs=4, default=[0.15, 0.15, 0.0, 0.0],
+                   help="brightness, contrast, saturation, hue: largest change")
     g.add_argument("--jitter-p", type=data.share, default=0.8, help="probability of the jitter")
     g.add_argument("--grey", type=data.share, default=0.0, help="probability of grey")
     g.add_argument("--blur", type=data.share, default=0.0, help="probability of blur")
@@ -514,7 +523,8 @@ def check_flags(parser, args):
         if getattr(args, name) % args.patch:
             parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} is no multiple of --patch {args.patch}")
     if args.sem_read == "patches" and args.codes % (args.global_size // args.patch) ** 2:
-        parser.error(f"argument --codes: {args.codes} is no multiple of the {(args.global_size // args.patch) ** 2} patches that --sem-read patches reads")
+        patches = (args.global_size // args.patch) ** 2
+        parser.error(f"argument --codes: {args.codes} is no multiple of the {patches} patches that --sem-read patches reads")
     if not args.attention and (args.sem_read == "registers" or args.ibot > 0):
         parser.error("argument --attention: without it nothing sees other patches, which --sem-read registers and --ibot need; add --attention")
     if args.locals < 0 or args.values < 2 or args.tau == 0 or args.student_temperature <= 0 or args.teacher_temperature <= 0:

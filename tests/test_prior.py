@@ -100,7 +100,8 @@ def test_masked_estimate_is_unbiased_for_the_bound_of_every_code(run):
     generator = torch.Generator().manual_seed(0)
     codes = CODES[[0, 33, 80]].repeat_interleave(draws, 0)
     with torch.no_grad():
-        estimate = prior.masked_nll(model, codes, torch.rand(len(codes), generator=generator), torch.rand(len(codes), L, generator=generator), run)
+        u, scores = torch.rand(len(codes), generator=generator), torch.rand(len(codes), L, generator=generator)
+        estimate = prior.masked_nll(model, codes, V, u, scores, run)
     assert (estimate.view(3, draws).mean(1).double() - bound[[0, 33, 80]]).abs().max() < 0.03
 
 
