@@ -4,7 +4,7 @@
     python sample.py --score                           # the scores alone, also in OUT/<dataset>/scores.json
     python sample.py unconditional --kind ar           # prior → code → image
     python sample.py reconstruct a.png b.png           # image → code → images, a new noise each
-    python sample.py compose a.png b.png --weights 0.5 0.5        # each position of the code from one of the images at random
+    python sample.py compose a.png b.png --weights 0.5 0.5        # each position of the code from one of the images
     python sample.py compose a.png b.png --positions 0 1 2 3      # these positions from the first image, the rest from the second
       Positions drawn apart contradict each other; the masked prior chooses them so that they fit (--choose random: drawn apart).
     python sample.py infill a.png --keep 0.5           # keep half of the code, draw the rest from the masked prior
