@@ -294,12 +294,13 @@ def read_captions(folder):
             fail(f"{where}: {name} leaves the folder; name files inside {folder}")
         if not (folder / name).is_file():
             fail(f"{where}: {name} is not in {folder}")
-        captions[name] = text
+        captions[str(Path(name))] = text  # ./a.png is a.png
     return captions
 
 
 def load_folder(args):
-    """Images under `--data-dir`. With train/ and val/ or test/ those are the splits, else a fixed 90/5/5 % of the files.
+    """Images under `--data-dir`. With train/ beside test/ or val/ those are the splits (where there is one of the two, it is for
+    reporting, and a slice of train/ is for choosing), else a fixed 90/5/5 % of the files.
 
     The class is the first sub-folder; the caption comes from metadata.jsonl, else from the class. Broken files are named
     once and skipped the same way in every run: OUT/<dataset>/files.json remembers which ones are good.
@@ -314,19 +315,18 @@ def load_folder(args):
     captions = read_captions(folder)
     names, images = check_folder(folder, names, args)
 
-    top = [Path(name).parts[0] for name in names]
-    held_out = next((part for part in ("val", "valid", "validation", "test") if part in top), None)
-    if held_out and "train" in top:  # ready-made splits: report on the held-out tree, choose on a slice of train
-        class_part, order = 1, np.random.default_rng(0).permutation(np.flatnonzero(np.array(top) == "train"))
-        test = np.flatnonzero(np.array(top) == held_out)
-        few = min(len(order) // 20, 10_000)
+    top = np.array([Path(name).parts[0] for name in names])
+    held_out = [part for part in ("test", "val", "valid", "validation") if part in top]
+    if held_out and "train" in top:  # ready-made splits
+        class_part, train = 1, np.random.default_rng(0).permutation(np.flatnonzero(top == "train"))
+        test, few = np.flatnonzero(top == held_out[0]), min(len(train) // 20, 10_000)
+        val, train = (np.flatnonzero(top == held_out[1]), train) if len(held_out) > 1 else (train[:few], train[few:])
     else:
-        class_part, order = 0, np.random.default_rng(0).permutation(len(names))
-        few = len(names) // 20
-        test, order = order[:few], order[few:]
-    if few < 1:
+        class_part, few = 0, len(names) // 20
+        test, val, train = np.split(np.random.default_rng(0).permutation(len(names)), [few, 2 * few])
+    if not (len(test) and len(val)):
         fail(f"{folder}: {len(names)} images are too few to split (90 % train, 5 % val, 5 % test); bring at least 20")
-    parts = {"train": np.sort(order[few:]), "val": np.sort(order[:few]), "test": np.sort(test)}
+    parts = {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}
     order, splits, start = np.concatenate(list(parts.values())), {}, 0
     for split, rows in parts.items():
         splits[split] = range(start, start := start + len(rows))
@@ -562,7 +562,7 @@ def run_folder(args):
 def write_atomic(path, write):
     """Call write(temporary path), then move the file into place, so that a kill at any moment leaves old or new, whole."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.tmp")  # processes of one run may write the same
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
@@ -588,7 +588,7 @@ def save_checkpoint(path, **state):
 
 
 STAGE_COMMANDS = {"tokenizer": "tokenizer.py", "generator": "generator.py", "generator-early": "generator.py",
-                  "generator-uncond": "generator.py --condition none", "generator-factors": "generator.py --factors",
+                  "generator-uncond": "generator.py --condition none", "generator-factors": "generator.py --factors --groups 5",
                   "prior-masked": "prior.py --kind masked", "prior-ar": "prior.py --kind ar", "judge": "sample.py --score"}
 
 
@@ -751,9 +751,16 @@ def share(text):
     return value
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; see --help\n")
+
+
 def make_parser(doc):
     """A parser with the flags that all commands share, in one group."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     group = parser.add_argument_group("data and run")
     group.add_argument("--dataset", choices=DATASETS, default="shapes", help="data and preset together (default: shapes)")
     group.add_argument("--data-dir", help="where the images are (default: data/<dataset>)")
@@ -791,13 +798,13 @@ def add_training_flags(parser, steps, batch_size, lr, lr_matrix, warmup, ema=0.9
 def parse(parser, presets, argv=None):
     """Parse flags with the preset of the chosen dataset as defaults; a preset key that is no flag is an error of ours."""
     argv = sys.argv[1:] if argv is None else argv
-    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen = Parser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--dataset", default="shapes")
     preset = presets.get(chosen.parse_known_args(argv)[0].dataset, {})
     unknown = set(preset) - {action.dest for action in parser._actions}
     assert not unknown, f"preset names no flag: {unknown}"
     parser.set_defaults(**preset)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # image names may follow flags
     args.data_dir = args.data_dir or f"data/{args.dataset}"
     if args.dataset == "shapes" and args.image_size % 32:
         parser.error(f"argument --image-size: shapes are drawn at multiples of 32, got {args.image_size}")
@@ -1059,10 +1066,11 @@ class Meter:
 
 
 def stopped(path, step, args, run):
-    """Say that the run was asked to stop and is safe."""
+    """Say that the run was asked to stop and is safe; exit code 143, so that no script takes it for finished."""
     if run.main:
         print(f"stopped at step {step} of {args.steps}, saved {path}; the same command goes on from there", file=sys.stderr)
     run.close()
+    raise SystemExit(143)
 
 
 def describe(args, model, flops, run):

@@ -157,13 +157,13 @@ def timestep_features(t):
 # loss
 # ---------------------------------------------------------------------------------------------------------------------
 
-NEAREST = 0.05  # 1 − t is not taken below this in equation (1): the weight of the last moments stays bounded
+NEAREST = 0.05  # 1 − t is not taken below this in equation (2) with x-prediction: the weight of the last moments stays bounded
 
 
-def velocity(output, z, t, predict):
-    """The network's output as a velocity, equation (1). output, z (B, 3, S, S); t (B,)."""
+def velocity(output, z, t, predict, nearest=0.0):
+    """The network's output as a velocity, equation (1). output, z (B, 3, S, S); t (B,), 1 − t taken as at least `nearest`."""
     output = output.float()
-    return output if predict == "v" else (output - z) / (1 - t)[:, None, None, None].clamp(min=NEAREST)
+    return output if predict == "v" else (output - z) / (1 - t)[:, None, None, None].clamp(min=nearest)
 
 
 def drop_codes(codes, null, draws, drop):
@@ -178,8 +178,8 @@ def flow_loss(model, x, codes, draws, args, run):
     z = t[:, None, None, None] * x + (1 - t)[:, None, None, None] * e
     with run.autocast():
         output = model(z, t, codes)
-    target = (x - z) / (1 - t)[:, None, None, None].clamp(min=NEAREST)  # v = x − e where 1 − t ≥ NEAREST
-    return (velocity(output, z, t, args.predict) - target).square().mean()
+    target = x - e if args.predict == "v" else velocity(x, z, t, "x", NEAREST)  # the same where 1 − t ≥ NEAREST
+    return (velocity(output, z, t, args.predict, NEAREST) - target).square().mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def main(argv=None):
         ema.update(step)
         meter.tick(step, log, loss=loss, norm=norm)
         stopping = run.stopping()
-        if codes is not None and step + 1 == round(args.early * args.steps):
+        if stage == "generator" and step + 1 == round(args.early * args.steps):
             save(step + 1, "generator-early")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
             save(step + 1)

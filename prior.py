@@ -135,7 +135,7 @@ class Prior(nn.Module):
 def hide(codes, null, u, scores):
     """Hide k = ⌊u · L⌋ + 1 positions, those of the lowest scores. codes (B, L), u (B,) in [0, 1), scores (B, L) →
     codes with `null`, which are hidden (B, L) bool, k (B,)."""
-    k = (u * codes.shape[1]).floor() + 1
+    k = ((u * codes.shape[1]).floor() + 1).clamp(max=codes.shape[1])  # in float32 the last u can round to 1
     hidden = scores.argsort(1).argsort(1) < k[:, None]
     return torch.where(hidden, null, codes), hidden, k
 

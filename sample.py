@@ -16,6 +16,7 @@ blend of two); the Fréchet distance is taken in its features:
     FD² = |m₁ − m₂|² + Tr(C₁ + C₂ − 2 (C₁ C₂)^½)                                                                        (1)
 """
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -30,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-PRESETS = {}
+PRESETS = data.PRESETS  # the image size
 
 # ---------------------------------------------------------------------------------------------------------------------
 # codes in, pictures out
@@ -41,12 +42,12 @@ def mixture_weights(codes, weights, values, positions=None):
     """Log-weights (..., L, V) of the values in a mixture of k codes (..., k, L): at each position the weights of the images that have
     the value there, −inf where none has. `positions`: there the first image alone, at all others the rest by their weights."""
     k, L = codes.shape[-2:]
-    share = torch.as_tensor(weights, dtype=torch.float32)[:, None].expand(k, L).clone()
+    share = torch.as_tensor(weights, dtype=torch.float64)[:, None].expand(k, L).clone()
     if positions is not None:
         first = torch.zeros(L, dtype=torch.bool).index_fill(0, torch.as_tensor(positions), True)
         share[0], share[1:] = first.float(), share[1:] * ~first
     share = share / share.sum(0)
-    return (F.one_hot(codes, values) * share[..., None]).sum(-3).log()
+    return (F.one_hot(codes, values) * share[..., None]).sum(-3).log().float()
 
 
 class Stages:
@@ -72,7 +73,11 @@ class Stages:
 
     def generator(self, stage="generator"):
         """The model of generator.pt, or of another stage of the same architecture."""
-        return self._get(stage, lambda: generator.load_generator(self.args, self.run.device, stage))
+        model = self._get(stage, lambda: generator.load_generator(self.args, self.run.device, stage))
+        size = model.side * model.patch << len(model.stem)
+        if size != self.args.image_size:
+            data.fail(f"{stage}.pt draws images of {size} pixels, --image-size is {self.args.image_size}: add --image-size {size}")
+        return model
 
     def prior(self, kind):
         """The model of prior-masked.pt or prior-ar.pt."""
@@ -177,13 +182,15 @@ def train_judge(dataset, args, run, steps=600):
 
 def load_judge(dataset, args, run):
     """The judge of OUT/<dataset>/judge.pt, trained and kept there on first use."""
-    path = run.folder / "judge.pt"
+    path, sizes = run.folder / "judge.pt", [len(v) for v in dataset.factors.values()]
     if path.exists():
-        judge = Judge([len(v) for v in dataset.factors.values()], args.image_size).to(run.device)
-        judge.load_state_dict(data.load_checkpoint(path, "judge", args)["model"])
-        return judge.eval()
+        state = data.load_checkpoint(path, "judge", args)
+        if state.get("sizes") == sizes and state["config"]["image_size"] == args.image_size:  # else of other classes or images
+            judge = Judge(sizes, args.image_size).to(run.device)
+            judge.load_state_dict(state["model"])
+            return judge.eval()
     judge = train_judge(dataset, args, run)
-    data.save_checkpoint(path, stage="judge", config=vars(args), model=judge.state_dict())
+    data.save_checkpoint(path, stage="judge", config=vars(args), sizes=sizes, model=judge.state_dict())
     return judge
 
 
@@ -366,7 +373,14 @@ def train_missing(args):
         command = [sys.executable, str(Path(__file__).with_name(script)), *words, *shared]
         print(f"--- {script} {' '.join(words)}", flush=True)
         start = time.time()
-        if subprocess.run(command).returncode:
+        process = subprocess.Popen(command)
+        usual = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # asked to stop: the stage saves, then both end
+        try:
+            failed = process.wait()
+        except KeyboardInterrupt:  # the stage got the Ctrl-C too
+            failed = process.wait()
+        signal.signal(signal.SIGTERM, usual)
+        if failed:
             data.fail(f"{script} stopped (see above); what it saved in {folder} is kept, the same command goes on from there")
         print(f"--- {time.time() - start:.0f} s", flush=True)
 
@@ -378,10 +392,10 @@ def input_images(stages, args, least):
         return stages.dataset.pixels(rows), [f"test {k}" for k in range(len(rows))]
     if len(args.images) < least:
         data.fail(f"{args.command}: needs at least {least} images, got {len(args.images)}")
-    size, images = stages.generator().side * stages.generator().patch << len(stages.generator().stem), []
+    images = []
     for path in args.images:
         try:
-            images.append(data.read_image(path, size))
+            images.append(data.read_image(path, args.image_size))
         except (OSError, ValueError, SyntaxError, data.Image.DecompressionBombError) as problem:
             data.fail(f"{path}: does not open as an image ({problem})")
     return torch.stack(images), [Path(path).stem[:10] for path in args.images]
@@ -449,6 +463,8 @@ def parse(argv):
     g.add_argument("--guide", choices=("null", "early"), default="null", help="guide by the model without code, or by its earlier checkpoint")
     prior.add_sampler_flags(parser)
     args = data.parse(parser, PRESETS, argv)
+    if args.count < 4:
+        parser.error(f"argument --count: expected at least 4 pictures, got {args.count}")
     if args.rounds < 0:
         parser.error(f"argument --rounds: expected at least 0, got {args.rounds}")
     if not (args.command or args.train or args.score):

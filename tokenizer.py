@@ -291,9 +291,11 @@ def koleo_loss(x):
 MASK_RATIOS = (0.1, 0.23, 0.37, 0.5)  # of the patches, in every second image: the same number of masked patches in each batch
 
 
-def patch_masks(scores):
-    """iBOT masks (B, N) bool from uniform scores (B, N): image 2i hides MASK_RATIOS[i mod 4] of its patches, odd images none."""
-    ratio = torch.tensor([MASK_RATIOS[i // 2 % 4] if i % 2 == 0 else 0.0 for i in range(len(scores))], device=scores.device)
+def patch_masks(scores, first=0):
+    """iBOT masks (B, N) bool from uniform scores (B, N): image 2i hides MASK_RATIOS[i mod 4] of its patches, odd images none.
+    first: which image of the whole batch scores[0] is."""
+    places = range(first, first + len(scores))
+    ratio = torch.tensor([MASK_RATIOS[i // 2 % 4] if i % 2 == 0 else 0.0 for i in places], device=scores.device)
     return scores.argsort(1).argsort(1) < (ratio * scores.shape[1]).round()[:, None]
 
 
@@ -307,7 +309,8 @@ def step_loss(student, teacher, centering, images, draws, args, run):
     local_crops = torch.cat([views(args.local_size, args.local_scale, 0.0) for _ in range(args.locals)]) if args.locals else None
     mask = chosen = None
     if args.ibot > 0:
-        mask = torch.cat([patch_masks(draws.uniform((args.global_size // args.patch) ** 2)) for _ in range(2)])  # (2b, N)
+        first = run.share(args.batch_size).start
+        mask = torch.cat([patch_masks(draws.uniform((args.global_size // args.patch) ** 2), first) for _ in range(2)])  # (2b, N)
         chosen = mask.flatten().nonzero()[:, 0]
     with run.autocast():
         with torch.no_grad():
@@ -413,7 +416,7 @@ def knn(x, y, sizes, tests, k=20):
     """Accuracy a factor of a vote of the k nearest training rows by inner product; arguments as linear_probe."""
     result = {}
     for name, (tx, ty) in tests.items():
-        nearest = torch.cat([(part @ x.T).topk(k, 1).indices for part in tx.split(500)])  # (n, k)
+        nearest = torch.cat([(part @ x.T).topk(min(k, len(x)), 1).indices for part in tx.split(500)])  # (n, k)
         result[name] = [(F.one_hot(y[nearest, f], sizes[f]).sum(1).argmax(1) == ty[:, f]).float().mean().item() for f in range(len(sizes))]
     return result
 
@@ -527,12 +530,20 @@ def check_flags(parser, args):
         parser.error(f"argument --codes: {args.codes} is no multiple of the {patches} patches that --sem-read patches reads")
     if not args.attention and (args.sem_read == "registers" or args.ibot > 0):
         parser.error("argument --attention: without it nothing sees other patches, which --sem-read registers and --ibot need; add --attention")
-    if args.locals < 0 or args.values < 2 or args.tau == 0 or args.student_temperature <= 0 or args.teacher_temperature <= 0:
-        parser.error("arguments --locals, --values, --tau, --student-temperature, --teacher-temperature: expected >= 0, >= 2, > 0, > 0, > 0")
+    if args.locals < 0 or not 2 <= args.values < 2 ** 16 or args.tau == 0 or args.student_temperature <= 0 or args.teacher_temperature <= 0:
+        parser.error("arguments --locals, --values, --tau, --student-temperature, --teacher-temperature: expected >= 0, 2 to 65,535, > 0, > 0, > 0")
     if args.accumulate != 1:
         parser.error("argument --accumulate: Sinkhorn and KoLeo look at the whole batch; use more processes instead")
     if args.ibot > 0 and args.batch_size % 8:
         parser.error(f"argument --batch-size: {args.batch_size} is no multiple of 8, the cycle of the iBOT masks")
+
+
+def encoded(args, dataset):
+    """Whether the code file and the report are there, whole, of this tokenizer and of as many images."""
+    try:
+        return len(data.open_codes(args)[0]) == len(dataset) and (data.run_folder(args) / "tokenizer.json").exists()
+    except SystemExit:  # open_codes' way to say what is wrong; here it is mended
+        return False
 
 
 def main(argv=None):
@@ -546,6 +557,7 @@ def main(argv=None):
     dataset = None if args.dry_run else data.load_dataset(args)
     torch.manual_seed(args.seed)
     student = Student(build_backbone(vars(args)), DINOHead(args.width, args.head_hidden, args.bottleneck, args.prototypes)).to(run.device)
+    student.backbone.mask_token.requires_grad_(args.ibot > 0)  # DDP waits for the gradient of everything that has one
     flops = training_flops(args)
     if args.dry_run:
         return data.describe(args, student, flops, run)
@@ -558,6 +570,8 @@ def main(argv=None):
         optimizers.load_state_dict(state["optimizer"]), centering.load_state_dict(state["centering"])
     teacher = Student(build_backbone(vars(args)), DINOHead(args.width, args.head_hidden, args.bottleneck, args.prototypes)).to(run.device)
     teacher_average.into(teacher.requires_grad_(False).eval())  # the averages are the teacher's own parameters from here on
+    if state:
+        teacher.load_state_dict(state["ema"])  # with its buffers: the centre of the codes
 
     def save(step):
         if run.main:
@@ -584,13 +598,12 @@ def main(argv=None):
         if stopping:
             return data.stopped(path, step + 1, args, run)
 
-    codes_path = run.folder / "codes.json"
-    if start < args.steps or not codes_path.exists() or json.loads(codes_path.read_text())["tokenizer"] != data.file_checksum(path):
+    if start < args.steps or not encoded(args, dataset):
         codes, features = encode_dataset(teacher.backbone, dataset, vars(args), run)
         if run.main:
-            data.write_codes(run.folder, codes, args.values, dataset.splits)
             result = report(dataset, codes, features, args.values, run)
             data.write_atomic(run.folder / "tokenizer.json", lambda p: p.write_text(json.dumps(result, indent=1)))
+            data.write_codes(run.folder, codes, args.values, dataset.splits)  # last: good codes mean that all is there
     if run.main:
         for name, value in json.loads((run.folder / "tokenizer.json").read_text()).items():
             line = " ".join(f"{k} {v:.3f}" for k, v in value.items()) if isinstance(value, dict) else f"{value:.3f}"

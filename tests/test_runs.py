@@ -66,8 +66,9 @@ def test_stop_and_resume_equals_one_run_bit_for_bit(trained, tmp_path, stage, mo
             asked = []
             with monkeypatch.context() as patch:
                 patch.setattr(data.Run, "stopping", lambda run: asked.append(1) or len(asked) == 5)  # between two checkpoints, mid-epoch
-                call(name, *flags, "--out", out)
-            assert weights(out, stage)["step"] == 5 and "stopped at step 5 of 9" in capsys.readouterr().err
+                with pytest.raises(SystemExit) as stop:
+                    call(name, *flags, "--out", out)
+            assert stop.value.code == 143 and weights(out, stage)["step"] == 5 and "stopped at step 5 of 9" in capsys.readouterr().err
         call(name, *flags, "--out", out)
         results[way] = weights(out, stage)
     assert results["whole"]["step"] == results["resumed"]["step"] == 9
@@ -91,7 +92,7 @@ def test_a_terminated_process_finishes_its_step_saves_and_resumes(trained, tmp_p
     refuse("prior", "--kind", "ar", *TINY["prior"], "--out", tmp_path, words=["another run"])  # two runs on one folder do not mix
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == 0 and "stopped at step" in said and "Traceback" not in said, said
+    assert process.returncode == 143 and "stopped at step" in said and "Traceback" not in said, said
     assert weights(tmp_path, "prior-ar")["step"] >= 5
 
 
