@@ -30,7 +30,7 @@ PRESETS = {
                     prototypes=4096, teacher_temperature=0.04, ibot=0.5, koleo=0.1,
                     global_scale=[0.4, 1.0], ratio=0.75, locals=4, local_scale=[0.1, 0.4],
                     jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, solarise=0.2),
-    "folder": dict(steps=3000, batch_size=128, prototypes=1024, jitter=[0.2, 0.2, 0.1, 0.05], global_scale=[0.5, 1.0], ratio=0.75),
+    "folder": dict(steps=2000, batch_size=128, codes=64, prototypes=1024, jitter=[0.2, 0.2, 0.1, 0.05], global_scale=[0.5, 1.0], ratio=0.75),
     "imagenet": dict(steps=125_000, batch_size=256, lr=5e-5, lr_final=0.02, momentum=0.992, warmup=12_500, weight_decay=0.04,
                      image_size=256, workers=12,
                      patch=14, stem=0, width=1024, depth=24, heads=16, attention=True, registers=4, layer_scale=1e-5, drop_path=0.3,

@@ -82,6 +82,29 @@ def test_stop_and_resume_equals_one_run_bit_for_bit(trained, tmp_path, stage, mo
     assert weights(tmp_path / "whole", stage)["config"]["width"] == 32
 
 
+def test_codes_are_those_of_the_averaged_tokenizer_however_they_came_about(trained, tmp_path, monkeypatch):
+    """After a stop in the last step, and after the code file was lost or cut, the same command writes the codes of an unbroken run."""
+    whole, codes = (trained / "shapes" / "codes.npy").read_bytes(), tmp_path / "shapes" / "codes.npy"
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Run, "stopping", lambda run, asked=[]: asked.append(1) or len(asked) == 6)
+        with pytest.raises(SystemExit):
+            call("tokenizer", *TINY["tokenizer"], "--out", tmp_path)
+    assert weights(tmp_path, "tokenizer")["step"] == 6 and not codes.exists()
+    call("tokenizer", *TINY["tokenizer"], "--out", tmp_path)
+    assert codes.read_bytes() == whole
+    for broken in (None, whole[:-7]):
+        codes.unlink() if broken is None else codes.write_bytes(broken)
+        call("tokenizer", *TINY["tokenizer"], "--out", tmp_path)
+        assert codes.read_bytes() == whole
+
+
+def test_the_references_leave_the_files_of_the_generator_alone(trained, tmp_path):
+    link_codes(trained, tmp_path)
+    for flags in (["--factors", "--groups", "5"], ["--condition", "none"]):
+        call("generator", *TINY["generator"], *flags, "--out", tmp_path)
+    assert {path.name for path in (tmp_path / "shapes").glob("generator*.pt")} == {"generator-factors.pt", "generator-uncond.pt"}
+
+
 def test_a_terminated_process_finishes_its_step_saves_and_resumes(trained, tmp_path):
     folder = link_codes(trained, tmp_path)
     words = command("prior", "--kind", "ar", *TINY["prior"], "--steps", "100000", "--save-every", "5", "--out", tmp_path)
@@ -102,11 +125,11 @@ def port():
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_equal_one(trained, tmp_path, stage):
+@pytest.mark.parametrize("stage, extra", [(stage, []) for stage in STAGES] + [("tokenizer", ["--ibot", "0"])])
+def test_two_processes_equal_one(trained, tmp_path, stage, extra):
     """The same global batch on one process and on two (gloo) gives the same weights up to rounding."""
     name, flags = flags_of(stage)
-    flags = [*flags, "--steps", "3", "--batch-size", "16", "--dtype", "float32", "--lr-matrix", "0", "--lr", "1e-4"]
+    flags = [*flags, *extra, "--steps", "3", "--batch-size", "16", "--dtype", "float32", "--lr-matrix", "0", "--lr", "1e-4"]
     for part in ("one", "two") if name != "tokenizer" else ():
         link_codes(trained, tmp_path / part)
     call(name, *flags, "--out", tmp_path / "one")
