@@ -46,6 +46,11 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+def swiglu_hidden(width):
+    """Hidden width of the SwiGLU: 8/3 of the width, rounded up to a multiple of 64."""
+    return (8 * width // 3 + 63) // 64 * 64
+
+
 class Block(nn.Module):
     """LLaDA's (and Llama's) block: pre-RMSNorm, rotary attention, SwiGLU, no biases; names as in LLaDA's checkpoints."""
 
@@ -83,7 +88,7 @@ class Prior(nn.Module):
     def __init__(self, codes, values, width, depth, heads, dropout, causal, tables):
         super().__init__()
         self.L, self.V, self.causal, self.tables = codes, values, causal, tables
-        hidden = (8 * width // 3 + 63) // 64 * 64
+        hidden = swiglu_hidden(width)
         self.wte = nn.Parameter(torch.randn((codes if tables == "position" else 1) * (values + 1), width) * 0.1)
         self.wpe = nn.Parameter(torch.randn(codes, width) * 0.05)
         self.blocks = nn.ModuleList(Block(width, heads, hidden, dropout, causal) for _ in range(depth))
@@ -256,7 +261,8 @@ def sample_masked(model, codes, sampler, run, generator, log_weights=None):
 @torch.no_grad()
 def redraw_codes(model, codes, rounds, share, sampler, run, generator, log_weights=None):
     """Codes (n, L) after `rounds` in each of which a random `share` of the positions is hidden and drawn again given the others
-    (Gibbs sampling in blocks, each position of a block on its own: one network call a round). log_weights as sample_masked."""
+    (one network call a round, each hidden position on its own: Gibbs sampling where there is one, near it where there are more).
+    log_weights as sample_masked."""
     hidden = max(1, round(share * model.L))
     at_once = {**sampler, "order": "event", "per_step": hidden}
     for _ in range(rounds):
@@ -335,7 +341,7 @@ def load_prior(args, kind, device):
 
 def training_flops(args):
     """FLOPs of one step, 3 × forward: blocks and the output (attention counted in full also where it is causal)."""
-    L, D, hidden = args.codes, args.width, (8 * args.width // 3 + 63) // 64 * 64
+    L, D, hidden = args.codes, args.width, swiglu_hidden(args.width)
     block = 2 * L * (4 * D ** 2 + 3 * hidden * D) + 4 * L ** 2 * D
     return 3 * args.batch_size * (args.depth * block + 2 * L * D * args.values)
 

@@ -566,12 +566,12 @@ def main(argv=None):
     optimizers, teacher_average = data.Optimizers(student, args), data.EMA(student, args.momentum)
     state = data.resume(path, "tokenizer", args, trained_on=None)
     if state:
-        student.load_state_dict(state["model"]), teacher_average.load_state_dict(state["ema"])
+        student.load_state_dict(state["model"])
         optimizers.load_state_dict(state["optimizer"]), centering.load_state_dict(state["centering"])
     teacher = Student(build_backbone(vars(args)), DINOHead(args.width, args.head_hidden, args.bottleneck, args.prototypes)).to(run.device)
     teacher_average.into(teacher.requires_grad_(False).eval())  # the averages are the teacher's own parameters from here on
     if state:
-        teacher.load_state_dict(state["ema"])  # with its buffers: the centre of the codes
+        teacher.load_state_dict(state["ema"])  # averages and buffers, the centre of the codes among these
 
     def save(step):
         if run.main:

@@ -1,5 +1,6 @@
 """Datasets, batches, augmentation, files: data.py."""
 import json
+import shutil
 import tarfile
 import types
 
@@ -162,6 +163,16 @@ def test_folder_reads_classes_captions_and_splits(tmp_path):
         assert dataset.labels[row, 0] == number % 2
         name = f"{'cats' if number % 2 else 'big dögs'}/{number}.png"
         assert torch.equal(dataset.pixels([row])[0], data.read_image(tmp_path / "in" / name, 16))
+
+
+def test_ready_made_splits_are_kept(tmp_path):
+    for split, count in (("train", 24), ("val", 4), ("test", 6)):
+        conftest.make_folder(tmp_path / "in" / split, count)
+        (tmp_path / "in" / split / "metadata.jsonl").unlink()
+    sizes = lambda: {k: len(v) for k, v in data.load_folder(folder_args(tmp_path / "in", tmp_path / "out")).splits.items()}
+    assert sizes() == {"train": 24, "val": 4, "test": 6}
+    shutil.rmtree(tmp_path / "in" / "test")  # then val/ is for reporting, and a slice of train/ for choosing
+    assert sizes() == {"train": 23, "val": 1, "test": 4}
 
 
 def test_a_tree_too_large_for_memory_is_read_on_demand_and_is_the_same(tmp_path, monkeypatch):

@@ -52,9 +52,10 @@ def test_time_matters_and_samples_do_not_see_each_other():
 
 # --- loss -----------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("t_mean", [-0.4, 3.5])  # also times so late that the weight of x is bounded
 @pytest.mark.parametrize("predict", ["x", "v"])
-def test_the_loss_is_zero_for_the_true_velocity_and_right_for_a_known_error(run, predict):
-    args = types.SimpleNamespace(t_mean=-0.4, t_std=0.7, predict=predict)
+def test_the_loss_is_zero_for_the_true_velocity_and_right_for_a_known_error(run, predict, t_mean):
+    args = types.SimpleNamespace(t_mean=t_mean, t_std=0.7, predict=predict)
     x, seen = torch.randn(64, 3, 8, 8), {}
 
     def perfect(z, t, codes, error=0.0):

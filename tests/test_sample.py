@@ -84,6 +84,11 @@ def test_named_images_of_any_size_are_reconstructed_and_composed(trained, tmp_pa
         refuse("sample", *flags, "--out", trained, words=words)
 
 
+def test_flags_may_come_before_image_names_and_sizes_must_agree(trained):
+    assert sample.parse(["compose", "--rows", "1", "a.png", "b.png"]).images == ["a.png", "b.png"]
+    refuse("sample", "unconditional", "--image-size", "64", "--out", trained, words=["--image-size 32", "64"])
+
+
 def test_infill_keeps_what_it_is_told_to_keep(trained, run):
     """With everything kept the code is the image's own; the prior is not asked."""
     call("sample", "infill", "--keep", "1", "--out", trained, "--rows", "1", "--sample-steps", "2", "--guidance", "1")

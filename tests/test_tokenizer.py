@@ -117,6 +117,8 @@ def test_koleo_is_minus_the_mean_log_distance_to_the_nearest():
 def test_patch_masks_hide_the_same_number_in_every_batch():
     counts = [tokenizer.patch_masks(torch.rand(16, 100, generator=torch.Generator().manual_seed(k))).sum(1) for k in range(3)]
     assert all(torch.equal(c, counts[0]) for c in counts) and counts[0][:8].tolist() == [10, 0, 23, 0, 37, 0, 50, 0]
+    scores = torch.rand(8, 100)  # a process that holds the second half of the batch hides what one process would
+    assert torch.equal(tokenizer.patch_masks(scores[4:], first=4), tokenizer.patch_masks(scores)[4:])
 
 
 def tiny_args(*flags):
