@@ -26,6 +26,7 @@ import fcntl
 import hashlib
 import json
 import math
+import re
 import shutil
 import signal
 import sys
@@ -137,7 +138,8 @@ def draw_shapes(labels, nuisance, size=32):
 
 
 def shapes_labels(split, count, seed=0):
-    """Factors (count, 5) of one split, a function of (seed, split, index), and uniform nuisances (count, 8)."""
+    """Factors (count, 5) of one split, a function of (seed, split, index), uniform nuisances (count, 8), and which of colour,
+    size, background and frame the caption says (count, 4) bool: two captions in three say all, the others each with probability ½."""
     key = int.from_bytes(hashlib.sha256(f"{seed}/{split}".encode()).digest()[:8], "little")
     rows = np.random.Generator(np.random.Philox(key=key)).random((count, 13 + 16), dtype=np.float64)
     uniform, sizes = torch.from_numpy(rows).float(), torch.tensor([len(v) for v in SHAPES.values()])
@@ -149,20 +151,42 @@ def shapes_labels(split, count, seed=0):
             b.copy_(a % values)
         else:  # move the second factor away from the excluded value, uniformly over the others
             b.copy_((a % values + 1 + (uniform[:, 13 + k] * (values - 1)).long()) % values)
-    return labels, uniform[:, 5:13]
+    return labels, uniform[:, 5:13], (uniform[:, 15:16] < 2 / 3) | (uniform[:, 16:20] < 0.5)
+
+
+def with_article(words):
+    """"an orange ring", "a red ring"."""
+    return f"a{'n' * (words[0] in 'aeiou')} {words}"
+
+
+def shapes_caption(labels, said=(True,) * 4):
+    """"a small red ring on a dotted background in a blue frame" from factors (5,); `said`: whether colour, size, background, frame are."""
+    shape, colour, size, background, frame = (values[k] for values, k in zip(SHAPES.values(), labels))
+    words = [word for word, spoken in zip((size, colour), (said[1], said[0])) if spoken] + [shape]
+    return with_article(" ".join(words)) + said[2] * f" on a {background} background" + said[3] * f" in {with_article(frame)} frame"
+
+
+def read_shapes_caption(text):
+    """The factors (5,) that a caption names, −1 for those it does not; None where it is no caption of shapes. Inverse of shapes_caption."""
+    shape, colour, size, background, frame = ("|".join(values) for values in SHAPES.values())
+    match = re.fullmatch(f"an? (?:({size}) )?(?:({colour}) )?({shape})(?: on a ({background}) background)?(?: in an? ({frame}) frame)?", text)
+    if not match:
+        return None
+    size, colour, shape, background, frame = match.groups()
+    said = zip(SHAPES.values(), (shape, colour, size, background, frame))
+    return [values.index(word) if word else -1 for values, word in said]
 
 
 def load_shapes(args):
     """The generated dataset: every image follows from (0, split, index); --seed changes training, not the data."""
-    images, labels, splits, start = [], [], {}, 0
+    images, labels, captions, splits, start = [], [], [], {}, 0
     for split, count in SHAPES_COUNTS.items():
-        factors, nuisance = shapes_labels(split, count)
+        factors, nuisance, said = shapes_labels(split, count)
         images += [draw_shapes(f, u, args.image_size) for f, u in zip(factors.split(512), nuisance.split(512))]
         labels.append(factors)
+        captions += map(shapes_caption, factors.tolist(), said.tolist())
         splits[split] = range(start, start := start + count)
-    caption = lambda row: "a {2} {1} {0} on a {3} background in a {4} frame".format(
-        *(values[k] for values, k in zip(SHAPES.values(), row)))
-    return Dataset("shapes", torch.cat(images), torch.cat(labels), SHAPES, splits, caption)
+    return Dataset("shapes", torch.cat(images), torch.cat(labels), SHAPES, splits, captions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,8 +241,8 @@ def load_cifar10(args):
         resize = lambda part: F.interpolate(part.float(), size=args.image_size, mode="bicubic", antialias=True)
         images = torch.cat([resize(part).round().clamp(0, 255).byte() for part in images.split(1000)])
     splits = {"train": range(0, 45_000), "val": range(45_000, 50_000), "test": range(50_000, 60_000)}
-    caption = lambda row: f"a photo of a {CIFAR_CLASSES[row[0]]}"
-    return Dataset("cifar10", images, labels, {"class": CIFAR_CLASSES}, splits, caption)
+    captions = [f"a photo of {with_article(name)}" for name in CIFAR_CLASSES]
+    return Dataset("cifar10", images, labels, {"class": CIFAR_CLASSES}, splits, [captions[k] for k in labels[:, 0].tolist()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,28 +297,32 @@ class ImageFiles(torch.utils.data.Dataset):
 
 
 def read_captions(folder):
-    """Captions by relative path from metadata.jsonl (file_name, text), or {} where there is none."""
-    path, captions = folder / "metadata.jsonl", {}
-    if not path.exists():
-        return captions
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
+    """Captions by path below `folder` from each metadata.jsonl in it (lines with file_name, from where the file lies, and text)."""
+    captions = {}
+    for path in sorted(folder.rglob("metadata.jsonl")):
         try:
-            record = json.loads(line)
-            name, text = record["file_name"], record["text"]
-        except (ValueError, KeyError, TypeError):
-            fail(f"{where}: expected one JSON object with file_name and text")
-        if not isinstance(name, str) or not isinstance(text, str):
-            fail(f"{where}: file_name and text must be strings")
-        if name in captions:
-            fail(f"{where}: {name} has a caption already; keep one line for each image")
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            fail(f"{where}: {name} leaves the folder; name files inside {folder}")
-        if not (folder / name).is_file():
-            fail(f"{where}: {name} is not in {folder}")
-        captions[str(Path(name))] = text  # ./a.png is a.png
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except ValueError as problem:
+            fail(f"{path}: expected UTF-8 text ({problem})")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path} line {number}"
+            try:
+                record = json.loads(line)
+                name, text = record["file_name"], record["text"]
+            except (ValueError, KeyError, TypeError):
+                fail(f"{where}: expected one JSON object with file_name and text")
+            if not isinstance(name, str) or not isinstance(text, str):
+                fail(f"{where}: file_name and text must be strings")
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                fail(f"{where}: {name} leaves the folder; name files inside {path.parent}")
+            if not (path.parent / name).is_file():
+                fail(f"{where}: {name} is not in {path.parent}")
+            name = str((path.parent / name).relative_to(folder))  # ./a.png is a.png
+            if name in captions:
+                fail(f"{where}: {name} has a caption already; keep one line for each image")
+            captions[name] = text
     return captions
 
 
@@ -302,8 +330,8 @@ def load_folder(args):
     """Images under `--data-dir`. With train/ beside test/ or val/ those are the splits (where there is one of the two, it is for
     reporting, and a slice of train/ is for choosing), else a fixed 90/5/5 % of the files.
 
-    The class is the first sub-folder; the caption comes from metadata.jsonl, else from the class. Broken files are named
-    once and skipped the same way in every run: OUT/<dataset>/files.json remembers which ones are good.
+    The class is the first sub-folder. Captions come from metadata.jsonl (images that it does not name have none), without that file
+    from the class. Broken files are named once and skipped the same way in every run: OUT/<dataset>/files.json remembers the good ones.
     """
     folder = Path(args.data_dir)
     if not folder.is_dir():
@@ -336,7 +364,8 @@ def load_folder(args):
     folders = [Path(name).parts[class_part] if len(Path(name).parts) > class_part + 1 else "" for name in names]
     classes = sorted(set(folders))
     labels = torch.tensor([[classes.index(c)] for c in folders]) if len(classes) > 1 else torch.zeros(len(names), 0).long()
-    texts = [captions.get(name, f"a photo of a {c.replace('_', ' ')}" if c else "a photo") for name, c in zip(names, folders)]
+    of_class = lambda c: f"a photo of {with_article(c.replace('_', ' '))}" if c and len(classes) > 1 else ""
+    texts = [captions.get(name, "") if captions else of_class(c) for name, c in zip(names, folders)]
     return Dataset(args.dataset, images, labels, {"class": classes} if len(classes) > 1 else {}, splits, texts)
 
 
@@ -372,7 +401,7 @@ class Dataset:
     """Images, labels and captions with their splits.
 
     images (N, 3, S, S) uint8 tensor, or ImageFiles where they do not fit in memory; labels (N, F) long; factors
-    {name: values} in the order of the label columns; splits {name: range of rows}; captions: list, or function of a row.
+    {name: values} in the order of the label columns; splits {name: range of rows}; captions (N,) texts, "" where there is none.
     """
 
     def __init__(self, name, images, labels, factors, splits, captions):
@@ -380,10 +409,6 @@ class Dataset:
 
     def __len__(self):
         return len(self.images)
-
-    def caption(self, row):
-        """The caption of image `row`."""
-        return self.captions(self.labels[row].tolist()) if callable(self.captions) else self.captions[row]
 
     def pixels(self, rows, flip=None):
         """Images `rows` as (B, 3, S, S) uint8 on the CPU; `flip` (B,) bool mirrors left and right."""
@@ -589,7 +614,7 @@ def save_checkpoint(path, **state):
 
 STAGE_COMMANDS = {"tokenizer": "tokenizer.py", "generator": "generator.py", "generator-early": "generator.py",
                   "generator-uncond": "generator.py --condition none", "generator-factors": "generator.py --factors --groups 5",
-                  "prior-masked": "prior.py --kind masked", "prior-ar": "prior.py --kind ar", "judge": "sample.py --score"}
+                  "prior-masked": "prior.py --kind masked", "prior-ar": "prior.py --kind ar", "text_prior": "text_prior.py", "judge": "sample.py --score"}
 
 
 def stage_command(stage, args):
@@ -704,18 +729,23 @@ class Log:
                 self.writer.add_scalar(k, v, step) if isinstance(v, (int, float)) else None
 
 
-def save_grid(path, images, columns, titles=None, settings=None, scale=None):
-    """Write images (n, 3, S, S) uint8 as a PNG with `columns` a row, `titles` above the columns, `settings` stored inside."""
+def save_grid(path, images, columns, titles=(), lines=(), settings=None, scale=None):
+    """Write images (n, 3, S, S) uint8 as a PNG with `columns` a row, `titles` above the columns or `lines` above the rows, and
+    `settings` stored inside."""
     n, _, size, _ = images.shape
     scale = scale or max(1, 64 // size)
-    cell, rows, head = size * scale + 2, math.ceil(n / columns), 14 if titles else 0
-    canvas = Image.new("RGB", (columns * cell + 2, rows * cell + 2 + head), "white")
+    cell, head = size * scale + 2, 14 if titles else 0
+    step = cell + (14 if lines else 0)  # from row to row
+    width = max([columns * cell + 2, *(min(1600, 7 * len(line)) for line in lines)])
+    canvas = Image.new("RGB", (width, math.ceil(n / columns) * step + 2 + head), "white")
     for k, image in enumerate(images):
         tile = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((size * scale,) * 2, Image.Resampling.NEAREST)
-        canvas.paste(tile, (2 + k % columns * cell, 2 + head + k // columns * cell))
+        canvas.paste(tile, (2 + k % columns * cell, 2 + head + step - cell + k // columns * step))
     draw = ImageDraw.Draw(canvas)
-    for k, title in enumerate(titles or ()):
+    for k, title in enumerate(titles):
         draw.text((3 + k * cell, 1), title, fill="black")
+    for k, line in enumerate(lines):
+        draw.text((3, 1 + head + k * step), line, fill="black")
     info = PngImagePlugin.PngInfo()
     info.add_text("settings", json.dumps(settings or {}, default=str))
     write_atomic(path, lambda temporary: canvas.save(temporary, format="PNG", pnginfo=info))
@@ -1104,7 +1134,7 @@ def main(argv=None):
         print(f"  {name}: " + ", ".join(f"{v} {c:,}" for v, c in list(zip(values, counts))[:12]) + (", ..." if len(values) > 12 else ""))
     rows = [row for split in dataset.splits.values() for row in list(split)[:16]]
     save_grid(folder / "samples" / "data.png", dataset.pixels(rows), 16, settings=vars(args))
-    print(f"  e.g. {dataset.caption(0)!r}; 16 pictures of each split in {folder / 'samples' / 'data.png'}")
+    print(f"  e.g. {dataset.captions[0]!r}; 16 pictures of each split in {folder / 'samples' / 'data.png'}")
 
 
 if __name__ == "__main__":

@@ -62,18 +62,19 @@ class Block(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.attn_out = (linear(width, width) for _ in range(4))
         self.ff_proj, self.up_proj, self.ff_out = linear(width, hidden), linear(width, hidden), linear(hidden, width)
 
-    def attention(self, x, cos, sin, cache, at):
+    def attention(self, x, cos, sin, cache, at, attend):
         B, N, D = x.shape
         q, k, v = (proj(x).view(B, N, self.heads, -1).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, N, D/H)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:  # (2, B, H, L, D/H), filled up to position `at`
             cache[0, :, :, at:at + N], cache[1, :, :, at:at + N] = k, v
             k, v = cache[:, :, :, :at + N].to(q.dtype)  # 2 × (B, H, at + N, D/H)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and N > 1)  # (B, H, N, D/H)
+        x = F.scaled_dot_product_attention(q, k, v, attend, is_causal=self.causal and N > 1)  # (B, H, N, D/H)
         return self.attn_out(x.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
 
-    def forward(self, x, cos, sin, cache=None, at=0):
-        x = x + self.dropout(self.attention(self.attn_norm(x), cos, sin, cache, at))  # (B, N, D)
+    def forward(self, x, cos, sin, cache=None, at=0, attend=None):
+        """x (B, N, D), cos and sin (N, D/H/2), attend (B, 1, 1, N) bool: which tokens are seen (default: all) → (B, N, D)."""
+        x = x + self.dropout(self.attention(self.attn_norm(x), cos, sin, cache, at, attend))  # (B, N, D)
         h = self.ff_norm(x)
         return x + self.dropout(self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h)))  # (B, N, D)
 
@@ -138,9 +139,10 @@ class Prior(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def hide(codes, null, u, scores):
-    """Hide k = ⌊u · L⌋ + 1 positions, those of the lowest scores. codes (B, L), u (B,) in [0, 1), scores (B, L) →
-    codes with `null`, which are hidden (B, L) bool, k (B,)."""
-    k = ((u * codes.shape[1]).floor() + 1).clamp(max=codes.shape[1])  # in float32 the last u can round to 1
+    """Hide k = ⌊u · n⌋ + 1 of the n positions with a finite score, those of the lowest. codes (B, L), u (B,) in [0, 1), scores (B, L),
+    `null` a number or one a position (L,) → codes with `null`, which are hidden (B, L) bool, k (B,)."""
+    n = scores.isfinite().sum(1)  # (B,)
+    k = ((u * n).floor() + 1).minimum(n)  # in float32 the last u can round to 1
     hidden = scores.argsort(1).argsort(1) < k[:, None]
     return torch.where(hidden, null, codes), hidden, k
 
@@ -209,22 +211,23 @@ def draw_values(logits, temperature, nucleus, generator):
 
 
 @torch.no_grad()
-def sample_masked(model, codes, sampler, run, generator, log_weights=None):
+def sample_masked(model, codes, sampler, run, generator, log_weights=None, condition=()):
     """Fill the hidden positions (value V) of codes (n, L) long; given positions never change.
 
     sampler: dict with order ("ancestral", "event", "confidence"), steps (ancestral), per_step, remask, remask_window,
-    temperature, nucleus. log_weights (n, L, V): added to the logits, −inf forbids a value. Returns codes (n, L) and the network
-    calls each sample took (n,): at most one a hidden position unless remasking hides positions again, because a step that
-    reveals nothing costs nothing.
+    temperature, nucleus. log_weights (n, L, V): added to the logits, −inf forbids a value. condition: tensors (n, ...) that the
+    model is given beside the codes, row by row. Returns codes (n, L) and the network calls each sample took (n,): at most one a
+    hidden position unless remasking hides positions again, because a step that reveals nothing costs nothing.
     """
     codes, given, calls = codes.clone().to(run.device), (codes != model.V).to(run.device), torch.zeros(len(codes), dtype=torch.long)
+    condition = [c.to(run.device) for c in condition]
     uniform = lambda *shape: torch.rand(*shape, generator=generator).to(run.device)
 
     def reveal(rows, where):
         """Draw values for positions `where` (m, L) of samples `rows` (m,); where None: confidence chooses."""
         calls[rows.cpu()] += 1
         with run.autocast():
-            logits = model(codes[rows])  # (m, L, V)
+            logits = model(codes[rows], *(c[rows] for c in condition))  # (m, L, V)
         if log_weights is not None:
             logits = logits.float() + log_weights[rows.cpu()].to(run.device)
         values, log_p = draw_values(logits, sampler["temperature"], sampler["nucleus"], generator)
@@ -293,28 +296,28 @@ def sample_codes(model, count, sampler, run, seed=0, batch=500):
     return torch.cat([c for c, _ in parts]), torch.cat([k for _, k in parts])
 
 
-NUCLEUS = {"masked": 0.95, "ar": 1.0}  # the masked prior errs in its tails; the autoregressive one loses variety with less than all
+SAMPLERS = {"masked": {"temperature": 1.0, "nucleus": 0.95, "order": "event", "order_noise": 1.0},  # it errs in its tails
+            "ar": {"temperature": 1.0, "nucleus": 1.0}}  # it loses variety with less than all
 
 
 def add_sampler_flags(parser):
-    """How codes are drawn from a trained prior; the one home of these defaults."""
+    """How codes are drawn from a trained prior; where a flag is not given, what suits the kind of prior (SAMPLERS) holds."""
     g = parser.add_argument_group("code sampler")
-    g.add_argument("--temperature", type=data.non_negative, default=1.0, help="of the values' distribution; 0: the most likely")
-    g.add_argument("--nucleus", type=data.share, help="draw from the smallest set of values that holds this probability (default: "
-                   + ", ".join(f"{kind} {value}" for kind, value in NUCLEUS.items()) + ")")
-    g.add_argument("--order", choices=("event", "ancestral", "confidence"), default="event", help="masked: which positions are revealed when")
+    g.add_argument("--temperature", type=data.non_negative, help="of the values' distribution; 0: the most likely (default: by kind, mostly 1)")
+    g.add_argument("--nucleus", type=data.share, help="draw from the smallest set of values that holds this probability (default: by kind)")
+    g.add_argument("--order", choices=("event", "ancestral", "confidence"), help="masked: which positions are revealed when (default: by kind)")
+    g.add_argument("--order-noise", type=data.non_negative, help="confidence: Gumbel noise on the order (default: by kind)")
     g.add_argument("--per-step", type=data.positive, default=1, help="event and confidence: positions revealed in one call")
-    g.add_argument("--order-noise", type=data.non_negative, default=1.0, help="confidence: Gumbel noise on the order")
     g.add_argument("--ancestral-steps", type=data.positive, default=64, help="ancestral: steps from all hidden to none")
     g.add_argument("--remask", type=data.share, default=0.0, help="ancestral: probability of hiding a value again in each step")
     g.add_argument("--remask-window", type=data.share, nargs=2, default=[0.3, 0.55], metavar=("FROM", "TO"), help="t in which --remask acts")
 
 
-def sampler_settings(args, kind):
-    """The sampler flags as the dict that the samplers take, for a prior of this kind."""
-    nucleus = NUCLEUS[kind] if args.nucleus is None else args.nucleus
-    return {"temperature": args.temperature, "nucleus": nucleus, "order": args.order, "per_step": args.per_step,
-            "order_noise": args.order_noise, "steps": args.ancestral_steps, "remask": args.remask, "remask_window": args.remask_window}
+def sampler_settings(args, defaults):
+    """The sampler flags as the dict that the samplers take; `defaults` (as in SAMPLERS) for those that were not given."""
+    given = {name: getattr(args, name) for name in ("temperature", "nucleus", "order", "order_noise")}
+    return {**defaults, **{name: value for name, value in given.items() if value is not None}, "per_step": args.per_step,
+            "steps": args.ancestral_steps, "remask": args.remask, "remask_window": args.remask_window}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,7 +419,7 @@ def main(argv=None):
                 log.write(args.steps, **{f"{split} bits per token": round(bits, 4), "standard error": round(error, 4)})
                 kind = "exact" if args.kind == "ar" else "upper bound"
                 print(f"{split}: {bits:.4f} ± {error:.4f} bits per token ({kind}, {len(held_out):,} codes)")
-            _, calls = sample_codes(model, 100, sampler_settings(args, args.kind), run)
+            _, calls = sample_codes(model, 100, sampler_settings(args, SAMPLERS[args.kind]), run)
             print(f"network calls per sample: {calls.float().mean():.1f} for {args.codes} positions")
     run.close()
 

@@ -1,4 +1,4 @@
-"""From trained stages to pictures and scores: unconditional samples, reconstructions, compositions, infilling.
+"""From trained stages to pictures and scores: unconditional samples, reconstructions, compositions, infilling, text and captions.
 
     python sample.py --train                           # trains what is missing, in order, then pictures and scores
     python sample.py --score                           # the scores alone, also in OUT/<dataset>/scores.json
@@ -8,6 +8,10 @@
     python sample.py compose a.png b.png --positions 0 1 2 3      # these positions from the first image, the rest from the second
       Positions drawn apart contradict each other; the masked prior chooses them so that they fit (--choose random: drawn apart).
     python sample.py infill a.png --keep 0.5           # keep half of the code, draw the rest from the masked prior
+    python sample.py text "a small red ring on a dotted background in a blue frame" "a large blue bar"       # a row of pictures each
+    python sample.py text "a green ring" --image a.png --keep 0.5              # half of the picture's code, the rest as the words say
+    python sample.py text "a green ring" --image a.png --weights 0.5 0.5       # each position from the prompt's code or the picture's
+    python sample.py caption a.png b.png               # what the codes of the images say, in words
 Images are files of any size; where none are named, pictures of the test split are taken. Grids go to OUT/<dataset>/samples/,
 with all settings stored inside the PNG (text field "settings").
 
@@ -26,12 +30,14 @@ import data  # first: it sets the threads' waiting policy before torch starts th
 import generator
 import numpy as np
 import prior
+import text_prior
 import tokenizer
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 PRESETS = data.PRESETS  # the image size
+COMMANDS = ("unconditional", "reconstruct", "compose", "infill", "text", "caption")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # codes in, pictures out
@@ -84,6 +90,11 @@ class Stages:
         return self._get(f"prior-{kind}", lambda: prior.load_prior(self.args, kind, self.run.device))
 
     @property
+    def text_prior(self):
+        """(model, Text, config) of text_prior.pt."""
+        return self._get("text_prior", lambda: text_prior.load_text_prior(self.args, self.run.device))
+
+    @property
     def dataset(self):
         """The dataset of the flags."""
         return self._get("dataset", lambda: data.load_dataset(self.args))
@@ -104,14 +115,34 @@ class Stages:
         log_weights = mixture_weights(codes, weights, self.codes[1]["V"], positions)  # (n, L, V)
         if choose == "random":
             return prior.draw_values(log_weights, 1.0, 1.0, rng)[0]
-        model, sampler = self.prior("masked"), prior.sampler_settings(self.args, "masked")
+        model, sampler = self.prior("masked"), prior.sampler_settings(self.args, prior.SAMPLERS["masked"])
         hidden = torch.full_like(codes[:, 0], model.V)
         children, _ = prior.sample_masked(model, hidden, sampler, self.run, rng, log_weights)
         return prior.redraw_codes(model, children, self.args.rounds, self.args.round_share, sampler, self.run, rng, log_weights)
 
     def sample_codes(self, kind, count, seed=0):
         """Codes (count, L) and network calls (count,) of a prior, with the sampler of the flags."""
-        return prior.sample_codes(self.prior(kind), count, prior.sampler_settings(self.args, kind), self.run, seed)
+        return prior.sample_codes(self.prior(kind), count, prior.sampler_settings(self.args, prior.SAMPLERS[kind]), self.run, seed)
+
+    def read(self, prompts, guidance, seed=0, given=None):
+        """Codes (n, L) for prompts, n texts, and network calls (n,); given (n, L): positions that are not V stay. Fails with one
+        line where a prompt is empty or longer than the text prior reads."""
+        model, text, config = self.text_prior
+        encoded = text.encode(prompts)
+        for prompt, ids in zip(prompts, encoded):
+            start = f"prompt {prompt[:30]!r}" + "..." * (len(prompt) > 30)
+            if not prompt.strip():
+                data.fail(f"{start}: empty; write what the picture should show (without words: python sample.py unconditional)")
+            if len(ids) > config["text_length"]:
+                data.fail(f"{start}: {len(ids):,} tokens, the text prior reads at most {config['text_length']}; shorten it")
+        sampler = prior.sampler_settings(self.args, text_prior.TO_CODE)
+        return text_prior.codes_from_text(model, text.rows(encoded), sampler, guidance, self.run, seed, given)
+
+    def captions(self, codes, seed=0):
+        """Captions, n texts, of codes (n, L)."""
+        model, text, config = self.text_prior
+        ids = text_prior.text_from_codes(model, codes, config["window"], prior.sampler_settings(self.args, text_prior.TO_TEXT), self.run, seed)
+        return [text.decode(row) for row in ids.tolist()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,6 +321,10 @@ class Scores:
             self.score_composition("compose, positions at random", "random")
         for split, pair in data.UNSEEN_PAIRS.items() if self.args.dataset == "shapes" else ():
             result[split] = self.score_unseen(split, pair, seen_usual)
+        if any(dataset.captions):
+            for guidance in self.args.text_guidance:
+                result[f"text to image, guidance {guidance:g}"] = self.score_text(guidance)
+            result["captions of images"] = self.score_captions()
         return result
 
     def score_priors(self, codes, about):
@@ -347,6 +382,49 @@ class Scores:
         return line
 
 
+    def score_text(self, guidance):
+        """Prompt → code → image: does the judge see what was asked for? For captions of the test split, for short ones, and, for shapes,
+        for pairs never seen in training; and how many different codes 16 draws of one prompt give."""
+        line, n, seed, shapes = {}, self.n // 2, self.args.seed, self.args.dataset == "shapes"
+
+        def draw(name, prompts, labels, columns):
+            codes, calls = self.stages.read(prompts, guidance, seed + 4)
+            images = self.stages.draw(codes, seed + 5)
+            looked = self.look(images)
+            line[name] = self.pictures(images, labels, looked) | {"calls per sample": calls.double().mean().item()}
+            if columns:
+                line[name]["pair"] = (looked[1][:, columns] == labels[:, columns]).all(1).double().mean().item()
+
+        labels = self.dataset.labels[self.rows[:n]]
+        prompts = [data.shapes_caption(l) for l in labels.tolist()] if shapes else [self.dataset.captions[k] for k in self.rows[:n]]
+        prompts, labels = [p for p in prompts if p], labels[[bool(p) for p in prompts]]
+        draw("captions of the test split", prompts, labels, [0, 1] if shapes else None)
+        if shapes:
+            draw("colour and shape alone", [data.shapes_caption(l, (True, False, False, False)) for l in labels.tolist()], labels, [0, 1])
+        for split, pair in data.UNSEEN_PAIRS.items() if shapes else ():
+            labels = self.dataset.labels[self.dataset.splits[split]][:n]
+            draw(split, [data.shapes_caption(l) for l in labels.tolist()], labels, [self.names.index(name) for name in pair])
+        codes, _ = self.stages.read([p for p in prompts[:32] for _ in range(16)], guidance, seed + 6)
+        line["distinct codes in 16 draws of a prompt"] = sum(len(set(map(tuple, part.tolist()))) for part in codes.split(16)) / (len(codes) / 16)
+        return line
+
+    def score_captions(self):
+        """Image → code → caption, for test images and pairs never seen: for shapes, which factors are named right; else equal captions."""
+        line, n = {}, self.n // 2
+        splits = {"test split": self.rows[:n]} | ({s: np.array(self.dataset.splits[s])[:n] for s in data.UNSEEN_PAIRS} if self.args.dataset == "shapes" else {})
+        for name, rows in splits.items():
+            captions = self.stages.captions(self.codes_of(rows), self.args.seed + 7)
+            if self.args.dataset == "shapes":
+                named = torch.tensor([data.read_shapes_caption(caption) or [-1] * len(self.names) for caption in captions])
+                line[name] = factor_accuracy(named, self.dataset.labels[rows], self.names)
+                if name in data.UNSEEN_PAIRS:
+                    columns = [self.names.index(factor) for factor in data.UNSEEN_PAIRS[name]]
+                    line[name]["pair"] = (named == self.dataset.labels[rows])[:, columns].all(1).double().mean().item()
+            else:
+                line[name] = {"equal to its own": np.mean([caption == self.dataset.captions[k] for caption, k in zip(captions, rows)])}
+        return line
+
+
 def print_scores(result, indent=""):
     """The nested dict as an indented table."""
     for name, value in result.items():
@@ -368,7 +446,7 @@ def train_missing(args):
     folder = Path(args.out) / args.dataset
     names = ("dataset", "data_dir", "out", "image_size", "seed", "device", "dtype", "workers")
     shared = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
-    for stage in ("tokenizer", "generator", "prior-masked", "prior-ar"):
+    for stage in ("tokenizer", "generator", "prior-masked", "prior-ar", "text_prior"):
         script, *words = data.STAGE_COMMANDS[stage].split()
         command = [sys.executable, str(Path(__file__).with_name(script)), *words, *shared]
         print(f"--- {script} {' '.join(words)}", flush=True)
@@ -385,30 +463,80 @@ def train_missing(args):
         print(f"--- {time.time() - start:.0f} s", flush=True)
 
 
-def input_images(stages, args, least):
-    """The named files (n, 3, S, S) uint8 and their titles, or `least` test images where none are named."""
-    if not args.images:
+def input_images(paths, stages, args, least):
+    """The files named (n, 3, S, S) uint8 and their titles, or `least` test images where none are named."""
+    if not paths:
         rows = list(stages.dataset.splits["test"])[:least if least > 1 else 8]
         return stages.dataset.pixels(rows), [f"test {k}" for k in range(len(rows))]
-    if len(args.images) < least:
-        data.fail(f"{args.command}: needs at least {least} images, got {len(args.images)}")
+    if len(paths) < least:
+        data.fail(f"{args.command}: needs at least {least} images, got {len(paths)}")
     images = []
-    for path in args.images:
+    for path in paths:
         try:
             images.append(data.read_image(path, args.image_size))
         except (OSError, ValueError, SyntaxError, data.Image.DecompressionBombError) as problem:
             data.fail(f"{path}: does not open as an image ({problem})")
-    return torch.stack(images), [Path(path).stem[:10] for path in args.images]
+    return torch.stack(images), [Path(path).stem[:10] for path in paths]
+
+
+def read_prompts(args, stages):
+    """The prompts of the command line and of --prompts, else two captions of the test split."""
+    prompts = list(args.inputs)
+    if args.prompts:
+        try:
+            prompts += [line for line in Path(args.prompts).read_text(encoding="utf-8").split("\n") if line.strip()]
+        except (OSError, ValueError) as problem:
+            data.fail(f"--prompts {args.prompts}: not readable as text ({problem}); expected a file with a prompt in each line")
+    return prompts or [stages.dataset.captions[k] for k in stages.dataset.splits["test"] if stages.dataset.captions[k]][:4]
+
+
+def text_pictures(stages, args, run):
+    """For each prompt a row of pictures; with --image that picture first, and its code kept in part or mixed with the prompt's."""
+    prompts, L = read_prompts(args, stages), stages.codes[1]["L"]
+    repeated = [prompt for prompt in prompts for _ in range(args.columns)]
+    guidance, rng, given = args.text_guidance[0], data.step_generator(args.seed, 0), None
+    if args.image:
+        image, _ = input_images([args.image], stages, args, 1)
+        code = stages.encode(image).expand(len(repeated), L)
+        if not args.weights:  # keep the --positions, or a share of them, new ones for each picture
+            check_positions(args, L)
+            keep = torch.rand(code.shape, generator=rng).argsort(1).argsort(1) < round(args.keep * L)
+            if args.positions:
+                keep = torch.zeros_like(keep).index_fill(1, torch.tensor(args.positions), True)
+            given = torch.where(keep, code, stages.codes[1]["V"])
+    codes, _ = stages.read(repeated, guidance, args.seed, given)
+    if args.image and args.weights:
+        check_weights(args, 2)
+        codes = stages.compose(torch.stack([codes, code], 1), args.weights, rng, args.choose)
+    images = stages.draw(codes, args.seed)
+    if args.image:
+        rows = [torch.cat([image, part]) for part in images.split(args.columns)]
+        return torch.cat(rows), args.columns + 1, prompts
+    return images, args.columns, prompts
+
+
+def check_weights(args, k):
+    """--weights: one number for each of k codes."""
+    if args.weights and (len(args.weights) != k or sum(args.weights) <= 0):
+        data.fail(f"{args.command}: --weights has {len(args.weights)} numbers for {k} codes; give one each, not all zero")
+
+
+def check_positions(args, L):
+    """--positions: from 0 to L − 1."""
+    if args.positions and not all(0 <= p < L for p in args.positions):
+        data.fail(f"{args.command}: --positions has values outside 0 to {L - 1}")
 
 
 def make_pictures(command, stages, args, run):
     """One grid for a command; returns its path."""
-    columns, titles, seed = args.columns, None, args.seed
+    columns, titles, lines, seed = args.columns, (), (), args.seed
     if command == "unconditional":
         codes, _ = stages.sample_codes(args.kind, args.columns * args.rows, seed)
         images = stages.draw(codes, seed)
+    elif command == "text":
+        images, columns, lines = text_pictures(stages, args, run)
     else:
-        inputs, titles = input_images(stages, args, least=2 if command == "compose" else 1)
+        inputs, titles = input_images(args.inputs, stages, args, least=2 if command == "compose" else 1)
         codes, k = stages.encode(inputs), len(inputs)
         repeats = range(args.rows)
         if command == "reconstruct":  # a row of inputs, then rows of images drawn from their codes with different noise
@@ -418,14 +546,16 @@ def make_pictures(command, stages, args, run):
             rng = data.step_generator(seed, 0)
             keep = torch.rand(args.rows, k, codes.shape[1], generator=rng) < args.keep
             masked = torch.where(keep, codes, stages.prior("masked").V).flatten(0, 1)
-            filled, _ = prior.sample_masked(stages.prior("masked"), masked, prior.sampler_settings(args, "masked"), run, rng)
+            filled, _ = prior.sample_masked(stages.prior("masked"), masked, prior.sampler_settings(args, prior.SAMPLERS["masked"]), run, rng)
             images, columns = torch.cat([inputs, stages.draw(filled, seed)]), k
+        elif command == "caption":  # in each row an image and the one drawn from its code
+            captions = stages.captions(codes, seed)
+            print("\n".join(f"{path}: {caption}" for path, caption in zip(args.inputs or titles, captions)))
+            images, columns, titles, lines = torch.stack([inputs, stages.draw(codes, seed)], 1).flatten(0, 1), 2, (), captions
         else:  # compose: the parents, then children
+            check_weights(args, k)
+            check_positions(args, codes.shape[1])
             weights, rng = args.weights or [1 / k] * k, data.step_generator(seed, 0)
-            if len(weights) != k or sum(weights) <= 0:
-                data.fail(f"compose: --weights has {len(weights)} numbers for {k} images; give one each, not all zero")
-            if args.positions and not all(0 <= p < codes.shape[1] for p in args.positions):
-                data.fail(f"compose: --positions has values outside 0 to {codes.shape[1] - 1}")
             if args.positions and sum(weights[1:]) <= 0:
                 data.fail("compose: --positions takes all other positions from the later images, whose weights are all zero")
             columns = max(k, args.columns)
@@ -433,7 +563,7 @@ def make_pictures(command, stages, args, run):
             blank = torch.full((columns - k, *inputs.shape[1:]), 255, dtype=torch.uint8)
             images = torch.cat([inputs, blank, stages.draw(children, seed)])
     path = run.folder / "samples" / f"{command}{'-' + args.kind if command == 'unconditional' else ''}.png"
-    data.save_grid(path, images, columns, titles, settings={**vars(args), "command": command})
+    data.save_grid(path, images, columns, titles, lines, settings={**vars(args), "command": command})
     print(f"{command}: {path}")
     return path
 
@@ -442,33 +572,40 @@ def parse(argv):
     """The flags of this script, checked."""
     parser = data.make_parser(__doc__)
     g = parser.add_argument_group("what to do")
-    g.add_argument("command", nargs="?", choices=("unconditional", "reconstruct", "compose", "infill"), help="pictures to make")
-    g.add_argument("images", nargs="*", help="image files; none: pictures of the test split")
+    g.add_argument("command", nargs="?", choices=COMMANDS, help="pictures to make")
+    g.add_argument("inputs", nargs="*", help="image files, or the prompts of text; none: those of the test split")
+    g.add_argument("--prompts", metavar="FILE", help="text: a file with a prompt in each line")
+    g.add_argument("--image", metavar="FILE", help="text: a picture of whose code a share is kept (--keep, --positions) or mixed in (--weights)")
     g.add_argument("--train", action="store_true", help="train what is missing by calling the stages, then pictures and scores")
     g.add_argument("--score", action="store_true", help="measure everything and write scores.json")
     g.add_argument("--count", type=data.positive, default=2000,
                    help="pictures measured for each score (half as many for compositions and unseen pairs)")
     g.add_argument("--kind", choices=("masked", "ar"), default="masked", help="the prior of unconditional samples")
-    g.add_argument("--weights", type=data.non_negative, nargs="+", help="compose: share of positions from each image (default: equal)")
-    g.add_argument("--positions", type=int, nargs="+", help="compose: take these positions from the first image")
+    g.add_argument("--weights", type=data.non_negative, nargs="+", help="compose: share of positions from each image (default: equal); text: from prompt and --image")
+    g.add_argument("--positions", type=int, nargs="+", help="compose: take these positions from the first image; text: keep these of --image")
     g.add_argument("--choose", choices=("prior", "random"), default="prior",
                    help="compose: the masked prior chooses which image each position comes from, or each is drawn on its own")
     g.add_argument("--rounds", type=int, default=32, help="compose: rounds in which the masked prior chooses again for some positions")
     g.add_argument("--round-share", type=data.share, default=0.25, help="compose: share of the positions in a round")
-    g.add_argument("--keep", type=data.share, default=0.5, help="infill: share of the positions that is kept")
+    g.add_argument("--keep", type=data.share, default=0.5, help="infill and text with --image: share of the positions that is kept")
     g.add_argument("--columns", type=data.positive, default=8, help="pictures in a row (where the inputs do not decide it)")
     g.add_argument("--rows", type=data.positive, default=4, help="rows of generated pictures")
     generator.add_sampler_flags(parser)
     g = parser.add_argument_group("image sampler, of this script")
     g.add_argument("--guide", choices=("null", "early"), default="null", help="guide by the model without code, or by its earlier checkpoint")
     prior.add_sampler_flags(parser)
+    g = parser.add_argument_group("text sampler")
+    g.add_argument("--text-guidance", type=data.non_negative, nargs="+", default=[1.5], help="w of equation (3) of text_prior.py; 1: none; "
+                   "several: --score measures each, pictures take the first")
     args = data.parse(parser, PRESETS, argv)
     if args.count < 4:
         parser.error(f"argument --count: expected at least 4 pictures, got {args.count}")
     if args.rounds < 0:
         parser.error(f"argument --rounds: expected at least 0, got {args.rounds}")
     if not (args.command or args.train or args.score):
-        parser.error("say what to do: unconditional, reconstruct, compose, infill, --train or --score")
+        parser.error(f"say what to do: {', '.join(COMMANDS)}, --train or --score")
+    if args.command != "text" and (args.prompts or args.image):
+        parser.error("arguments --prompts and --image: only text reads them")
     return args
 
 
@@ -479,7 +616,7 @@ def main(argv=None):
         train_missing(args)
     run = data.Run(args)
     stages = Stages(args, run)
-    for command in ("unconditional", "reconstruct", "compose", "infill") if args.train else filter(None, [args.command]):
+    for command in COMMANDS if args.train else filter(None, [args.command]):
         make_pictures(command, stages, args, run)
     if args.train or args.score:
         scores = Scores(stages, args, run).run_all()
