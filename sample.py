@@ -135,6 +135,9 @@ class Stages:
                 data.fail(f"{start}: empty; write what the picture should show (without words: python sample.py unconditional)")
             if len(ids) > config["text_length"]:
                 data.fail(f"{start}: {len(ids):,} tokens, the text prior reads at most {config['text_length']}; shorten it")
+        unknown = dict.fromkeys(word for prompt in dict.fromkeys(prompts) for word in text.unknown(prompt))
+        if unknown:
+            print(f"note: no training caption has {', '.join(unknown)}; expect the model to guess there", file=sys.stderr)
         sampler = prior.sampler_settings(self.args, text_prior.TO_CODE)
         return text_prior.codes_from_text(model, text.rows(encoded), sampler, guidance, self.run, seed, given)
 
@@ -321,7 +324,7 @@ class Scores:
             self.score_composition("compose, positions at random", "random")
         for split, pair in data.UNSEEN_PAIRS.items() if self.args.dataset == "shapes" else ():
             result[split] = self.score_unseen(split, pair, seen_usual)
-        if any(dataset.captions):
+        if (self.run.folder / "text_prior.pt").exists():
             for guidance in self.args.text_guidance:
                 result[f"text to image, guidance {guidance:g}"] = self.score_text(guidance)
             result["captions of images"] = self.score_captions()
@@ -448,6 +451,9 @@ def train_missing(args):
     shared = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
     for stage in ("tokenizer", "generator", "prior-masked", "prior-ar", "text_prior"):
         script, *words = data.STAGE_COMMANDS[stage].split()
+        if stage == "text_prior" and args.dataset == "folder" and not any(data.load_dataset(args).captions):
+            print(f"--- {script}: left out, the images have no captions", flush=True)
+            continue
         command = [sys.executable, str(Path(__file__).with_name(script)), *words, *shared]
         print(f"--- {script} {' '.join(words)}", flush=True)
         start = time.time()
@@ -616,7 +622,8 @@ def main(argv=None):
         train_missing(args)
     run = data.Run(args)
     stages = Stages(args, run)
-    for command in COMMANDS if args.train else filter(None, [args.command]):
+    commands = [c for c in COMMANDS if c not in ("text", "caption") or (run.folder / "text_prior.pt").exists()] if args.train else [args.command]
+    for command in filter(None, commands):
         make_pictures(command, stages, args, run)
     if args.train or args.score:
         scores = Scores(stages, args, run).run_all()

@@ -46,7 +46,7 @@ PRESETS = {
 PATTERN = r" ?\w+| ?[^\w\s]+|\s+"  # the pieces inside which bytes are merged: a word or a run of signs, with the space before it
 MERGES = 1024  # learned from the captions at most
 BYTES = {bytes([b]): b for b in range(256)}
-PATIENCE = 8  # seconds for the network
+PATIENCE = 6  # seconds for the network
 
 
 def learn_merges(captions, most=MERGES):
@@ -85,11 +85,12 @@ class Text:
     """Captions to token ids (n, T) and back: a tiktoken encoding, and three ids beyond it: pad (also the end of a caption), mask, start.
 
     ranks {bytes: rank} and pattern as tiktoken's; ids: the token id of each rank (default: the rank); special: ids of the three,
-    where the encoding has them. Whatever text looks like a special token is text. Ids below `mask` are what a text position can become.
+    where the encoding has them; words: those of the training captions. Whatever text looks like a special token is text. Ids below
+    `mask` are what a text position can become.
     """
 
-    def __init__(self, ranks, pattern, ids=None, special=None, normal_form=None):
-        self.ranks, self.pattern, self.ids, self.normal_form = ranks, pattern, ids, normal_form
+    def __init__(self, ranks, pattern, ids=None, special=None, normal_form=None, words=()):
+        self.ranks, self.pattern, self.ids, self.normal_form, self.words = ranks, pattern, ids, normal_form, sorted(words)
         self.encoding = tiktoken.Encoding("captions", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         last = max(ids or ranks.values())
         self.special = dict(special or {"pad": last + 1, "mask": last + 2, "start": last + 3})
@@ -115,10 +116,14 @@ class Text:
         ids = ids[:ids.index(self.pad)] if self.pad in ids else ids
         return self.encoding.decode([self.rank_of[id] for id in ids if id in self.rank_of], errors="replace")
 
+    def unknown(self, prompt):
+        """The words of a prompt that no training caption has."""
+        return [word for word in re.findall(r"\w+", prompt) if word not in self.words]
+
     def state(self):
         """Plain values from which Text(**from_state(...)) is built again; goes into the checkpoint."""
         ranks = "\n".join(f"{base64.b64encode(token).decode()} {rank}" for token, rank in self.ranks.items())
-        return {"ranks": ranks, "pattern": self.pattern, "ids": self.ids, "special": self.special, "normal_form": self.normal_form}
+        return {"ranks": ranks, **{name: getattr(self, name) for name in ("pattern", "ids", "special", "normal_form", "words")}}
 
 
 def read_ranks(text, where):
@@ -373,6 +378,7 @@ def read_text(args, run):
     if missing == len(captions):
         data.fail(f"{args.data_dir}: no captions; write a metadata.jsonl there, a line {{\"file_name\": ..., \"text\": ...}} for each image, or sort the images into folders by class")
     text = build_text(args.encoding, [captions[k] for k in train])
+    text.words = sorted({word for k in train for word in re.findall(r"\w+", captions[k])})
     distinct = list(dict.fromkeys(captions))
     tokens = dict(zip(distinct, text.encode(distinct)))
     tokens = [tokens[caption] for caption in captions]
@@ -394,8 +400,8 @@ def add_flags(parser):
     """The text prior's own flags; the defaults are the shapes values."""
     g = parser.add_argument_group("model")
     g.add_argument("--width", type=data.positive, default=128, help="D, width of the tokens")
-    g.add_argument("--depth", type=data.positive, default=2, help="transformer blocks")
-    g.add_argument("--heads", type=data.positive, default=2, help="attention heads")
+    g.add_argument("--depth", type=data.positive, default=1, help="transformer blocks")
+    g.add_argument("--heads", type=data.positive, default=4, help="attention heads")
     g.add_argument("--hidden", type=data.positive, help="width inside the SwiGLU (default: 8/3 of --width)")
     g.add_argument("--tables", choices=("position", "shared"), default="position",
                    help="embeddings and outputs of the codes: one set a position, or one for all")
@@ -404,7 +410,7 @@ def add_flags(parser):
     g.add_argument("--encoding", default="captions", help="captions: byte pairs learned from them; bytes; a name of tiktoken's (gpt2); or a file "
                    "(.tiktoken, or a tokenizer.json with byte-level BPE)")
     g.add_argument("--text-length", type=data.positive, default=64, help="tokens that a caption or prompt may have; longer captions are cut")
-    g.add_argument("--mix", type=data.non_negative, nargs=3, default=[0.7, 0.3, 0.0], metavar=("TO_CODE", "TO_TEXT", "JOINT"),
+    g.add_argument("--mix", type=data.non_negative, nargs=3, default=[0.4, 0.4, 0.2], metavar=("TO_CODE", "TO_TEXT", "JOINT"),
                    help="how often each task is trained")
     g.add_argument("--drop", type=data.share, default=0.1, help="probability of reading no caption")
 

@@ -23,6 +23,7 @@ TINY = {
                  "--bottleneck 8 --locals 1 --ibot 0.5 --registers 2 --workers 0".split(),
     "generator": "--steps 6 --batch-size 8 --width 16 --depth 1 --heads 2 --groups 4 --sample-steps 2 --workers 0".split(),
     "prior": "--steps 6 --batch-size 8 --width 16 --depth 1 --heads 2".split(),
+    "text_prior": "--steps 6 --batch-size 8 --width 16 --depth 1 --heads 2".split(),
 }
 
 
@@ -115,7 +116,7 @@ def places(tmp_path_factory):
             "imagenet": ["--data-dir", str(tree)]}
 
 
-def train_all(out, *flags, stages=("tokenizer", "generator", "prior-masked", "prior-ar")):
+def train_all(out, *flags, stages=("tokenizer", "generator", "prior-masked", "prior-ar", "text_prior")):
     """All stages, tiny, in order."""
     for stage in stages:
         name, tiny = flags_of(stage)

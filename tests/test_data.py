@@ -20,18 +20,18 @@ def folder_args(path, out, size=16):
 
 def test_shapes_keep_unseen_pairs_out_of_every_other_split():
     for split in conftest.SMALL:
-        labels, _ = data.shapes_labels(split, 500)
+        labels, *_ = data.shapes_labels(split, 500)
         for kind, pair in data.UNSEEN_PAIRS.items():
             share = data.is_unseen(labels, pair).float().mean()
             assert share == (1 if split == kind else 0), (split, kind)
 
 
 def test_shapes_values_are_balanced_and_a_function_of_the_index():
-    labels, nuisance = data.shapes_labels("train", 8000)
+    labels, nuisance, _ = data.shapes_labels("train", 8000)
     for k, values in enumerate(data.SHAPES.values()):
         counts = torch.bincount(labels[:, k], minlength=len(values)) / 8000
         assert (counts * len(values) - 1).abs().max() < 0.25
-    again, same = data.shapes_labels("train", 100)
+    again, same, _ = data.shapes_labels("train", 100)
     assert torch.equal(again, labels[:100]) and torch.equal(same, nuisance[:100])
     assert not torch.equal(data.shapes_labels("test", 100)[0], again)
 
@@ -71,7 +71,7 @@ def test_a_flipped_drawing_is_a_drawing_with_mirrored_nuisance():
 
 
 def test_larger_shapes_are_the_same_picture():
-    labels, nuisance = data.shapes_labels("train", 8)
+    labels, nuisance, _ = data.shapes_labels("train", 8)
     small, large = data.draw_shapes(labels, nuisance).float(), data.draw_shapes(labels, nuisance, 64).float()
     assert (torch.nn.functional.avg_pool2d(large, 2) - small).abs().mean() < 3
 
@@ -159,7 +159,7 @@ def test_folder_reads_classes_captions_and_splits(tmp_path):
     dataset = data.load_folder(folder_args(tmp_path / "in", tmp_path / "out"))
     assert len(dataset) == 40 and dataset.factors == {"class": ["big dögs", "cats"]} and [len(r) for r in dataset.splits.values()] == [36, 2, 2]
     for row in range(40):  # picture k is of class k mod 2: labels, captions and pixels stay together
-        number = int(dataset.caption(row).split()[1])
+        number = int(dataset.captions[row].split()[1])
         assert dataset.labels[row, 0] == number % 2
         name = f"{'cats' if number % 2 else 'big dögs'}/{number}.png"
         assert torch.equal(dataset.pixels([row])[0], data.read_image(tmp_path / "in" / name, 16))
@@ -226,7 +226,7 @@ def test_cifar_planes_labels_and_splits(places):
     row = dataset.splits["test"][1]
     assert dataset.labels[row, 0] == record[0] and torch.equal(dataset.images[row].flatten(), torch.from_numpy(record[1:]))
     assert [len(r) for r in dataset.splits.values()] == [45_000, 5_000, 10_000]
-    assert dataset.caption(row) == f"a photo of a {data.CIFAR_CLASSES[record[0]]}"
+    assert dataset.captions[row] == f"a photo of a {data.CIFAR_CLASSES[record[0]]}"
 
 
 def test_cifar_archive_is_read_when_its_checksum_is_right_and_refused_otherwise(places, tmp_path, monkeypatch):

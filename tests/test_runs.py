@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, TINY, call, command, flags_of, link_codes, refuse, script, train_all
 
-STAGES = ("tokenizer", "generator", "prior-masked", "prior-ar")
+STAGES = ("tokenizer", "generator", "prior-masked", "prior-ar", "text_prior")
 
 
 def weights(out, stage, dataset="shapes"):
@@ -46,17 +46,19 @@ def test_every_script_runs_on_every_dataset(places, tmp_path, dataset):
     call("tokenizer", *TINY["tokenizer"], *tokenizer_only, *where, "--out", out)
     call("generator", *TINY["generator"], "--patch", "8", "--stem", "2", *where, "--out", out)
     call("prior", "--kind", "masked", *TINY["prior"], "--dataset", dataset, "--out", out)
-    call("sample", "infill", *where, "--out", out, "--rows", "1", "--sample-steps", "2")
+    call("text_prior", *TINY["text_prior"], *where, "--out", out)
+    for command in ("infill", "text", "caption"):
+        call("sample", command, *where, "--out", out, "--rows", "1", "--columns", "2", "--sample-steps", "2")
     names = {path.name for path in (out / dataset).iterdir()}
-    assert {"tokenizer.pt", "codes.npy", "codes.json", "tokenizer.json", "generator.pt", "generator-early.pt", "prior-masked.pt", "samples"} <= names
-    assert (out / dataset / "samples" / "infill.png").stat().st_size > 1000
+    assert {"tokenizer.pt", "codes.npy", "codes.json", "tokenizer.json", "generator.pt", "generator-early.pt", "prior-masked.pt", "text_prior.pt", "samples"} <= names
+    assert all((out / dataset / "samples" / f"{name}.png").stat().st_size > 1000 for name in ("infill", "text", "caption"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stop_and_resume_equals_one_run_bit_for_bit(trained, tmp_path, stage, monkeypatch, capsys):
     """Asked to stop in the middle, then the same command again: weights, averages and optimizer are those of one run."""
     (name, flags), results = flags_of(stage), {}
-    extra = ["--dropout", "0.2"] if name == "prior" else ["--drop-path", "0.2", "--centering", "centre"] if name == "tokenizer" else []
+    extra = ["--dropout", "0.2"] if "prior" in name else ["--drop-path", "0.2", "--centering", "centre"] if name == "tokenizer" else []
     flags = [*flags, *extra, "--steps", "9", "--save-every", "4"]
     for way in ("whole", "resumed"):
         out = tmp_path / way
@@ -144,7 +146,7 @@ def test_two_processes_equal_one(trained, tmp_path, stage, extra):
 
 
 def test_accumulation_equals_one_batch(trained, tmp_path):
-    for stage in ("generator", "prior-masked"):
+    for stage in ("generator", "prior-masked", "text_prior"):
         (name, flags), results = flags_of(stage), []
         for parts in (1, 4):
             out = tmp_path / f"{stage}{parts}"
@@ -173,7 +175,8 @@ def test_a_run_that_turns_to_nan_stops_and_keeps_the_last_checkpoint(trained, tm
     ("tokenizer", ["--tau", "0"], ["--tau"]), ("tokenizer", ["--batch", "4"], ["--batch"]), ("tokenizer", ["--stem", "5"], ["--stem"]),
     ("tokenizer", ["--lr", "nan"], ["--lr"]), ("tokenizer", ["--image-size", "40"], ["--image-size"]), ("tokenizer", ["--momentum", "2"], ["--momentum"]),
     ("generator", ["--patch", "5"], ["--patch"]), ("generator", ["--drop", "x"], ["--drop"]), ("generator", ["--accumulate", "7"], ["--accumulate"]),
-    ("prior", [], ["--kind"]), ("prior", ["--kind", "ar", "--heads", "3"], ["--heads"]), ("sample", [], ["say what to do"]),
+    ("prior", [], ["--kind"]), ("prior", ["--kind", "ar", "--heads", "3"], ["--heads"]),
+    ("text_prior", ["--mix", "0", "0", "0"], ["--mix"]), ("text_prior", ["--heads", "3"], ["--heads"]), ("text_prior", ["--mix", "1"], ["--mix"]), ("sample", [], ["say what to do"]),
     ("sample", ["paint"], ["paint"]), ("data", ["--download"], ["--download", "cifar10"])])
 def test_wrong_flags_stop_with_exit_code_2(tmp_path, name, flags, words, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -185,12 +188,13 @@ def test_wrong_flags_stop_with_exit_code_2(tmp_path, name, flags, words, capsys)
 def test_missing_stages_are_named_with_the_command_that_trains_them(tmp_path, trained, monkeypatch):
     for name, flags, words in (
             ("generator", TINY["generator"], ["codes.npy", "python tokenizer.py"]), ("prior", ["--kind", "ar"], ["codes.npy", "python tokenizer.py"]),
-            ("sample", ["unconditional"], ["prior-masked.pt", "python prior.py --kind masked"]),
+            ("sample", ["unconditional"], ["prior-masked.pt", "python prior.py --kind masked"]), ("text_prior", [], ["codes.npy", "python tokenizer.py"]),
             ("sample", ["reconstruct"], ["tokenizer.pt", "python tokenizer.py"])):
         refuse(name, *flags, "--out", tmp_path / "empty", words=words)
     link_codes(trained, tmp_path / "codes")
     refuse("sample", "reconstruct", "--out", tmp_path / "codes", words=["generator.pt", "python generator.py"])
     refuse("sample", "unconditional", "--kind", "ar", "--out", tmp_path / "codes", words=["prior-ar.pt", "python prior.py --kind ar"])
+    refuse("sample", "text", "a red ring", "--out", tmp_path / "codes", words=["text_prior.pt", "python text_prior.py"])
     monkeypatch.chdir(tmp_path)
     for name in ("cifar10", "imagenet", "folder"):
         refuse("tokenizer", "--dataset", name, "--out", tmp_path, words=[f"data/{name}"])
