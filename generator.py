@@ -23,10 +23,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 PRESETS = {
-    "cifar10": dict(steps=100_000, batch_size=256, patch=2, stem=0, width=384, depth=12, heads=6, groups=16, lr=3e-4, warmup=2000, ema=0.9999),
-    "folder": dict(steps=4000, save_every=500),
+    "cifar10": dict(steps=100_000, batch_size=256, patch=2, stem=0, width=384, depth=12, heads=6, groups=16, lr=3e-4, warmup=2000, ema=0.9999,
+                    sample_steps=10),
+    "folder": dict(steps=4000, save_every=500, sample_steps=6),
     "imagenet": dict(steps=500_000, batch_size=256, image_size=256, patch=16, stem=0, width=1152, depth=28, heads=16, groups=32, lr=1e-4,
-                     lr_matrix=0.0, lr_final=1.0, warmup=5000, ema=0.9999, clip=1.0, save_every=5000, workers=12),
+                     lr_matrix=0.0, lr_final=1.0, warmup=5000, ema=0.9999, clip=1.0, save_every=5000, sample_steps=25, workers=12),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +247,7 @@ def generate(model, codes, count, sampler, run, seed=0, weak=None, batch=250):
 def add_sampler_flags(parser):
     """How images are drawn from a trained generator; the one home of these defaults."""
     g = parser.add_argument_group("image sampler")
-    g.add_argument("--sample-steps", type=data.positive, default=6, help="steps from noise to image")
+    g.add_argument("--sample-steps", type=data.positive, default=4, help="steps from noise to image")
     g.add_argument("--method", choices=("heun", "euler"), default="heun", help="ODE solver")
     g.add_argument("--guidance", type=data.non_negative, default=2.0, help="w of equation (3); 1: none")
     g.add_argument("--guidance-interval", type=data.share, nargs=2, default=[0.0, 1.0], metavar=("FROM", "TO"), help="t in which guidance acts")

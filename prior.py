@@ -28,6 +28,8 @@ PRESETS = {
                      warmup=2500, ema=0.9999, clip=1.0, dropout=0.1, save_every=5000),
 }
 
+STEPS = {"masked": 1800, "ar": 1200}  # of shapes; the masked prior has the harder task
+
 # ---------------------------------------------------------------------------------------------------------------------
 # model
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,9 +367,10 @@ def add_flags(parser):
 def main(argv=None):
     """Train a prior; report bits per token on held-out codes and network calls per sample."""
     parser = data.make_parser(__doc__)
-    data.add_training_flags(parser, steps=1800, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50)
+    data.add_training_flags(parser, steps=None, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50)
     add_flags(parser)
     args = data.parse(parser, PRESETS, argv)
+    args.steps = args.steps or STEPS[args.kind]
     if args.width % args.heads or args.width // args.heads % 2:
         parser.error(f"argument --heads: --width {args.width} over {args.heads} heads is no even whole number")
     stage = f"prior-{args.kind}"

@@ -36,7 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-PRESETS = data.PRESETS  # the image size
+PRESETS = {name: {**data.PRESETS.get(name, {}), "sample_steps": preset["sample_steps"]} for name, preset in generator.PRESETS.items()}
 COMMANDS = ("unconditional", "reconstruct", "compose", "infill", "text", "caption")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def judge_batch(dataset, args, step, size=128):
     return a.to(torch.uint8), labels, blends.round().to(torch.uint8)
 
 
-def train_judge(dataset, args, run, steps=600):
+def train_judge(dataset, args, run, steps=400):
     """Train the judge (seed 0 always: all runs are judged alike) and return it in evaluation mode."""
     torch.manual_seed(0)
     judge = Judge([len(v) for v in dataset.factors.values()], args.image_size).to(run.device)
@@ -249,14 +249,10 @@ def frechet(a, b):
 # scores
 # ---------------------------------------------------------------------------------------------------------------------
 
-def nearest_distance(codes, train, values, batch=500):
+def nearest_distance(codes, train, batch=100):
     """Hamming distance (n,) of each code (n, L) to the nearest of the training codes (m, L)."""
-    one_hot = lambda c: F.one_hot(torch.as_tensor(c).long(), values).flatten(1).float()
-    best = []
-    for part in codes.split(batch):
-        q = one_hot(part)
-        best.append(torch.stack([(q @ one_hot(chunk).T).amax(1) for chunk in np.array_split(train, max(1, len(train) // 8000))]).amax(0))
-    return codes.shape[1] - torch.cat(best)
+    train = torch.from_numpy(train.astype(np.float32))
+    return torch.cat([torch.cdist(part.float(), train, p=0).amin(1) for part in codes.split(batch)])  # p = 0 counts what differs
 
 
 def factor_accuracy(seen, labels, names):
@@ -334,7 +330,7 @@ class Scores:
         """Bits per token, calls, memorising, and Fréchet distance of each prior's samples, relative to that of true codes."""
         train = np.concatenate([codes[about["splits"]["train"].start:about["splits"]["train"].stop, f] for f in (0, 1)])
         near = lambda c: (lambda d: {"in training set": (d == 0).double().mean().item(), "distance to nearest": d.mean().item()})(
-            nearest_distance(c, train, about["V"]))
+            nearest_distance(c, train))
         self.result["held-out codes"] = near(self.codes_of(self.rows))
         for kind in ("masked", "ar"):
             sampled, calls = self.stages.sample_codes(kind, len(self.rows), self.args.seed)
@@ -388,7 +384,7 @@ class Scores:
     def score_text(self, guidance):
         """Prompt → code → image: does the judge see what was asked for? For captions of the test split, for short ones, and, for shapes,
         for pairs never seen in training; and how many different codes 16 draws of one prompt give."""
-        line, n, seed, shapes = {}, self.n // 2, self.args.seed, self.args.dataset == "shapes"
+        line, n, seed, shapes = {}, self.n // 4, self.args.seed, self.args.dataset == "shapes"
 
         def draw(name, prompts, labels, columns):
             codes, calls = self.stages.read(prompts, guidance, seed + 4)
@@ -601,7 +597,7 @@ def parse(argv):
     g.add_argument("--guide", choices=("null", "early"), default="null", help="guide by the model without code, or by its earlier checkpoint")
     prior.add_sampler_flags(parser)
     g = parser.add_argument_group("text sampler")
-    g.add_argument("--text-guidance", type=data.non_negative, nargs="+", default=[1.5], help="w of equation (3) of text_prior.py; 1: none; "
+    g.add_argument("--text-guidance", type=data.non_negative, nargs="+", default=[2.0], help="w of equation (3) of text_prior.py; 1: none; "
                    "several: --score measures each, pictures take the first")
     args = data.parse(parser, PRESETS, argv)
     if args.count < 4:

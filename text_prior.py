@@ -165,15 +165,10 @@ def read_tokenizer_json(path):
         wrong(f"a model of type {model.get('type')} after {', '.join(kinds)}")
     if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
         wrong(f"a normalizer of type {form}")
-    last = max([*vocab.values(), *added.values()])
-    names = {"pad": ("<|endoftext|>",), "mask": ("<|mdm_mask|>",), "start": ("<|start_sem|>",)}
-    special, free = {}, last + 1
-    for name, known in names.items():
-        special[name] = next((added[text] for text in known if text in added), None)
-        if special[name] is None:
-            special[name], free = free, free + 1
-    if not special["pad"] < special["mask"] < special["start"]:
-        wrong(f"special tokens in the order {special}")
+    last, (pad, mask, start) = max(*vocab.values(), *added.values(), 0), (added.get(f"<|{t}|>", -1) for t in ("endoftext", "mdm_mask", "start_sem"))
+    if not max(ids) < pad < mask:  # LLaDA's stand above its text; without them, new ones
+        pad, mask = last + 1, last + 2
+    special = {"pad": pad, "mask": mask, "start": start if start > mask else max(last, mask) + 1}
     gpt2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel splits by on its own
     return Text({token: rank for rank, token in enumerate(tokens)}, patterns[0] if patterns else gpt2, ids, special, form)
 
@@ -344,7 +339,7 @@ def text_from_codes(model, codes, window, sampler, run, seed=0, batch=500):
     return torch.cat(parts)
 
 
-TO_CODE = {"temperature": 1.0, "nucleus": 0.95, "order": "event", "order_noise": 1.0}  # as prior.SAMPLERS
+TO_CODE = {"temperature": 0.5, "nucleus": 1.0, "order": "event", "order_noise": 1.0}  # as prior.SAMPLERS
 TO_TEXT = {"temperature": 0.0, "nucleus": 1.0, "order": "confidence", "order_noise": 0.0}  # the most likely caption, its surest words first
 
 

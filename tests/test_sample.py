@@ -48,7 +48,7 @@ def test_frechet_distance_of_gaussians_with_known_distance():
 
 def test_nearest_distance_counts_differing_positions():
     train = np.array([[0, 0, 0, 0], [1, 1, 1, 1]])
-    assert sample.nearest_distance(torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [2, 2, 0, 1]]), train, 3).tolist() == [1, 0, 3]
+    assert sample.nearest_distance(torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [2, 2, 0, 1]]), train).tolist() == [1, 0, 3]
 
 
 def test_blends_differ_from_both_of_their_drawings_and_the_batch_is_a_function_of_the_step():

@@ -89,6 +89,9 @@ def test_ids_of_a_tokenizer_json_are_its_own_also_where_they_do_not_follow_the_m
     text = text_prior.build_text(str(tmp_path / "tokenizer.json"), [])
     assert text.encode(["red red ed"]) == [[ids[b"red"], ids[b" red"], ids[b" "], ids[b"ed"]]]  # "re" is merged before "ed"
     assert (text.pad, text.mask, text.start) == (300, 305, 306)
+    write_tokenizer_json(tmp_path / "other.json", merges, [("<|endoftext|>", 0), ("<|mdm_mask|>", 290)])  # below the text: not to be used
+    text = text_prior.build_text(str(tmp_path / "other.json"), [])
+    assert (text.pad, text.mask, text.start) == (291, 292, 293)
     for wrong in ({"pre_tokenizer": {"type": "Metaspace"}}, {"model": {"type": "Unigram", "vocab": {}, "merges": []}}, {"normalizer": {"type": "Lowercase"}}):
         write_tokenizer_json(tmp_path / "wrong.json", merges, **wrong)
         with pytest.raises(SystemExit, match="wrong.json.*byte-level BPE"):
