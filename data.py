@@ -156,7 +156,7 @@ def shapes_labels(split, count, seed=0):
 
 def with_article(words):
     """"an orange ring", "a red ring"."""
-    return f"a{'n' * (words[0] in 'aeiou')} {words}"
+    return f"a{'n' * (words[0].lower() in 'aeiou')} {words}"
 
 
 def shapes_caption(labels, said=(True,) * 4):
@@ -302,8 +302,8 @@ def read_captions(folder):
     for path in sorted(folder.rglob("metadata.jsonl")):
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except ValueError as problem:
-            fail(f"{path}: expected UTF-8 text ({problem})")
+        except (OSError, ValueError) as problem:
+            fail(f"{path}: not readable as UTF-8 text ({problem})")
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -311,18 +311,18 @@ def read_captions(folder):
             try:
                 record = json.loads(line)
                 name, text = record["file_name"], record["text"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 fail(f"{where}: expected one JSON object with file_name and text")
             if not isinstance(name, str) or not isinstance(text, str):
                 fail(f"{where}: file_name and text must be strings")
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 fail(f"{where}: {name} leaves the folder; name files inside {path.parent}")
-            if not (path.parent / name).is_file():
+            if not os.path.isfile(path.parent / name):
                 fail(f"{where}: {name} is not in {path.parent}")
             name = str((path.parent / name).relative_to(folder))  # ./a.png is a.png
             if name in captions:
                 fail(f"{where}: {name} has a caption already; keep one line for each image")
-            captions[name] = text
+            captions[name] = text.strip()
     return captions
 
 
@@ -649,6 +649,7 @@ def load_checkpoint(path, stage, args):
 NOT_SETTINGS = {"out", "data_dir", "device", "workers", "compile", "dry_run", "restart", "tensorboard", "save_every"}  # or how to run it
 NOT_SETTINGS |= {"sample_steps", "method", "guidance", "guidance_interval"}  # nor how to draw images
 NOT_SETTINGS |= {"temperature", "nucleus", "order", "per_step", "order_noise", "ancestral_steps", "remask", "remask_window"}  # and codes
+NOT_SETTINGS |= {"window", "pad", "mask", "start"}  # nor what follows from the captions, whose own checksum is compared
 
 
 def resume(path, stage, args, trained_on):
@@ -745,7 +746,7 @@ def save_grid(path, images, columns, titles=(), lines=(), settings=None, scale=N
     for k, title in enumerate(titles):
         draw.text((3 + k * cell, 1), title, fill="black")
     for k, line in enumerate(lines):
-        draw.text((3, 1 + head + k * step), line, fill="black")
+        draw.text((3, 1 + head + k * step), " ".join(line.split()), fill="black")
     info = PngImagePlugin.PngInfo()
     info.add_text("settings", json.dumps(settings or {}, default=str))
     write_atomic(path, lambda temporary: canvas.save(temporary, format="PNG", pnginfo=info))

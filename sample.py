@@ -135,11 +135,15 @@ class Stages:
                 data.fail(f"{start}: empty; write what the picture should show (without words: python sample.py unconditional)")
             if len(ids) > config["text_length"]:
                 data.fail(f"{start}: {len(ids):,} tokens, the text prior reads at most {config['text_length']}; shorten it")
-        unknown = dict.fromkeys(word for prompt in dict.fromkeys(prompts) for word in text.unknown(prompt))
-        if unknown:
-            print(f"note: no training caption has {', '.join(unknown)}; expect the model to guess there", file=sys.stderr)
         sampler = prior.sampler_settings(self.args, text_prior.TO_CODE)
         return text_prior.codes_from_text(model, text.rows(encoded), sampler, guidance, self.run, seed, given)
+
+    def prompts(self, rows):
+        """Those of the images `rows` that have a caption which the text prior can read, and these captions."""
+        _, text, config = self.text_prior
+        captions = [self.dataset.captions[row] for row in rows]
+        short = [0 < len(ids) <= config["text_length"] for ids in text.encode(captions)]
+        return [row for row, good in zip(rows, short) if good], [caption for caption, good in zip(captions, short) if good]
 
     def captions(self, codes, seed=0):
         """Captions, n texts, of codes (n, L)."""
@@ -270,6 +274,7 @@ class Scores:
         self.judge = load_judge(self.dataset, args, run) if self.names else None
         test, train = self.dataset.splits["test"], self.dataset.splits["train"]
         self.rows = np.random.default_rng(0).permutation(test)[:self.n]
+        self.texts = (run.folder / "text_prior.pt").exists() and bool(stages.text_prior)  # or it stops here, not after minutes
         self.reference = self.look(self.dataset.pixels(np.random.default_rng(1).permutation(train)[:10_000]))[0]
         self.result = {}
 
@@ -320,7 +325,7 @@ class Scores:
             self.score_composition("compose, positions at random", "random")
         for split, pair in data.UNSEEN_PAIRS.items() if self.args.dataset == "shapes" else ():
             result[split] = self.score_unseen(split, pair, seen_usual)
-        if (self.run.folder / "text_prior.pt").exists():
+        if self.texts:
             for guidance in self.args.text_guidance:
                 result[f"text to image, guidance {guidance:g}"] = self.score_text(guidance)
             result["captions of images"] = self.score_captions()
@@ -382,29 +387,38 @@ class Scores:
 
 
     def score_text(self, guidance):
-        """Prompt → code → image: does the judge see what was asked for? For captions of the test split, for short ones, and, for shapes,
-        for pairs never seen in training; and how many different codes 16 draws of one prompt give."""
-        line, n, seed, shapes = {}, self.n // 4, self.args.seed, self.args.dataset == "shapes"
+        """Prompt → code → image: does the judge see all that was asked for? For captions of the test split and, for shapes, for colour and
+        shape alone and for pairs never seen in training; and how many different codes 16 draws of one prompt give."""
+        line, n, shapes = {}, self.n // 4, self.args.dataset == "shapes"
 
-        def draw(name, prompts, labels, columns):
-            codes, calls = self.stages.read(prompts, guidance, seed + 4)
-            images = self.stages.draw(codes, seed + 5)
-            looked = self.look(images)
-            line[name] = self.pictures(images, labels, looked) | {"calls per sample": calls.double().mean().item()}
-            if columns:
-                line[name]["pair"] = (looked[1][:, columns] == labels[:, columns]).all(1).double().mean().item()
+        def draw(name, prompts, labels, asked, pair=None):
+            """Factors `asked` (columns of labels) right, and those of `pair` both."""
+            codes, _ = self.stages.read(prompts, guidance, self.args.seed + 4)
+            _, seen, clean = self.look(self.stages.draw(codes, self.args.seed + 5))
+            line[name] = factor_accuracy(seen[:, asked], labels[:, asked], [self.names[k] for k in asked])
+            if shapes:
+                line[name] |= {"clean": clean.double().mean().item()}
+            if pair:
+                line[name]["pair"] = (seen == labels)[:, [self.names.index(name) for name in pair]].all(1).double().mean().item()
 
-        labels = self.dataset.labels[self.rows[:n]]
-        prompts = [data.shapes_caption(l) for l in labels.tolist()] if shapes else [self.dataset.captions[k] for k in self.rows[:n]]
-        prompts, labels = [p for p in prompts if p], labels[[bool(p) for p in prompts]]
-        draw("captions of the test split", prompts, labels, [0, 1] if shapes else None)
+        everything, first = list(range(len(self.names))), self.dataset.labels[self.rows[:n]]
         if shapes:
-            draw("colour and shape alone", [data.shapes_caption(l, (True, False, False, False)) for l in labels.tolist()], labels, [0, 1])
-        for split, pair in data.UNSEEN_PAIRS.items() if shapes else ():
-            labels = self.dataset.labels[self.dataset.splits[split]][:n]
-            draw(split, [data.shapes_caption(l) for l in labels.tolist()], labels, [self.names.index(name) for name in pair])
-        codes, _ = self.stages.read([p for p in prompts[:32] for _ in range(16)], guidance, seed + 6)
-        line["distinct codes in 16 draws of a prompt"] = sum(len(set(map(tuple, part.tolist()))) for part in codes.split(16)) / (len(codes) / 16)
+            full = lambda labels: [data.shapes_caption(row) for row in labels.tolist()]
+            prompts = full(first)
+            draw("captions of the test split", prompts, first, everything, ("shape", "colour"))
+            draw("shape and colour alone", [data.shapes_caption(row, (True, False, False, False)) for row in first.tolist()], first, [0, 1])
+            for split, pair in data.UNSEEN_PAIRS.items():
+                labels = self.dataset.labels[self.dataset.splits[split]][:n]
+                draw(split, full(labels), labels, everything, pair)
+        else:
+            rows, prompts = self.stages.prompts(self.rows[:n])
+            if not prompts:
+                return line
+            if self.names:
+                draw("captions of the test split", prompts, self.dataset.labels[rows], everything)
+        codes, calls = self.stages.read([prompt for prompt in prompts[:32] for _ in range(16)], guidance, self.args.seed + 6)
+        line["distinct codes in 16 draws of a prompt"] = sum(len(set(map(tuple, part))) for part in codes.view(-1, 16, codes.shape[1]).tolist()) / (len(codes) / 16)
+        line["calls per sample"] = calls.double().mean().item()
         return line
 
     def score_captions(self):
@@ -412,6 +426,9 @@ class Scores:
         line, n = {}, self.n // 2
         splits = {"test split": self.rows[:n]} | ({s: np.array(self.dataset.splits[s])[:n] for s in data.UNSEEN_PAIRS} if self.args.dataset == "shapes" else {})
         for name, rows in splits.items():
+            rows = [row for row in rows if self.dataset.captions[row]]
+            if not rows:
+                continue
             captions = self.stages.captions(self.codes_of(rows), self.args.seed + 7)
             if self.args.dataset == "shapes":
                 named = torch.tensor([data.read_shapes_caption(caption) or [-1] * len(self.names) for caption in captions])
@@ -420,7 +437,7 @@ class Scores:
                     columns = [self.names.index(factor) for factor in data.UNSEEN_PAIRS[name]]
                     line[name]["pair"] = (named == self.dataset.labels[rows])[:, columns].all(1).double().mean().item()
             else:
-                line[name] = {"equal to its own": np.mean([caption == self.dataset.captions[k] for caption, k in zip(captions, rows)])}
+                line[name] = {"equal to its own": float(np.mean([caption == self.dataset.captions[k] for caption, k in zip(captions, rows)]))}
         return line
 
 
@@ -447,7 +464,7 @@ def train_missing(args):
     shared = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
     for stage in ("tokenizer", "generator", "prior-masked", "prior-ar", "text_prior"):
         script, *words = data.STAGE_COMMANDS[stage].split()
-        if stage == "text_prior" and args.dataset == "folder" and not any(data.load_dataset(args).captions):
+        if stage == "text_prior" and not any(data.load_dataset(args).captions):
             print(f"--- {script}: left out, the images have no captions", flush=True)
             continue
         command = [sys.executable, str(Path(__file__).with_name(script)), *words, *shared]
@@ -482,36 +499,45 @@ def input_images(paths, stages, args, least):
 
 
 def read_prompts(args, stages):
-    """The prompts of the command line and of --prompts, else two captions of the test split."""
-    prompts = list(args.inputs)
+    """The prompts of the command line and of --prompts, else four captions of the test split."""
+    prompts = [prompt.strip() for prompt in args.inputs]
     if args.prompts:
         try:
-            prompts += [line for line in Path(args.prompts).read_text(encoding="utf-8").split("\n") if line.strip()]
+            lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as problem:
             data.fail(f"--prompts {args.prompts}: not readable as text ({problem}); expected a file with a prompt in each line")
-    return prompts or [stages.dataset.captions[k] for k in stages.dataset.splits["test"] if stages.dataset.captions[k]][:4]
+        prompts += [line.strip() for line in lines if line.strip()]
+    elif not prompts:
+        prompts = stages.prompts(stages.dataset.splits["test"])[1][:4]
+    if not prompts:
+        data.fail("text: no prompts; give some, or --prompts FILE with one in each line")
+    return prompts
 
 
 def text_pictures(stages, args, run):
     """For each prompt a row of pictures; with --image that picture first, and its code kept in part or mixed with the prompt's."""
-    prompts, L = read_prompts(args, stages), stages.codes[1]["L"]
+    L = stages.codes[1]["L"]
+    check_weights(args, 2)
+    check_positions(args, L)
+    prompts = read_prompts(args, stages)
     repeated = [prompt for prompt in prompts for _ in range(args.columns)]
-    guidance, rng, given = args.text_guidance[0], data.step_generator(args.seed, 0), None
-    if args.image:
+    guidance, rng, given = args.text_guidance[0], data.step_generator(args.seed, 1), None
+    if args.image is not None:
         image, _ = input_images([args.image], stages, args, 1)
         code = stages.encode(image).expand(len(repeated), L)
         if not args.weights:  # keep the --positions, or a share of them, new ones for each picture
-            check_positions(args, L)
             keep = torch.rand(code.shape, generator=rng).argsort(1).argsort(1) < round(args.keep * L)
             if args.positions:
                 keep = torch.zeros_like(keep).index_fill(1, torch.tensor(args.positions), True)
             given = torch.where(keep, code, stages.codes[1]["V"])
     codes, _ = stages.read(repeated, guidance, args.seed, given)
-    if args.image and args.weights:
-        check_weights(args, 2)
+    unknown = dict.fromkeys(word for prompt in prompts for word in stages.text_prior[1].unknown(prompt))
+    if unknown:
+        print(f"note: no training caption has {', '.join(unknown)}; expect the model to guess there", file=sys.stderr)
+    if args.image is not None and args.weights:
         codes = stages.compose(torch.stack([codes, code], 1), args.weights, rng, args.choose)
     images = stages.draw(codes, args.seed)
-    if args.image:
+    if args.image is not None:
         rows = [torch.cat([image, part]) for part in images.split(args.columns)]
         return torch.cat(rows), args.columns + 1, prompts
     return images, args.columns, prompts
@@ -552,7 +578,8 @@ def make_pictures(command, stages, args, run):
             images, columns = torch.cat([inputs, stages.draw(filled, seed)]), k
         elif command == "caption":  # in each row an image and the one drawn from its code
             captions = stages.captions(codes, seed)
-            print("\n".join(f"{path}: {caption}" for path, caption in zip(args.inputs or titles, captions)))
+            for path, caption in zip(args.inputs or titles, captions):
+                print(f"{path}: {' '.join(caption.split())}")
             images, columns, titles, lines = torch.stack([inputs, stages.draw(codes, seed)], 1).flatten(0, 1), 2, (), captions
         else:  # compose: the parents, then children
             check_weights(args, k)
@@ -589,7 +616,7 @@ def parse(argv):
                    help="compose: the masked prior chooses which image each position comes from, or each is drawn on its own")
     g.add_argument("--rounds", type=int, default=32, help="compose: rounds in which the masked prior chooses again for some positions")
     g.add_argument("--round-share", type=data.share, default=0.25, help="compose: share of the positions in a round")
-    g.add_argument("--keep", type=data.share, default=0.5, help="infill and text with --image: share of the positions that is kept")
+    g.add_argument("--keep", type=data.share, default=0.5, help="share of the positions that is kept (text with --image: exactly, infill: on average)")
     g.add_argument("--columns", type=data.positive, default=8, help="pictures in a row (where the inputs do not decide it)")
     g.add_argument("--rows", type=data.positive, default=4, help="rows of generated pictures")
     generator.add_sampler_flags(parser)
@@ -606,20 +633,28 @@ def parse(argv):
         parser.error(f"argument --rounds: expected at least 0, got {args.rounds}")
     if not (args.command or args.train or args.score):
         parser.error(f"say what to do: {', '.join(COMMANDS)}, --train or --score")
-    if args.command != "text" and (args.prompts or args.image):
+    if args.train and (args.command or args.inputs):
+        parser.error("argument --train: makes all pictures, of the test split; for others give a command without it afterwards")
+    if args.command != "text" and (args.prompts or args.image is not None):
         parser.error("arguments --prompts and --image: only text reads them")
+    if args.command == "text" and (args.weights or args.positions) and (args.image is None or (args.weights and args.positions)):
+        parser.error("arguments --weights and --positions: text takes one of them, and only with --image")
     return args
 
 
 def main(argv=None):
     """Train what is missing, make pictures, print scores."""
     args, start = parse(argv), time.time()
+    sys.stdout.reconfigure(errors="backslashreplace")  # captions and paths where the terminal's encoding lacks their characters
     if args.train:
         train_missing(args)
     run = data.Run(args)
     stages = Stages(args, run)
-    commands = [c for c in COMMANDS if c not in ("text", "caption") or (run.folder / "text_prior.pt").exists()] if args.train else [args.command]
-    for command in filter(None, commands):
+    commands = [args.command] if args.command else []
+    if args.train:
+        captioned = (run.folder / "text_prior.pt").exists() and stages.prompts(stages.dataset.splits["test"])[1]
+        commands = [command for command in COMMANDS if captioned or command not in ("text", "caption")]
+    for command in commands:
         make_pictures(command, stages, args, run)
     if args.train or args.score:
         scores = Scores(stages, args, run).run_all()

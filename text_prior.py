@@ -15,6 +15,7 @@ Reads OUT/<dataset>/codes.npy and the captions; writes OUT/<dataset>/text_prior.
     torchrun --nproc-per-node 8 text_prior.py --dataset imagenet --encoding gpt2
 """
 import base64
+import hashlib
 import json
 import math
 import re
@@ -59,6 +60,8 @@ def learn_merges(captions, most=MERGES):
     def count(k, sign):
         for pair in zip(words[k], words[k][1:]):
             pairs[pair] += sign * counts[k]
+            if not pairs[pair]:
+                del pairs[pair]
             places[pair].add(k)
 
     for k in range(len(words)):
@@ -95,7 +98,7 @@ class Text:
         last = max(ids or ranks.values())
         self.special = dict(special or {"pad": last + 1, "mask": last + 2, "start": last + 3})
         self.pad, self.mask, self.start = (self.special[name] for name in ("pad", "mask", "start"))
-        self.rank_of = {id: rank for rank, id in enumerate(ids or sorted(ranks.values()))}
+        self.rank_of = {id: rank for rank, id in enumerate(ids)} if ids else {rank: rank for rank in ranks.values()}
 
     def encode(self, captions):
         """Token ids of each caption, lists of any length; "" gives none."""
@@ -106,7 +109,7 @@ class Text:
 
     def rows(self, encoded):
         """Lists of token ids as one tensor (n, T) int32, padded; T is the longest's length, at least 1."""
-        rows = np.full((len(encoded), max(1, *map(len, encoded))), self.pad, dtype=np.int32)
+        rows = np.full((len(encoded), max([1, *map(len, encoded)])), self.pad, dtype=np.int32)
         for row, ids in zip(rows, encoded):
             row[:len(ids)] = ids
         return torch.from_numpy(rows)
@@ -129,14 +132,14 @@ class Text:
 def read_ranks(text, where):
     """{bytes: rank} from the lines of a .tiktoken file (base64 of a token, space, rank); one line where it is not one."""
     ranks = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.rstrip().splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             data.fail(f"{where} line {number}: expected a token in base64, a space and its rank")
-    if not BYTES.keys() <= ranks.keys() or sorted(ranks.values()) != list(range(len(ranks))):
-        data.fail(f"{where}: expected all 256 single bytes among its tokens and ranks from 0 without a gap; {len(ranks)} tokens found")
+    if not BYTES.keys() <= ranks.keys() or len(set(ranks.values())) < len(ranks) or not 0 <= min(ranks.values()) <= max(ranks.values()) < 2 ** 24:
+        data.fail(f"{where}: expected all 256 single bytes among its tokens, each token with a rank of its own; {len(ranks)} tokens found")
     return ranks
 
 
@@ -159,18 +162,24 @@ def read_tokenizer_json(path):
         ids = {as_bytes(token): id for token, id in vocab.items() if all(c in character for c in token)}
         tokens += dict.fromkeys(as_bytes("".join(pair if isinstance(pair, list) else pair.split(" "))) for pair in merges)
         ids = [ids[token] for token in tokens]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        if model.get("type", "BPE") != "BPE" or "ByteLevel" not in kinds or set(kinds) - {"ByteLevel", "Split"} or len(patterns) > 1:
+            wrong(f"a model of type {model.get('type')} after {', '.join(kinds)}")
+        if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+            wrong(f"a normalizer of type {form}")
+        if len(set(ids)) < len(ids) or not all(isinstance(id, int) and 0 <= id < 2 ** 24 for id in [*vocab.values(), *added.values()]):
+            wrong("ids that are not whole numbers, one for each token")
+        last, (pad, mask, start) = max(*vocab.values(), *added.values(), 0), (added.get(f"<|{t}|>", -1) for t in ("endoftext", "mdm_mask", "start_sem"))
+        if not max(ids) < pad < mask:  # LLaDA's stand above its text; without them, new ones
+            pad, mask = last + 1, last + 2
+        special = {"pad": pad, "mask": mask, "start": start if start > mask else max(last, mask) + 1}
+        gpt2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel splits by on its own
+        pattern = str(patterns[0]) if patterns else gpt2
+        text, trial = Text({token: rank for rank, token in enumerate(tokens)}, pattern, ids, special, form), "It's 2 o'clock,  \n\tplain text: a+b."
+        if not pattern or text.decode(text.encode([trial])[0]) != trial:
+            wrong("a pattern that leaves out part of the text")
+        return text
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         wrong(f"not readable as one ({type(problem).__name__}: {problem})")
-    if model.get("type", "BPE") != "BPE" or "ByteLevel" not in kinds or set(kinds) - {"ByteLevel", "Split"} or len(patterns) > 1:
-        wrong(f"a model of type {model.get('type')} after {', '.join(kinds)}")
-    if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
-        wrong(f"a normalizer of type {form}")
-    last, (pad, mask, start) = max(*vocab.values(), *added.values(), 0), (added.get(f"<|{t}|>", -1) for t in ("endoftext", "mdm_mask", "start_sem"))
-    if not max(ids) < pad < mask:  # LLaDA's stand above its text; without them, new ones
-        pad, mask = last + 1, last + 2
-    special = {"pad": pad, "mask": mask, "start": start if start > mask else max(last, mask) + 1}
-    gpt2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel splits by on its own
-    return Text({token: rank for rank, token in enumerate(tokens)}, patterns[0] if patterns else gpt2, ids, special, form)
 
 
 def fetch_encoding(name):
@@ -257,7 +266,14 @@ class TextPrior(nn.Module):
 # loss
 # ---------------------------------------------------------------------------------------------------------------------
 
-TASKS = ("text to code", "code to text", "joint")
+def tasks_of(text, pad, mix, drop, draws):
+    """The task of each row of text (B, T), drawn by the shares `mix` of (0) text → code, (1) code → text, (2) joint. A share `drop` of
+    the captions of 0 and 2 is not read, only padding; where there is no caption, the task is the code. → text (B, T), task (B,)."""
+    edges = torch.tensor(mix, device=text.device).cumsum(0) / sum(mix)  # (3,)
+    task = torch.searchsorted(edges, draws.uniform(), right=True).clamp(max=2)  # (B,)
+    unread = (draws.uniform() < drop) & (task != 1)
+    text = torch.where(unread[:, None], pad, text)
+    return text, task.masked_fill((text == pad).all(1), 0)
 
 
 def text_nll(model, codes, text, task, u, scores, sizes, run):
@@ -368,7 +384,7 @@ def load_text_prior(args, device):
 def read_text(args, run):
     """The Text of the flags, all captions as token ids (N, T), and the dataset's splits; says how many have none or are cut."""
     dataset = data.load_dataset(args)
-    captions, train = [caption.strip() for caption in dataset.captions], dataset.splits["train"]
+    captions, train = dataset.captions, dataset.splits["train"]
     missing = captions.count("")
     if missing == len(captions):
         data.fail(f"{args.data_dir}: no captions; write a metadata.jsonl there, a line {{\"file_name\": ..., \"text\": ...}} for each image, or sort the images into folders by class")
@@ -403,7 +419,7 @@ def add_flags(parser):
     g.add_argument("--dropout", type=data.share, default=0.0, help="on both residual branches")
     g = parser.add_argument_group("text")
     g.add_argument("--encoding", default="captions", help="captions: byte pairs learned from them; bytes; a name of tiktoken's (gpt2); or a file "
-                   "(.tiktoken, or a tokenizer.json with byte-level BPE)")
+                   "(.tiktoken, split into words as captions are, or a tokenizer.json with byte-level BPE)")
     g.add_argument("--text-length", type=data.positive, default=64, help="tokens that a caption or prompt may have; longer captions are cut")
     g.add_argument("--mix", type=data.non_negative, nargs=3, default=[0.4, 0.4, 0.2], metavar=("TO_CODE", "TO_TEXT", "JOINT"),
                    help="how often each task is trained")
@@ -435,14 +451,14 @@ def main(argv=None):
         return data.describe(args, model, flops, run)
     optimizers, ema = data.Optimizers(model, args), data.EMA(model, args.ema)
     state = data.resume(path, "text_prior", args, about["sha256"])
-    if state and state["text"] != text.state():
-        data.fail(f"{path}: trained with another encoding of the captions (they changed since); --restart to train again")
+    captions = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    if state and (state["text"], state["captions"]) != (text.state(), captions):
+        data.fail(f"{path}: trained on other captions, or another encoding of them; --restart to train again")
     if state:
         model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), optimizers.load_state_dict(state["optimizer"])
     start = state["step"] if state else 0
     trained = run.wrap(model, args)
     log, meter = data.Log(run, "text_prior", args.tensorboard), data.Meter(run, args, flops, start)
-    mix = (torch.tensor(args.mix) / sum(args.mix)).cumsum(0).to(run.device)  # (3,)
     for step in range(start, args.steps):
         run.seed_step(args.seed, step)
         rows = data.batch_rows(splits["train"], args.batch_size, args.seed, step)[run.share(args.batch_size)]
@@ -451,11 +467,7 @@ def main(argv=None):
             draws = data.Draws(args.seed, step, run, args.batch_size, part, args.accumulate)
             mine, flip = rows.chunk(args.accumulate)[part], (draws.uniform() < 0.5).long().cpu()
             c = torch.from_numpy(codes[mine.numpy(), flip.numpy()].astype(np.int64)).to(run.device)  # (b, L)
-            w = tokens[mine].long().to(run.device)  # (b, T)
-            task = torch.searchsorted(mix, draws.uniform(), right=True).clamp(max=2)  # (b,)
-            unread = (draws.uniform() < args.drop) & (task != 1)
-            w = torch.where(unread[:, None], text.pad, w)
-            task = task.masked_fill((w == text.pad).all(1), 0)  # without a caption: the code alone
+            w, task = tasks_of(tokens[mine].long().to(run.device), text.pad, args.mix, args.drop, draws)  # (b, T), (b,)
             nll = text_nll(trained, c, w, task, draws.stratified(), draws.uniform(args.codes + args.window), (args.values, args.mask), run)
             part_loss = nll.mean() / args.accumulate
             part_loss.backward()
@@ -466,7 +478,7 @@ def main(argv=None):
         stopping = run.stopping()
         if run.main and ((step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping):
             data.save_checkpoint(path, stage="text_prior", config=vars(args), step=step + 1, model=model.state_dict(), ema=ema.state_dict(),
-                                 optimizer=optimizers.state_dict(), trained_on=about["sha256"], text=text.state())
+                                 optimizer=optimizers.state_dict(), trained_on=about["sha256"], text=text.state(), captions=captions)
         if stopping:
             return data.stopped(path, step + 1, args, run)
     if run.main:

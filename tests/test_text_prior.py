@@ -9,6 +9,7 @@ import data
 import numpy as np
 import prior
 import pytest
+import sample
 import text_prior
 import torch
 from conftest import TINY, call, link_codes, make_folder, refuse, script
@@ -92,7 +93,9 @@ def test_ids_of_a_tokenizer_json_are_its_own_also_where_they_do_not_follow_the_m
     write_tokenizer_json(tmp_path / "other.json", merges, [("<|endoftext|>", 0), ("<|mdm_mask|>", 290)])  # below the text: not to be used
     text = text_prior.build_text(str(tmp_path / "other.json"), [])
     assert (text.pad, text.mask, text.start) == (291, 292, 293)
-    for wrong in ({"pre_tokenizer": {"type": "Metaspace"}}, {"model": {"type": "Unigram", "vocab": {}, "merges": []}}, {"normalizer": {"type": "Lowercase"}}):
+    for wrong in ({"pre_tokenizer": {"type": "Metaspace"}}, {"model": {"type": "Unigram", "vocab": {}, "merges": []}}, {"normalizer": {"type": "Lowercase"}},
+                  {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": r"\p{L}+"}}, {"type": "ByteLevel"}]}},
+                  {"added_tokens": [{"content": "x", "id": "5"}]}):
         write_tokenizer_json(tmp_path / "wrong.json", merges, **wrong)
         with pytest.raises(SystemExit, match="wrong.json.*byte-level BPE"):
             text_prior.build_text(str(tmp_path / "wrong.json"), [])
@@ -170,6 +173,33 @@ class Spy:
     def __call__(self, codes, text, writing):
         self.codes, self.text, self.writing = codes, text, writing
         return torch.zeros(*codes.shape, V), torch.zeros(*text.shape, 9)
+
+
+def test_tasks_come_in_their_shares_and_captions_are_dropped_where_they_are_read(run):
+    text = some(4000)[1]
+    text[:400] = 8  # no caption
+    shown, task = text_prior.tasks_of(text, 8, [2.0, 1.0, 1.0], 0.2, data.Draws(0, 0, run, 4000))
+    assert (task[:400] == 0).all()
+    shares = torch.bincount(task[400:], minlength=3) / 3600
+    assert torch.allclose(shares, torch.tensor([0.5 + 0.2 * 0.25, 0.25, 0.8 * 0.25]), atol=0.03)  # a dropped caption makes joint the code alone
+    dropped = (shown == 8).all(1)
+    assert torch.equal(shown[~dropped], text[~dropped]) and (task[dropped] == 0).all() and abs(dropped[400:].double().mean() - 0.2 * 0.75) < 0.02
+    for k in range(3):
+        assert (text_prior.tasks_of(text[400:], 8, [float(j == k) for j in range(3)], 0.0, data.Draws(0, 0, run, 3600))[1] == k).all()
+
+
+def test_training_pairs_each_code_with_its_own_caption(trained, tmp_path, monkeypatch):
+    """What the loss is shown in a real run: the stored codes of either flip beside the caption of the same image."""
+    link_codes(trained, tmp_path)
+    seen, nll = [], text_prior.text_nll
+    monkeypatch.setattr(text_prior, "text_nll", lambda model, codes, text, *rest: seen.append((codes, text)) or nll(model, codes, text, *rest))
+    call("text_prior", *TINY["text_prior"], "--drop", "0", "--steps", "3", "--out", tmp_path)
+    state = torch.load(tmp_path / "shapes" / "text_prior.pt", weights_only=True)["text"]
+    text = text_prior.Text(**{**state, "ranks": text_prior.read_ranks(state["ranks"], "")})
+    folder, captions = tmp_path / "shapes", data.load_dataset(data.parse(data.make_parser(""), {}, [])).captions
+    pairs = {(tuple(row), caption) for flips, caption in zip(np.load(folder / "codes.npy").tolist(), captions) for row in flips}
+    for codes, words in seen[:3]:
+        assert all((tuple(c), text.decode(w)) in pairs for c, w in zip(codes.tolist(), words.tolist()))
 
 
 @pytest.mark.parametrize("task", range(3))
@@ -255,6 +285,18 @@ def test_images_without_a_caption_train_without_and_are_counted_once(trained, tm
     capsys.readouterr()
     call("text_prior", *TINY["text_prior"], *where)
     assert capsys.readouterr().err.count("10 of 40 images have no caption") == 1
+    lines[7] = json.dumps({"file_name": json.loads(lines[7])["file_name"], "text": "another text"})
+    (folder / "metadata.jsonl").write_text("\n".join(lines[:30]), encoding="utf-8")
+    refuse("text_prior", *TINY["text_prior"], *where, words=["other captions"])
+    long = [json.dumps({"file_name": json.loads(line)["file_name"], "text": text}) for line, text in zip(lines, [" ", "x y z " * 60] * 20)]
+    (folder / "metadata.jsonl").write_text("\n".join(long), encoding="utf-8")
+    call("text_prior", *TINY["text_prior"], *where, "--restart")  # captions that can be no prompts: the scores go without
+    assert "20 of 40 images have no caption and train without; 20 captions are longer" in capsys.readouterr().err
+    call("generator", *TINY["generator"], "--patch", "8", *where)
+    for kind in ("masked", "ar"):
+        call("prior", "--kind", kind, *TINY["prior"], *where)
+    call("sample", "--score", *where, "--count", "4", "--sample-steps", "1")
+    refuse("sample", "text", *where, words=["no prompts"])
     (folder / "metadata.jsonl").unlink()
     for path in list(folder.rglob("*.png")):
         path.rename(folder / path.name)  # no class either
@@ -266,24 +308,41 @@ def test_prompts_that_cannot_be_drawn_are_one_line_and_others_are_text(trained, 
     refuse("sample", "text", "", *picture, words=["empty"])
     refuse("sample", "text", "a red ring", "x" * 10_000, *picture, words=["tokens", "at most 64"])
     refuse("sample", "text", "--prompts", tmp_path / "none.txt", *picture, words=["none.txt"])
+    (tmp_path / "empty.txt").write_text("\n \n")
+    refuse("sample", "text", "--prompts", tmp_path / "empty.txt", *picture, words=["no prompts"])
     refuse("sample", "text", "a ring", "--image", tmp_path / "none.png", *picture, words=["none.png"])
-    refuse("sample", "text", "a ring", "--image", tmp_path / "none.png", "--weights", "1", *picture, words=["none.png"])
     (tmp_path / "prompts.txt").write_text("\n".join(line.replace("\n", " ") for line in ODD[3:-1] if len(line) < 30) + "\n\n", encoding="utf-8")
     call("sample", "text", "a red ring", "--prompts", tmp_path / "prompts.txt", *picture)
     said = capsys.readouterr()
     assert "text.png" in said.out and said.err.count("note: no training caption has") == 1 and "naïve" in said.err
-    with pytest.raises(SystemExit) as stopped:
-        call("sample", "reconstruct", "--prompts", "x", *picture)
-    assert stopped.value.code == 2
+    for flags in (["reconstruct", "--prompts", "x"], ["text", "a ring", "--weights", "1", "1"], ["text", "a ring", "--image", "x", "--weights", "1", "--positions", "1"],
+                  ["text", "a ring", "--train"]):
+        with pytest.raises(SystemExit) as stopped:
+            call("sample", *flags, *picture)
+        assert stopped.value.code == 2
 
 
-def test_editing_and_mixing_with_a_picture(trained, tmp_path):
-    data.Image.fromarray(np.full((40, 40, 3), 90, dtype=np.uint8)).save(tmp_path / "grey.png")
-    flags = ["--image", tmp_path / "grey.png", "--columns", "2", "--sample-steps", "1", "--out", trained]
-    for extra in ([], ["--keep", "1"], ["--positions", "0", "1"], ["--weights", "0.5", "0.5"], ["--weights", "1", "0", "--choose", "random"]):
+def test_editing_and_mixing_with_a_picture(trained, tmp_path, monkeypatch):
+    """What is kept of the picture's code, what is drawn anew, and which side a mixture takes its positions from."""
+    data.Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "grey.png")
+    flags, drawn, encoded = ["--image", tmp_path / "grey.png", "--columns", "8", "--sample-steps", "1", "--out", trained], [], []
+    draw, encode = sample.Stages.draw, sample.Stages.encode
+    monkeypatch.setattr(sample.Stages, "draw", lambda stages, codes, *rest: drawn.append(codes) or draw(stages, codes, *rest))
+    monkeypatch.setattr(sample.Stages, "encode", lambda stages, images: encoded.append(encode(stages, images)) or encoded[-1])
+
+    def same(*extra):
         call("sample", "text", "a red ring", "a blue bar", *flags, *extra)
         with data.Image.open(trained / "shapes" / "samples" / "text.png") as grid:
-            assert grid.height == 2 * (66 + 14) + 2  # a row for each prompt
+            assert grid.height == 2 * (66 + 14) + 2 and grid.width >= 9 * 66  # a row for each prompt, the picture first
+        return drawn[-1] == encoded[-1]  # (16, L)
+
+    assert same("--keep", "1").all() and same("--weights", "0", "1", "--choose", "random").all()
+    half = same("--keep", "0.5")
+    assert (half.sum(1) >= 8).all() and not half.all() and len(set(map(tuple, half.tolist()))) > 1  # other positions for each picture
+    some = same("--positions", "0", "5")
+    assert some[:, [0, 5]].all() and not some.all()
+    call("sample", "text", "a red ring", "a blue bar", *[flag for flag in flags if flag not in flags[:2]])
+    assert torch.equal(same("--weights", "1", "0", "--choose", "random"), drawn[-2] == encoded[-1])  # the prompt's codes as without a picture
     refuse("sample", "text", "a red ring", *flags, "--weights", "1", words=["--weights", "2 codes"])
     refuse("sample", "text", "a red ring", *flags, "--positions", "99", words=["--positions"])
 
