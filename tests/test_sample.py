@@ -85,7 +85,7 @@ def test_named_images_of_any_size_are_reconstructed_and_composed(trained, tmp_pa
 
 
 def test_flags_may_come_before_image_names_and_sizes_must_agree(trained):
-    assert sample.parse(["compose", "--rows", "1", "a.png", "b.png"]).images == ["a.png", "b.png"]
+    assert sample.parse(["compose", "--rows", "1", "a.png", "b.png"]).inputs == ["a.png", "b.png"]
     refuse("sample", "unconditional", "--image-size", "64", "--out", trained, words=["--image-size 32", "64"])
 
 
