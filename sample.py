@@ -196,7 +196,7 @@ def judge_batch(dataset, args, step, size=128):
     return a.to(torch.uint8), labels, blends.round().to(torch.uint8)
 
 
-def train_judge(dataset, args, run, steps=400):
+def train_judge(dataset, args, run, steps=600):
     """Train the judge (seed 0 always: all runs are judged alike) and return it in evaluation mode."""
     torch.manual_seed(0)
     judge = Judge([len(v) for v in dataset.factors.values()], args.image_size).to(run.device)
