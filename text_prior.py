@@ -124,7 +124,7 @@ class Text:
         return [word for word in re.findall(r"\w+", prompt) if word not in self.words]
 
     def state(self):
-        """Plain values from which Text(**from_state(...)) is built again; goes into the checkpoint."""
+        """Plain values for the checkpoint: the arguments of Text, ranks as `read_ranks` reads them."""
         ranks = "\n".join(f"{base64.b64encode(token).decode()} {rank}" for token, rank in self.ranks.items())
         return {"ranks": ranks, **{name: getattr(self, name) for name in ("pattern", "ids", "special", "normal_form", "words")}}
 
@@ -233,7 +233,7 @@ class TextPrior(nn.Module):
 
     def __init__(self, codes, values, pad, mask, start, positions, width, depth, heads, hidden, dropout, tables):
         super().__init__()
-        self.L, self.V, self.pad, self.mask, self.start, self.positions = codes, values, pad, mask, start, positions
+        self.L, self.V, self.pad, self.mask, self.start = codes, values, pad, mask, start
         own = codes if tables == "position" else 1
         outputs = start + 1 + own * values
         self.wte = nn.Embedding(outputs + (codes if own > 1 else 0), width)
@@ -291,17 +291,15 @@ def text_nll(model, codes, text, task, u, scores, sizes, run):
 
 
 @torch.no_grad()
-def bits_per_token(model, codes, text, task, run, draws=1, batch=500):
+def bits_per_token(model, codes, text, task, run, batch=500):
     """Mean bits per token, an upper bound, of codes (n, L) given text (n, T) (task 0) or of text given codes (1), and its standard error."""
     values, generator = [], data.step_generator(0, 0)
     for c, w in zip(codes.split(batch), text.split(batch)):
-        n, each = len(c), []
-        c, w, tasks = c.to(run.device), w.to(run.device), torch.full((n,), task, device=run.device)
-        for _ in range(draws):
-            u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n  # spread evenly over all k
-            scores = torch.rand(n, c.shape[1] + w.shape[1], generator=generator)
-            each.append(text_nll(model, c, w, tasks, u.to(run.device), scores.to(run.device), (model.V, model.mask), run))
-        values.append(torch.stack(each).mean(0))
+        n = len(c)
+        u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n  # spread evenly over all k
+        scores = torch.rand(n, c.shape[1] + w.shape[1], generator=generator)
+        c, w, u, scores, tasks = (x.to(run.device) for x in (c, w, u, scores, torch.full((n,), task)))
+        values.append(text_nll(model, c, w, tasks, u, scores, (model.V, model.mask), run))
     values = torch.cat(values).double() / math.log(2)
     return values.mean().item(), (values.std(correction=0) / len(values) ** 0.5).item()
 

@@ -12,7 +12,7 @@ import pytest
 import sample
 import text_prior
 import torch
-from conftest import TINY, call, link_codes, make_folder, refuse, script
+from conftest import ENVIRONMENT, TINY, call, link_codes, make_folder, refuse, script
 
 L, V, T = 4, 3, 5
 CAPTIONS = ["a small red ring", "a large red bar", "a small blue bar", "a large blue ring"] * 3
@@ -118,8 +118,8 @@ def test_a_server_that_never_answers_ends_in_one_line(trained, tmp_path, monkeyp
         server.bind(("127.0.0.1", 0))
         server.listen()
         for name in ("HTTPS_PROXY", "https_proxy"):
-            monkeypatch.setitem(__import__("conftest").ENVIRONMENT, name, f"http://127.0.0.1:{server.getsockname()[1]}")
-        monkeypatch.setitem(__import__("conftest").ENVIRONMENT, "TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+            monkeypatch.setitem(ENVIRONMENT, name, f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setitem(ENVIRONMENT, "TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
         start = time.time()
         done = script("text_prior", *TINY["text_prior"], "--encoding", "gpt2", "--out", tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: --encoding gpt2") and done.stderr.count("\n") == 1, done.stderr
