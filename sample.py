@@ -417,14 +417,17 @@ class Scores:
             if self.names:
                 draw("captions of the test split", prompts, self.dataset.labels[rows], everything)
         codes, calls = self.stages.read([prompt for prompt in prompts[:32] for _ in range(16)], guidance, self.args.seed + 6)
-        line["distinct codes in 16 draws of a prompt"] = sum(len(set(map(tuple, part))) for part in codes.view(-1, 16, codes.shape[1]).tolist()) / (len(codes) / 16)
+        draws = codes.view(-1, 16, codes.shape[1]).tolist()
+        line["distinct codes in 16 draws of a prompt"] = sum(len(set(map(tuple, codes))) for codes in draws) / len(draws)
         line["calls per sample"] = calls.double().mean().item()
         return line
 
     def score_captions(self):
         """Image → code → caption, for test images and pairs never seen: for shapes, which factors are named right; else equal captions."""
         line, n = {}, self.n // 2
-        splits = {"test split": self.rows[:n]} | ({s: np.array(self.dataset.splits[s])[:n] for s in data.UNSEEN_PAIRS} if self.args.dataset == "shapes" else {})
+        splits = {"test split": self.rows[:n]}
+        if self.args.dataset == "shapes":
+            splits |= {split: np.array(self.dataset.splits[split])[:n] for split in data.UNSEEN_PAIRS}
         for name, rows in splits.items():
             rows = [row for row in rows if self.dataset.captions[row]]
             if not rows:
@@ -610,13 +613,15 @@ def parse(argv):
     g.add_argument("--count", type=data.positive, default=2000,
                    help="pictures measured for each score (half as many for compositions and unseen pairs)")
     g.add_argument("--kind", choices=("masked", "ar"), default="masked", help="the prior of unconditional samples")
-    g.add_argument("--weights", type=data.non_negative, nargs="+", help="compose: share of positions from each image (default: equal); text: from prompt and --image")
+    g.add_argument("--weights", type=data.non_negative, nargs="+",
+                   help="compose: share of positions from each image (default: equal); text: from prompt and --image")
     g.add_argument("--positions", type=int, nargs="+", help="compose: take these positions from the first image; text: keep these of --image")
     g.add_argument("--choose", choices=("prior", "random"), default="prior",
                    help="compose: the masked prior chooses which image each position comes from, or each is drawn on its own")
     g.add_argument("--rounds", type=int, default=32, help="compose: rounds in which the masked prior chooses again for some positions")
     g.add_argument("--round-share", type=data.share, default=0.25, help="compose: share of the positions in a round")
-    g.add_argument("--keep", type=data.share, default=0.5, help="share of the positions that is kept (text with --image: exactly, infill: on average)")
+    g.add_argument("--keep", type=data.share, default=0.5,
+                   help="share of the positions that is kept (text with --image: exactly, infill: on average)")
     g.add_argument("--columns", type=data.positive, default=8, help="pictures in a row (where the inputs do not decide it)")
     g.add_argument("--rows", type=data.positive, default=4, help="rows of generated pictures")
     generator.add_sampler_flags(parser)

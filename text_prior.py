@@ -168,7 +168,8 @@ def read_tokenizer_json(path):
             wrong(f"a normalizer of type {form}")
         if len(set(ids)) < len(ids) or not all(isinstance(id, int) and 0 <= id < 2 ** 24 for id in [*vocab.values(), *added.values()]):
             wrong("ids that are not whole numbers, one for each token")
-        last, (pad, mask, start) = max(*vocab.values(), *added.values(), 0), (added.get(f"<|{t}|>", -1) for t in ("endoftext", "mdm_mask", "start_sem"))
+        last = max(*vocab.values(), *added.values(), 0)
+        pad, mask, start = (added.get(f"<|{name}|>", -1) for name in ("endoftext", "mdm_mask", "start_sem"))
         if not max(ids) < pad < mask:  # LLaDA's stand above its text; without them, new ones
             pad, mask = last + 1, last + 2
         special = {"pad": pad, "mask": mask, "start": start if start > mask else max(last, mask) + 1}
@@ -197,8 +198,9 @@ def fetch_encoding(name):
     thread.join(PATIENCE)
     if not got or isinstance(got[0], Exception):
         reason = type(got[0]).__name__ if got else f"no answer in {PATIENCE} seconds"
-        data.fail(f"--encoding {name}: cannot be fetched ({reason}); on a machine with network, TIKTOKEN_CACHE_DIR=DIR python -c \"import tiktoken; "
-                  f"tiktoken.get_encoding('{name}')\" fills DIR: copy DIR here and set TIKTOKEN_CACHE_DIR to it, or name a .tiktoken or tokenizer.json file")
+        data.fail(f"--encoding {name}: cannot be fetched ({reason}); on a machine with network, TIKTOKEN_CACHE_DIR=DIR python -c "
+                  f"\"import tiktoken; tiktoken.get_encoding('{name}')\" fills DIR: copy DIR here and set TIKTOKEN_CACHE_DIR to it, "
+                  "or name a .tiktoken or tokenizer.json file")
     return Text(got[0]._mergeable_ranks, got[0]._pat_str)
 
 
@@ -215,7 +217,8 @@ def build_text(encoding, captions):
         except (OSError, UnicodeDecodeError) as problem:
             data.fail(f"{path}: not readable as a .tiktoken file ({problem})")
     if encoding not in tiktoken.list_encoding_names():
-        data.fail(f"--encoding {encoding}: expected captions, bytes, {', '.join(tiktoken.list_encoding_names())}, or a file ending in .tiktoken or .json")
+        data.fail(f"--encoding {encoding}: expected captions, bytes, {', '.join(tiktoken.list_encoding_names())}, "
+                  "or a file ending in .tiktoken or .json")
     return fetch_encoding(encoding)
 
 
@@ -339,7 +342,8 @@ def codes_from_text(model, text, sampler, guidance, run, seed=0, given=None, bat
     given, parts = torch.full((len(text), model.L), model.V) if given is None else given, []
     for start in range(0, len(text), batch):
         rows = slice(start, start + batch)
-        parts.append(prior.sample_masked(TextToCode(model, guidance), given[rows], sampler, run, data.step_generator(seed, start), condition=(text[rows],)))
+        generator = data.step_generator(seed, start)
+        parts.append(prior.sample_masked(TextToCode(model, guidance), given[rows], sampler, run, generator, condition=(text[rows],)))
     return torch.cat([c for c, _ in parts]), torch.cat([k for _, k in parts])
 
 
@@ -372,7 +376,8 @@ def load_text_prior(args, device):
     path = data.run_folder(args) / "text_prior.pt"
     state = data.load_checkpoint(path, "text_prior", args)
     if state["trained_on"] != data.open_codes(args)[1]["sha256"]:
-        data.fail(f"{path}: trained on other codes than {path.parent / 'codes.npy'}; train it again with {data.stage_command('text_prior', args)} --restart")
+        data.fail(f"{path}: trained on other codes than {path.parent / 'codes.npy'}; train it again with "
+                  f"{data.stage_command('text_prior', args)} --restart")
     model = build_text_prior(state["config"])
     model.load_state_dict(state["ema"])
     text = Text(**{**state["text"], "ranks": read_ranks(state["text"]["ranks"], path)})
@@ -385,7 +390,8 @@ def read_text(args, run):
     captions, train = dataset.captions, dataset.splits["train"]
     missing = captions.count("")
     if missing == len(captions):
-        data.fail(f"{args.data_dir}: no captions; write a metadata.jsonl there, a line {{\"file_name\": ..., \"text\": ...}} for each image, or sort the images into folders by class")
+        data.fail(f"{args.data_dir}: no captions; write a metadata.jsonl there, a line {{\"file_name\": ..., \"text\": ...}} for each image, "
+                  "or sort the images into folders by class")
     text = build_text(args.encoding, [captions[k] for k in train])
     text.words = sorted({word for k in train for word in re.findall(r"\w+", captions[k])})
     distinct = list(dict.fromkeys(captions))
