@@ -646,10 +646,19 @@ def load_checkpoint(path, stage, args):
     return state
 
 
+def load_stage(stage, args):
+    """The finished checkpoint of `stage` in OUT/<dataset>, as load_checkpoint; refuses one trained on other codes than those there."""
+    path = run_folder(args) / f"{stage}.pt"
+    state = load_checkpoint(path, stage, args)
+    if state["trained_on"] and state["trained_on"] != open_codes(args)[1]["sha256"]:
+        fail(f"{path}: trained on other codes than {path.parent / 'codes.npy'}; train it again with {stage_command(stage, args)} --restart")
+    return state
+
+
 NOT_SETTINGS = {"out", "data_dir", "device", "workers", "compile", "dry_run", "restart", "tensorboard", "save_every"}  # or how to run it
 NOT_SETTINGS |= {"sample_steps", "method", "guidance", "guidance_interval"}  # nor how to draw images
 NOT_SETTINGS |= {"temperature", "nucleus", "order", "per_step", "order_noise", "ancestral_steps", "remask", "remask_window"}  # and codes
-NOT_SETTINGS |= {"window", "pad", "mask", "start"}  # nor what follows from the captions, whose own checksum is compared
+NOT_SETTINGS |= {"window"}  # nor what follows from the captions, whose own checksum is compared
 
 
 def resume(path, stage, args, trained_on):

@@ -270,11 +270,7 @@ def build_generator(config):
 
 def load_generator(args, device, stage="generator"):
     """The trained model with averaged weights from OUT/<dataset>/<stage>.pt; refuses one trained on other codes."""
-    path = data.run_folder(args) / f"{stage}.pt"
-    state = data.load_checkpoint(path, stage, args)
-    if state["trained_on"] and state["trained_on"] != data.open_codes(args)[1]["sha256"]:
-        data.fail(f"{path}: trained on other codes than {path.parent / 'codes.npy'}; train it again with "
-                  f"{data.stage_command(stage, args)} --restart")
+    state = data.load_stage(stage, args)
     model = build_generator(state["config"])
     model.load_state_dict(state["ema"])
     return model.to(device).eval()

@@ -165,6 +165,12 @@ def ar_nll(model, codes, run):
     return F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none").mean(1)
 
 
+def mean_bits(nll):
+    """Mean of (n,) nats in bits, and its standard error."""
+    bits = nll.double() / math.log(2)
+    return bits.mean().item(), (bits.std(correction=0) / len(bits) ** 0.5).item()
+
+
 @torch.no_grad()
 def bits_per_token(model, codes, run, draws=4, batch=500):
     """Mean bits per token on codes (n, L) long and its standard error; exact for AR, the bound (1) for masked.
@@ -184,8 +190,7 @@ def bits_per_token(model, codes, run, draws=4, batch=500):
             scores = torch.rand(n, model.L, generator=generator)
             each.append(masked_nll(model, part, model.V, u.to(run.device), scores.to(run.device), run))
         values.append(torch.stack(each).mean(0))
-    values = torch.cat(values).double() / math.log(2)
-    return values.mean().item(), (values.std(correction=0) / len(values) ** 0.5).item()
+    return mean_bits(torch.cat(values))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,21 +339,21 @@ def build_prior(config):
 
 def load_prior(args, kind, device):
     """The trained prior with averaged weights from OUT/<dataset>/prior-<kind>.pt; refuses one trained on other codes."""
-    path, stage = data.run_folder(args) / f"prior-{kind}.pt", f"prior-{kind}"
-    state = data.load_checkpoint(path, stage, args)
-    if state["trained_on"] != data.open_codes(args)[1]["sha256"]:
-        data.fail(f"{path}: trained on other codes than {path.parent / 'codes.npy'}; train it again with "
-                  f"{data.stage_command(stage, args)} --restart")
+    state = data.load_stage(f"prior-{kind}", args)
     model = build_prior(state["config"])
     model.load_state_dict(state["ema"])
     return model.to(device).eval()
 
 
+def block_flops(tokens, width, hidden):
+    """FLOPs of one block, forward, on a sequence of so many tokens."""
+    return 2 * tokens * (4 * width ** 2 + 3 * hidden * width) + 4 * tokens ** 2 * width
+
+
 def training_flops(args):
     """FLOPs of one step, 3 × forward: blocks and the output (attention counted in full also where it is causal)."""
-    L, D, hidden = args.codes, args.width, swiglu_hidden(args.width)
-    block = 2 * L * (4 * D ** 2 + 3 * hidden * D) + 4 * L ** 2 * D
-    return 3 * args.batch_size * (args.depth * block + 2 * L * D * args.values)
+    L, D = args.codes, args.width
+    return 3 * args.batch_size * (args.depth * block_flops(L, D, swiglu_hidden(D)) + 2 * L * D * args.values)
 
 
 def add_flags(parser):

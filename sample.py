@@ -385,7 +385,6 @@ class Scores:
             line["pair kept from true factors"] = kept(self.look(images)[1])
         return line
 
-
     def score_text(self, guidance):
         """Prompt → code → image: does the judge see all that was asked for? For captions of the test split and, for shapes, for colour and
         shape alone and for pairs never seen in training; and how many different codes 16 draws of one prompt give."""
@@ -403,13 +402,13 @@ class Scores:
 
         everything, first = list(range(len(self.names))), self.dataset.labels[self.rows[:n]]
         if shapes:
-            full = lambda labels: [data.shapes_caption(row) for row in labels.tolist()]
-            prompts = full(first)
+            say = lambda labels, *said: [data.shapes_caption(row, *said) for row in labels.tolist()]
+            prompts = say(first)
             draw("captions of the test split", prompts, first, everything, ("shape", "colour"))
-            draw("shape and colour alone", [data.shapes_caption(row, (True, False, False, False)) for row in first.tolist()], first, [0, 1])
+            draw("shape and colour alone", say(first, (True, False, False, False)), first, [0, 1])
             for split, pair in data.UNSEEN_PAIRS.items():
                 labels = self.dataset.labels[self.dataset.splits[split]][:n]
-                draw(split, full(labels), labels, everything, pair)
+                draw(split, say(labels), labels, everything, pair)
         else:
             rows, prompts = self.stages.prompts(self.rows[:n])
             if not prompts:
@@ -418,7 +417,7 @@ class Scores:
                 draw("captions of the test split", prompts, self.dataset.labels[rows], everything)
         codes, calls = self.stages.read([prompt for prompt in prompts[:32] for _ in range(16)], guidance, self.args.seed + 6)
         draws = codes.view(-1, 16, codes.shape[1]).tolist()
-        line["distinct codes in 16 draws of a prompt"] = sum(len(set(map(tuple, codes))) for codes in draws) / len(draws)
+        line["distinct codes in 16 draws of a prompt"] = sum(len(set(map(tuple, part))) for part in draws) / len(draws)
         line["calls per sample"] = calls.double().mean().item()
         return line
 

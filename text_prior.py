@@ -88,7 +88,7 @@ class Text:
     """Captions to token ids (n, T) and back: a tiktoken encoding, and three ids beyond it: pad (also the end of a caption), mask, start.
 
     ranks {bytes: rank} and pattern as tiktoken's; ids: the token id of each rank (default: the rank); special: ids of the three,
-    where the encoding has them; words: those of the training captions. Whatever text looks like a special token is text. Ids below
+    where the encoding has its own; words: those of the training captions. Whatever text looks like a special token is text. Ids below
     `mask` are what a text position can become.
     """
 
@@ -96,8 +96,7 @@ class Text:
         self.ranks, self.pattern, self.ids, self.normal_form, self.words = ranks, pattern, ids, normal_form, sorted(words)
         self.encoding = tiktoken.Encoding("captions", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         last = max(ids or ranks.values())
-        self.special = dict(special or {"pad": last + 1, "mask": last + 2, "start": last + 3})
-        self.pad, self.mask, self.start = (self.special[name] for name in ("pad", "mask", "start"))
+        self.pad, self.mask, self.start = special or (last + 1, last + 2, last + 3)
         self.rank_of = {id: rank for rank, id in enumerate(ids)} if ids else {rank: rank for rank in ranks.values()}
 
     def encode(self, captions):
@@ -126,7 +125,8 @@ class Text:
     def state(self):
         """Plain values for the checkpoint: the arguments of Text, ranks as `read_ranks` reads them."""
         ranks = "\n".join(f"{base64.b64encode(token).decode()} {rank}" for token, rank in self.ranks.items())
-        return {"ranks": ranks, **{name: getattr(self, name) for name in ("pattern", "ids", "special", "normal_form", "words")}}
+        special = [self.pad, self.mask, self.start]
+        return {"ranks": ranks, "special": special, **{name: getattr(self, name) for name in ("pattern", "ids", "normal_form", "words")}}
 
 
 def read_ranks(text, where):
@@ -172,7 +172,7 @@ def read_tokenizer_json(path):
         pad, mask, start = (added.get(f"<|{name}|>", -1) for name in ("endoftext", "mdm_mask", "start_sem"))
         if not max(ids) < pad < mask:  # LLaDA's stand above its text; without them, new ones
             pad, mask = last + 1, last + 2
-        special = {"pad": pad, "mask": mask, "start": start if start > mask else max(last, mask) + 1}
+        special = pad, mask, start if start > mask else max(last, mask) + 1
         gpt2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel splits by on its own
         pattern = str(patterns[0]) if patterns else gpt2
         text, trial = Text({token: rank for rank, token in enumerate(tokens)}, pattern, ids, special, form), "It's 2 o'clock,  \n\tplain text: a+b."
@@ -303,8 +303,7 @@ def bits_per_token(model, codes, text, task, run, batch=500):
         scores = torch.rand(n, c.shape[1] + w.shape[1], generator=generator)
         c, w, u, scores, tasks = (x.to(run.device) for x in (c, w, u, scores, torch.full((n,), task)))
         values.append(text_nll(model, c, w, tasks, u, scores, (model.V, model.mask), run))
-    values = torch.cat(values).double() / math.log(2)
-    return values.mean().item(), (values.std(correction=0) / len(values) ** 0.5).item()
+    return prior.mean_bits(torch.cat(values))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,22 +364,18 @@ TO_TEXT = {"temperature": 0.0, "nucleus": 1.0, "order": "confidence", "order_noi
 # training
 # ---------------------------------------------------------------------------------------------------------------------
 
-def build_text_prior(config):
-    """The transformer of a dict of settings (a checkpoint's config)."""
-    keys = ("codes", "values", "pad", "mask", "start", "width", "depth", "heads", "hidden", "dropout", "tables")
-    return TextPrior(**{k: config[k] for k in keys}, positions=config["text_length"])
+def build_text_prior(config, text):
+    """The transformer of a dict of settings (a checkpoint's config) and a Text."""
+    keys = ("codes", "values", "width", "depth", "heads", "hidden", "dropout", "tables")
+    return TextPrior(pad=text.pad, mask=text.mask, start=text.start, positions=config["text_length"], **{k: config[k] for k in keys})
 
 
 def load_text_prior(args, device):
     """The trained text prior with averaged weights, its Text and its config; refuses one trained on other codes."""
-    path = data.run_folder(args) / "text_prior.pt"
-    state = data.load_checkpoint(path, "text_prior", args)
-    if state["trained_on"] != data.open_codes(args)[1]["sha256"]:
-        data.fail(f"{path}: trained on other codes than {path.parent / 'codes.npy'}; train it again with "
-                  f"{data.stage_command('text_prior', args)} --restart")
-    model = build_text_prior(state["config"])
+    state = data.load_stage("text_prior", args)
+    text = Text(**{**state["text"], "ranks": read_ranks(state["text"]["ranks"], "text_prior.pt")})
+    model = build_text_prior(state["config"], text)
     model.load_state_dict(state["ema"])
-    text = Text(**{**state["text"], "ranks": read_ranks(state["text"]["ranks"], path)})
     return model.to(device).eval(), text, state["config"]
 
 
@@ -404,11 +399,10 @@ def read_text(args, run):
     return text, text.rows([ids[:args.text_length] for ids in tokens]), dataset.splits
 
 
-def training_flops(args):
-    """FLOPs of one step, 3 × forward: blocks and the outputs, on L codes, the start token and a window of text."""
-    N, D = args.codes + 1 + args.window, args.width
-    block = 2 * N * (4 * D ** 2 + 3 * args.hidden * D) + 4 * N ** 2 * D
-    return 3 * args.batch_size * (args.depth * block + 2 * D * (args.codes * args.values + args.window * args.mask))
+def training_flops(args, mask):
+    """FLOPs of one step, 3 × forward: blocks and the outputs (`mask` of them for text), on L codes, the start token and a window of text."""
+    block = prior.block_flops(args.codes + 1 + args.window, args.width, args.hidden)
+    return 3 * args.batch_size * (args.depth * block + 2 * args.width * (args.codes * args.values + args.window * mask))
 
 
 def add_flags(parser):
@@ -448,9 +442,9 @@ def main(argv=None):
         data.fail(f"{run.folder / 'codes.npy'}: codes of the splits {about['splits']}, {args.dataset} has {splits}; make it again with "
                   + data.stage_command("tokenizer", args))
     args.codes, args.values, args.window = about["L"], about["V"], tokens.shape[1]
-    args.pad, args.mask, args.start = text.pad, text.mask, text.start
     torch.manual_seed(args.seed)
-    model, flops, path = build_text_prior(vars(args)).to(run.device), training_flops(args), run.folder / "text_prior.pt"
+    model, flops = build_text_prior(vars(args), text).to(run.device), training_flops(args, text.mask)
+    path = run.folder / "text_prior.pt"
     if args.dry_run:
         return data.describe(args, model, flops, run)
     optimizers, ema = data.Optimizers(model, args), data.EMA(model, args.ema)
@@ -472,7 +466,7 @@ def main(argv=None):
             mine, flip = rows.chunk(args.accumulate)[part], (draws.uniform() < 0.5).long().cpu()
             c = torch.from_numpy(codes[mine.numpy(), flip.numpy()].astype(np.int64)).to(run.device)  # (b, L)
             w, task = tasks_of(tokens[mine].long().to(run.device), text.pad, args.mix, args.drop, draws)  # (b, T), (b,)
-            nll = text_nll(trained, c, w, task, draws.stratified(), draws.uniform(args.codes + args.window), (args.values, args.mask), run)
+            nll = text_nll(trained, c, w, task, draws.stratified(), draws.uniform(args.codes + args.window), (args.values, text.mask), run)
             part_loss = nll.mean() / args.accumulate
             part_loss.backward()
             loss = loss + part_loss.detach()
@@ -493,11 +487,12 @@ def main(argv=None):
                 c, w = (values[(w != text.pad).any(1)] for values in (c, w))
                 if not len(c):
                     continue
-                bits = {"code given caption": bits_per_token(model, c, w, 0, run)[0],
-                        "code alone": bits_per_token(model, c, torch.full_like(w, text.pad), 0, run)[0],
-                        "caption given code": bits_per_token(model, c, w, 1, run)[0]}
-                log.write(args.steps, **{f"{split} bits per token, {k}": round(v, 4) for k, v in bits.items()})
-                print(f"{split}: bits per token (upper bounds, {len(c):,} pairs): " + ", ".join(f"{k} {v:.4f}" for k, v in bits.items()))
+                bits = {"code given caption": bits_per_token(model, c, w, 0, run),
+                        "code alone": bits_per_token(model, c, torch.full_like(w, text.pad), 0, run),
+                        "caption given code": bits_per_token(model, c, w, 1, run)}
+                log.write(args.steps, **{f"{split} bits per token, {k}": round(v, 4) for k, (v, _) in bits.items()})
+                print(f"{split}: bits per token (upper bounds, {len(c):,} pairs): "
+                      + ", ".join(f"{k} {v:.4f} ± {error:.4f}" for k, (v, error) in bits.items()))
     run.close()
 
 

@@ -47,8 +47,8 @@ def test_every_script_runs_on_every_dataset(places, tmp_path, dataset):
     call("generator", *TINY["generator"], "--patch", "8", "--stem", "2", *where, "--out", out)
     call("prior", "--kind", "masked", *TINY["prior"], "--dataset", dataset, "--out", out)
     call("text_prior", *TINY["text_prior"], *where, "--out", out)
-    for command in ("infill", "text", "caption"):
-        call("sample", command, *where, "--out", out, "--rows", "1", "--columns", "2", "--sample-steps", "2")
+    for pictures in ("infill", "text", "caption"):
+        call("sample", pictures, *where, "--out", out, "--rows", "1", "--columns", "2", "--sample-steps", "2")
     names = {path.name for path in (out / dataset).iterdir()}
     assert {"tokenizer.pt", "codes.npy", "codes.json", "tokenizer.json", "generator.pt", "generator-early.pt", "prior-masked.pt", "text_prior.pt", "samples"} <= names
     assert all((out / dataset / "samples" / f"{name}.png").stat().st_size > 1000 for name in ("infill", "text", "caption"))

@@ -72,7 +72,7 @@ def test_every_encoding_gives_back_what_it_was_given(encodings):
         rows = text.rows(text.encode(["red", "", "a small red ring"]))
         assert [text.decode(row) for row in rows.tolist()] == ["red", "", "a small red ring"] and (rows[1] == text.pad).all()
         again = text_prior.Text(**{**text.state(), "ranks": text_prior.read_ranks(text.state()["ranks"], "here")})
-        assert again.encode(ODD) == text.encode(ODD) and again.special == text.special
+        assert again.encode(ODD) == text.encode(ODD) and again.state() == text.state()
 
 
 def test_merges_make_words_of_captions_and_are_always_the_same():
@@ -272,6 +272,30 @@ def test_it_learns_to_write_codes_for_words_and_words_for_codes(run):
     assert torch.equal(text_prior.codes_from_text(model, words, {**SAMPLER, "temperature": 0.0}, 1.0, run)[0], codes)
     written = text_prior.text_from_codes(model, codes, words.shape[1], {**SAMPLER, **text_prior.TO_TEXT}, run)
     assert [text.decode(row) for row in written.tolist()] == captions
+
+
+def test_scores_count_what_was_asked_for(trained, run, monkeypatch):
+    """With drawings of exactly what the prompts say all scores are 1; with the next colour drawn instead, only what names no colour."""
+    args = sample.parse(["--score", "--count", "40", "--out", str(trained)])
+    scores = sample.Scores.__new__(sample.Scores)
+    scores.stages, scores.args, scores.run, scores.n = sample.Stages(args, run), args, run, args.count
+    scores.dataset, scores.names, scores.rows = scores.stages.dataset, list(data.SHAPES), np.array(scores.stages.dataset.splits["test"])[:40]
+    for shift in (0, 1):
+        def say(labels):
+            return [labels[0], (labels[1] + shift) % 8 if labels[1] >= 0 else -1, *labels[2:]]
+
+        read = lambda stages, prompts, *_: (torch.tensor([say(data.read_shapes_caption(p)) for p in prompts]), torch.full((len(prompts),), 16))
+        monkeypatch.setattr(sample.Stages, "read", read)
+        monkeypatch.setattr(sample.Stages, "draw", lambda stages, codes, seed: codes)
+        monkeypatch.setattr(scores, "look", lambda factors: (None, factors, torch.ones(len(factors)).bool()), raising=False)
+        monkeypatch.setattr(scores, "codes_of", lambda rows: scores.dataset.labels[rows], raising=False)
+        monkeypatch.setattr(sample.Stages, "captions", lambda stages, labels, seed: [data.shapes_caption(say(row)) for row in labels.tolist()])
+        text, captions, right = scores.score_text(2.0), scores.score_captions(), float(shift == 0)
+        assert text["captions of the test split"]["shape"] == 1 and text["captions of the test split"]["all"] == right
+        assert text["shape and colour alone"] == {"shape": 1, "colour": right, "all": right, "clean": 1}
+        for split in data.UNSEEN_PAIRS:
+            assert text[split]["pair"] == text[split]["colour"] == captions[split]["pair"] == captions[split]["all"] == right
+        assert text["distinct codes in 16 draws of a prompt"] == 1 and captions["test split"]["frame"] == 1
 
 
 # --- captions of datasets, prompts ------------------------------------------------------------------------------------
