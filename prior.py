@@ -64,19 +64,16 @@ class Block(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.attn_out = (linear(width, width) for _ in range(4))
         self.ff_proj, self.up_proj, self.ff_out = linear(width, hidden), linear(width, hidden), linear(hidden, width)
 
-    def attention(self, x, cos, sin, cache, at, attend):
+    def attention(self, x, cos, sin, attend):
         B, N, D = x.shape
         q, k, v = (proj(x).view(B, N, self.heads, -1).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, N, D/H)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:  # (2, B, H, L, D/H), filled up to position `at`
-            cache[0, :, :, at:at + N], cache[1, :, :, at:at + N] = k, v
-            k, v = cache[:, :, :, :at + N].to(q.dtype)  # 2 × (B, H, at + N, D/H)
-        x = F.scaled_dot_product_attention(q, k, v, attend, is_causal=self.causal and N > 1)  # (B, H, N, D/H)
+        x = F.scaled_dot_product_attention(q, k, v, attend, is_causal=self.causal)  # (B, H, N, D/H)
         return self.attn_out(x.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
 
-    def forward(self, x, cos, sin, cache=None, at=0, attend=None):
+    def forward(self, x, cos, sin, attend=None):
         """x (B, N, D), cos and sin (N, D/H/2), attend (B, 1, 1, N) bool: which tokens are seen (default: all) → (B, N, D)."""
-        x = x + self.dropout(self.attention(self.attn_norm(x), cos, sin, cache, at, attend))  # (B, N, D)
+        x = x + self.dropout(self.attention(self.attn_norm(x), cos, sin, attend))  # (B, N, D)
         h = self.ff_norm(x)
         return x + self.dropout(self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h)))  # (B, N, D)
 
@@ -100,40 +97,64 @@ class Prior(nn.Module):
         self.register_buffer("rope", torch.stack(rope_table(codes, width // heads)), persistent=False)
         self.register_buffer("offset", torch.arange(codes) * (values + 1) * (tables == "position"), persistent=False)
 
-    def embed(self, codes, at=0):
-        """Embeddings (B, N, D) of the values (B, N) at positions at .. at + N."""
-        N = codes.shape[1]
-        return F.embedding(codes + self.offset[at:at + N], self.wte) + self.wpe[at:at + N]
+    def embed(self, codes, at=slice(None)):
+        """Embeddings (B, L, D) of the values (B, L) of all positions, or (B, D) of those (B,) of position `at`."""
+        return F.embedding(codes + self.offset[at], self.wte) + self.wpe[at]
 
     def forward(self, codes):
         """codes (B, L) long → logits (B, L, V). Masked: of each position given all. Causal: of position l given those before it."""
         x = self.embed(codes)
         if self.causal:  # position l sees the embedding of l − 1; the first sees "no value" at the last position as a start token
-            start = self.embed(torch.full_like(codes[:, :1], self.V), self.L - 1)
-            x = torch.cat([start, x[:, :-1]], 1)  # (B, L, D)
-        return self.output(self.transform(x), 0)
+            start = self.embed(torch.full_like(codes[:, 0], self.V), self.L - 1)  # (B, D)
+            x = torch.cat([start[:, None], x[:, :-1]], 1)  # (B, L, D)
+        return self.output(self.transform(x))
 
-    def transform(self, x, caches=None, at=0):
-        """Blocks and final norm. (B, N, D) → (B, N, D); with caches, x continues at position `at`."""
-        cos, sin = self.rope[:, at:at + x.shape[1]]
-        for k, block in enumerate(self.blocks):
-            x = block(x, cos, sin, None if caches is None else caches[k], at)  # (B, N, D)
+    def transform(self, x):
+        """Blocks and final norm. (B, L, D) → (B, L, D)."""
+        for block in self.blocks:
+            x = block(x, *self.rope)  # (B, L, D)
         return self.ln_f(x)
 
-    def output(self, x, at):
-        """Logits (B, N, V) of positions at .. at + N from (B, N, D)."""
-        weight = self.ff_out[at:at + x.shape[1]] if self.tables == "position" else self.ff_out
-        return (x.transpose(0, 1) @ weight.to(x.dtype)).transpose(0, 1)  # one matrix a position
+    def output(self, x):
+        """Logits (B, L, V) from (B, L, D)."""
+        return (x.transpose(0, 1) @ self.ff_out.to(x.dtype)).transpose(0, 1)  # one matrix a position
 
-    def next_logits(self, codes, at, caches):
-        """Logits (B, V) of position `at` of a causal prior, from the value before it (B,) and the caches (which this extends)."""
-        x = self.embed(torch.full_like(codes[:, None], self.V), self.L - 1) if at == 0 else self.embed(codes[:, None], at - 1)
-        return self.output(self.transform(x, caches, at), at)[:, 0]
 
-    def new_caches(self, batch, device, dtype):
-        """Static key-value caches (depth, 2, B, H, L, D/H)."""
-        heads = self.blocks[0].heads
-        return torch.zeros(len(self.blocks), 2, batch, heads, self.L, self.wte.shape[1] // heads, device=device, dtype=dtype)
+class Decoder:
+    """A causal prior one position at a time, for sampling: weights in the run's dtype, those that read the same input in one matrix,
+    and a static key-value cache over all L positions; those to come are masked, so that all calls have the same shapes."""
+
+    def __init__(self, model, batch, run):
+        self.model, self.heads, width = model, model.blocks[0].heads, model.wpe.shape[1]
+        pack = lambda norm, *parts: (torch.cat([p.weight for p in parts]) * norm.weight).detach().to(run.dtype)  # with the norm's gain
+        self.layers = [(pack(b.attn_norm, b.q_proj, b.k_proj, b.v_proj), b.attn_out.weight.detach().to(run.dtype),
+                        pack(b.ff_norm, b.ff_proj, b.up_proj), b.ff_out.weight.detach().to(run.dtype)) for b in model.blocks]
+        self.ff_out = (model.ln_f.weight[:, None] * model.ff_out).detach().to(run.dtype)  # (L or 1, D, V)
+        size = width // self.heads
+        self.cache = torch.zeros(len(self.layers), 2, batch * self.heads, model.L, size, device=run.device, dtype=run.dtype)
+        future = torch.ones(model.L, model.L, device=run.device, dtype=torch.bool).triu(1)
+        self.mask = torch.zeros(model.L, 1, model.L, device=run.device, dtype=run.dtype).masked_fill(future[:, None], -math.inf)
+
+    def normal(self, x):
+        """RMSNorm without gain of x (B, D), in the dtype of the weights."""
+        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+        return (x * (mean + 1e-5).rsqrt()).to(self.ff_out.dtype)
+
+    @torch.no_grad()
+    def __call__(self, previous, at):
+        """Logits (B, V) of position `at`, from the values before it (B,) (unused at 0); positions come in order."""
+        B, H, model = len(previous), self.heads, self.model
+        cos, sin = (part[at].to(self.ff_out.dtype) for part in model.rope)  # 2 × (D/H/2,)
+        x = model.embed(torch.full_like(previous, model.V) if at == 0 else previous, (at or model.L) - 1)  # (B, D)
+        for (qkv, attn_out, gate_up, ff_out), (keys, values) in zip(self.layers, self.cache):
+            q, k, v = F.linear(self.normal(x), qkv).view(B, 3, H, -1).unbind(1)  # 3 × (B, H, D/H)
+            keys[:, at], values[:, at] = rotate(k, cos, sin).flatten(0, 1), v.flatten(0, 1)  # (B · H, L, D/H)
+            q = rotate(q, cos, sin).reshape(B * H, 1, -1)
+            share = (torch.bmm(q * q.shape[-1] ** -0.5, keys.mT) + self.mask[at]).softmax(-1)  # (B · H, 1, L)
+            x = x + F.linear(torch.bmm(share, values).view(B, -1), attn_out)  # (B, D)
+            gate, up = F.linear(self.normal(x), gate_up).chunk(2, -1)  # 2 × (B, hidden)
+            x = x + F.linear(F.silu(gate) * up, ff_out)  # (B, D)
+        return self.normal(x) @ self.ff_out[at if len(self.ff_out) > 1 else 0]  # (B, V)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,24 +218,29 @@ def bits_per_token(model, codes, run, draws=4, batch=500):
 # samplers
 # ---------------------------------------------------------------------------------------------------------------------
 
-def draw_values(logits, temperature, nucleus, generator):
-    """Draw values (...) from logits (..., V): temperature, nucleus (smallest set of values holding that probability), Gumbel in float64.
+def draw_values(logits, temperature, nucleus, u):
+    """Draw values (...) from logits (..., V) by inverting the distribution function at u (...) uniform in [0, 1), in float64: temperature,
+    then nucleus (the smallest set of values holding that probability). Temperature 0 takes the most likely value, whatever u.
 
-    Temperature 0 takes the most likely value. Returns values and their log-probabilities (...) under the model.
+    Returns values and their log-probabilities (...) under the model.
     """
     log_p = logits.double().log_softmax(-1)
     if temperature == 0:
         values = log_p.argmax(-1)
     else:
-        scores = (log_p / temperature).log_softmax(-1)
+        p = (log_p / temperature).softmax(-1)
         if nucleus < 1:
-            ordered, order = scores.sort(-1, descending=True)
-            before = ordered.exp().cumsum(-1) - ordered.exp()  # probability of all likelier values
+            ordered, order = p.sort(-1, descending=True)
+            before = ordered.cumsum(-1) - ordered  # probability of all likelier values
             before[..., 0] = -1  # the most likely one stays, whatever the nucleus
-            scores = scores.masked_fill((before >= nucleus).gather(-1, order.argsort(-1)), -math.inf)
-        noise = torch.rand(scores.shape, generator=generator, dtype=torch.float64).to(scores.device)
-        values = (scores - torch.log(-torch.log(noise.clamp(min=1e-300)))).argmax(-1)  # Gumbel-max
+            p = p.masked_fill((before >= nucleus).gather(-1, order.argsort(-1)), 0.0)
+        upto = p.cumsum(-1)  # (..., V)
+        u = u.clamp(max=1 - 2.0 ** -52)[..., None]  # so that no rounding reaches the last sum
+        values = (upto <= u * upto[..., -1:]).sum(-1)  # the first whose sum is above u: never one of probability 0
     return values, log_p.gather(-1, values[..., None])[..., 0]
+
+
+BATCH = 500  # samples drawn together; their randomness is drawn for as many, so that a sample does not depend on how many are asked for
 
 
 @torch.no_grad()
@@ -228,22 +254,26 @@ def sample_masked(model, codes, sampler, run, generator, log_weights=None, condi
     """
     codes, given, calls = codes.clone().to(run.device), (codes != model.V).to(run.device), torch.zeros(len(codes), dtype=torch.long)
     condition = [c.to(run.device) for c in condition]
-    uniform = lambda *shape: torch.rand(*shape, generator=generator).to(run.device)
+    n, L = codes.shape
+    uniform = lambda: torch.rand(max(n, BATCH), L, generator=generator, dtype=torch.float64)[:n].to(run.device)  # (n, L)
 
-    def reveal(rows, where):
-        """Draw values for positions `where` (m, L) of samples `rows` (m,); where None: confidence chooses."""
+    def reveal(rows, where, u):
+        """Draw values for positions `where` (m, L) of samples `rows` (m,) by u (n, L) in [0, 1); where None: confidence chooses."""
         calls[rows.cpu()] += 1
+        part, u = codes[rows], u[rows]  # (m, L)
         with run.autocast():
-            logits = model(codes[rows], *(c[rows] for c in condition))  # (m, L, V)
+            logits = model(part, *(c[rows] for c in condition))  # (m, L, V)
         if log_weights is not None:
             logits = logits.float() + log_weights[rows.cpu()].to(run.device)
-        values, log_p = draw_values(logits, sampler["temperature"], sampler["nucleus"], generator)
         if where is None:  # the most likely of the drawn values first, with Gumbel noise so that samples differ
-            score = log_p.float() + sampler["order_noise"] * -torch.log(-torch.log(uniform(*log_p.shape).clamp(min=1e-30)))
-            score = score.masked_fill(codes[rows] != model.V, -math.inf)
-            ranks = score.argsort(1, descending=True).argsort(1)
-            where = (ranks < sampler["per_step"]) & (codes[rows] == model.V)
-        codes[rows] = torch.where(where, values, codes[rows])
+            values, log_p = draw_values(logits, sampler["temperature"], sampler["nucleus"], u)
+            score = log_p - sampler["order_noise"] * torch.log(-torch.log(uniform()[rows].clamp(min=1e-300)))
+            ranks = score.masked_fill(part != model.V, -math.inf).argsort(1, descending=True).argsort(1)
+            where = (ranks < sampler["per_step"]) & (part == model.V)
+            part[where] = values[where]
+        else:
+            part[where] = draw_values(logits[where], sampler["temperature"], sampler["nucleus"], u[where])[0]
+        codes[rows] = part
 
     if sampler["order"] == "ancestral":
         steps = sampler["steps"]
@@ -251,21 +281,22 @@ def sample_masked(model, codes, sampler, run, generator, log_weights=None, condi
             t, s = 1 - step / steps, 1 - (step + 1) / steps  # is hidden again with probability σ (ReMDM; σ = 0: MDLM)
             inside = sampler["remask_window"][0] <= t <= sampler["remask_window"][1]
             sigma = min(sampler["remask"], s / max(1 - t, 1e-9)) if inside and step > 0 else 0.0
-            u, hidden = uniform(*codes.shape), codes == model.V
+            u, hidden = uniform(), codes == model.V
             again = ~hidden & ~given & (u < sigma)
-            where = hidden & (u < (t - s + sigma * (1 - t)) / t if s > 0 else hidden)
+            rate = (t - s + sigma * (1 - t)) / t if s > 0 else 1.0
+            where = hidden & (u < rate)
             rows = where.any(1).nonzero()[:, 0]
             if len(rows):
-                reveal(rows, where[rows])
+                reveal(rows, where[rows], u / rate)  # where u < rate, u / rate is uniform again
             codes = torch.where(again, model.V, codes)
         return codes.cpu(), calls
-    turn = (uniform(*codes.shape) + given * 2).argsort(1).argsort(1) // sampler["per_step"]  # event: hidden positions in random order
+    turn = (uniform() + given * 2).argsort(1).argsort(1) // sampler["per_step"]  # event: hidden positions in random order
     while True:
         rows = (codes == model.V).any(1).nonzero()[:, 0]
         if not len(rows):
             return codes.cpu(), calls
         now = calls[rows.cpu()].to(run.device)[:, None]
-        reveal(rows, None if sampler["order"] == "confidence" else (turn[rows] == now) & (codes[rows] == model.V))
+        reveal(rows, None if sampler["order"] == "confidence" else (turn[rows] == now) & (codes[rows] == model.V), uniform())
 
 
 @torch.no_grad()
@@ -283,21 +314,20 @@ def redraw_codes(model, codes, rounds, share, sampler, run, generator, log_weigh
 
 @torch.no_grad()
 def sample_ar(model, count, sampler, run, generator):
-    """Draw codes (count, L) from a causal prior, one position a call, with a static cache. Returns codes and calls (count,)."""
-    codes = torch.full((count, model.L), model.V, device=run.device)
-    caches = model.new_caches(count, run.device, run.dtype)
+    """Draw codes (count, L) from a causal prior, one position a call. Returns codes and calls (count,)."""
+    decoder, codes = Decoder(model, count, run), torch.full((count, model.L), model.V, device=run.device)
     for at in range(model.L):
-        with run.autocast():
-            logits = model.next_logits(codes[:, at - 1] if at else codes[:, 0], at, caches)
-        codes[:, at] = draw_values(logits, sampler["temperature"], sampler["nucleus"], generator)[0]
+        u = torch.rand(max(count, BATCH), generator=generator, dtype=torch.float64)[:count].to(run.device)
+        codes[:, at] = draw_values(decoder(codes[:, at - 1], at), sampler["temperature"], sampler["nucleus"], u)[0]
     return codes.cpu(), torch.full((count,), model.L)
 
 
-def sample_codes(model, count, sampler, run, seed=0, batch=500):
-    """Draw codes (count, L) long and network calls (count,) with either kind of prior; a function of the seed."""
+def sample_codes(model, count, sampler, run, seed=0, first=0):
+    """Draw codes (count, L) long and network calls (count,) with either kind of prior. Code k of all, of which these are `first` and those
+    after it (a multiple of BATCH), follows from (seed, k) alone."""
     parts = []
-    for start in range(0, count, batch):
-        n, generator = min(batch, count - start), data.step_generator(seed, start)
+    for start in range(0, count, BATCH):
+        n, generator = min(BATCH, count - start), data.step_generator(seed, first + start)
         hidden = torch.full((n, model.L), model.V)
         parts.append(sample_ar(model, n, sampler, run, generator) if model.causal else sample_masked(model, hidden, sampler, run, generator))
     return torch.cat([c for c, _ in parts]), torch.cat([k for _, k in parts])

@@ -114,7 +114,7 @@ class Stages:
         on its own, by the weights; "prior": drawn from the masked prior times the weights, then redrawn in rounds."""
         log_weights = mixture_weights(codes, weights, self.codes[1]["V"], positions)  # (n, L, V)
         if choose == "random":
-            return prior.draw_values(log_weights, 1.0, 1.0, rng)[0]
+            return prior.draw_values(log_weights, 1.0, 1.0, torch.rand(log_weights.shape[:2], generator=rng, dtype=torch.float64))[0]
         model, sampler = self.prior("masked"), prior.sampler_settings(self.args, prior.SAMPLERS["masked"])
         hidden = torch.full_like(codes[:, 0], model.V)
         children, _ = prior.sample_masked(model, hidden, sampler, self.run, rng, log_weights)

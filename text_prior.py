@@ -336,7 +336,7 @@ class CodeToText:
         return self.model(codes, text, torch.ones(len(codes), dtype=torch.bool, device=codes.device))[1]  # (B, T, mask)
 
 
-def codes_from_text(model, text, sampler, guidance, run, seed=0, given=None, batch=500):
+def codes_from_text(model, text, sampler, guidance, run, seed=0, given=None, batch=prior.BATCH):
     """Draw codes (n, L) for prompts text (n, T); given (n, L): positions that are not V stay. Returns codes and network calls (n,)."""
     given, parts = torch.full((len(text), model.L), model.V) if given is None else given, []
     for start in range(0, len(text), batch):
@@ -346,7 +346,7 @@ def codes_from_text(model, text, sampler, guidance, run, seed=0, given=None, bat
     return torch.cat([c for c, _ in parts]), torch.cat([k for _, k in parts])
 
 
-def text_from_codes(model, codes, window, sampler, run, seed=0, batch=500):
+def text_from_codes(model, codes, window, sampler, run, seed=0, batch=prior.BATCH):
     """Write captions (n, window) of token ids for codes (n, L)."""
     parts = []
     for start in range(0, len(codes), batch):

@@ -64,11 +64,25 @@ def test_ar_is_causal(run):
 
 
 def test_ar_cache_equals_the_full_forward(run):
-    model, codes = tiny(True), CODES[[5, 40, 77]]
-    caches = model.new_caches(3, run.device, run.dtype)
-    with torch.no_grad():
-        stepwise = torch.stack([model.next_logits(codes[:, at - 1] if at else codes[:, 0], at, caches) for at in range(L)], 1)
-        assert torch.allclose(stepwise, model(codes), atol=1e-5)
+    for tables in ("position", "shared"):
+        model, codes = tiny(True, tables), CODES[[5, 40, 77]]
+        for block in model.blocks:  # gains that are not 1 must reach the packed weights
+            torch.nn.init.uniform_(block.attn_norm.weight, 0.5, 2), torch.nn.init.uniform_(block.ff_norm.weight, 0.5, 2)
+        torch.nn.init.uniform_(model.ln_f.weight, 0.5, 2)
+        decoder = prior.Decoder(model, 3, run)
+        with torch.no_grad():
+            stepwise = torch.stack([decoder(codes[:, at - 1], at) for at in range(L)], 1)
+            assert torch.allclose(stepwise, model(codes), atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["event", "ancestral", "confidence", "ar"])
+def test_a_sample_does_not_depend_on_how_many_are_drawn(run, order):
+    """Code k follows from (seed, k): the same alone, among many, and where another process draws a later part."""
+    model, sampler = tiny(order == "ar"), {**SAMPLER, "order": order}
+    many = prior.sample_codes(model, prior.BATCH + 20, sampler, run, seed=3)[0]
+    assert torch.equal(prior.sample_codes(model, 7, sampler, run, seed=3)[0], many[:7])
+    assert torch.equal(prior.sample_codes(model, 20, sampler, run, seed=3, first=prior.BATCH)[0], many[prior.BATCH:])
+    assert not torch.equal(many[:20], many[prior.BATCH:])
 
 
 def test_ar_samples_follow_the_likelihood(run):
@@ -197,15 +211,25 @@ def test_weights_forbid_values_and_redrawing_follows_prior_times_weights(run, kn
 def test_values_are_drawn_by_temperature_and_nucleus():
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
     logits = p.log().expand(20_000, 4)
-    draw = lambda t, n: torch.bincount(prior.draw_values(logits, t, n, torch.Generator().manual_seed(0))[0], minlength=4) / 20_000
+    u = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draw = lambda t, n: torch.bincount(prior.draw_values(logits, t, n, u)[0], minlength=4) / 20_000
     assert (draw(1.0, 1.0) - p).abs().max() < 0.02
     assert (draw(0.5, 1.0) - p ** 2 / (p ** 2).sum()).abs().max() < 0.02
     assert (draw(1.0, 0.75) - torch.tensor([0.625, 0.375, 0, 0])).abs().max() < 0.02
     assert draw(0.0, 1.0)[0] == 1 and draw(1.0, 0.0)[0] == 1
     last = logits.flip(1)  # the most likely value is not the first: nothing left over would read as value 0
-    assert all((prior.draw_values(last, t, n, torch.Generator())[0] == 3).all() for t, n in ((0.0, 1.0), (1.0, 0.0), (1.0, 0.4)))
-    _, log_p = prior.draw_values(logits[:5], 1.0, 1.0, torch.Generator())
+    assert all((prior.draw_values(last, t, n, u)[0] == 3).all() for t, n in ((0.0, 1.0), (1.0, 0.0), (1.0, 0.4)))
+    _, log_p = prior.draw_values(logits[:5], 1.0, 1.0, u[:5])
     assert log_p.exp().max() <= 0.5 + 1e-6
+
+
+def test_forbidden_values_are_not_drawn_even_at_the_ends():
+    """At u = 0 and just below 1, where a sum that is off by rounding would reach them."""
+    p = torch.tensor([0.0, 0.1, 0.2, 0.0, 0.7, 0.0])
+    u = torch.tensor([0.0, 1 - 2.0 ** -53], dtype=torch.float64)
+    for nucleus in (1.0, 0.95):
+        values, _ = prior.draw_values((p * 3).log().expand(2, 6), 1.0, nucleus, u)
+        assert values[0] in (1, 2) and values[1] == 4
 
 
 def test_bits_per_token_of_uniform_codes(run):
