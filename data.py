@@ -34,8 +34,9 @@ import tarfile
 import tempfile
 import time
 import urllib.request
+import weakref
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,6 +45,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 DATASETS = ("shapes", "cifar10", "imagenet", "folder")
@@ -253,13 +257,15 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 IN_MEMORY_BYTES = 2 << 30  # a folder whose decoded images exceed this is decoded on the fly by workers
 
 
-def read_image(path, size):
-    """Read an image of any mode and size as (3, size, size) uint8: upright, on white, centre crop, box then bicubic (ADM).
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises where a file is not a whole image
 
-    Raises OSError, ValueError or SyntaxError (from Pillow) when the file is not a whole image.
-    """
+
+@contextmanager
+def open_image(path, least):
+    """An image of any mode as RGB, upright, on white. least(width, height): the size below which a JPEG's fast, smaller decoding would
+    lose something. Raises UNREADABLE."""
     with Image.open(path) as image:
-        image.draft("RGB", (size * 2, size * 2))  # JPEG: decode at a fraction of the size where that loses nothing
+        image.draft("RGB", least(*image.size))
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):  # 16 and 32 bits: scale to a byte, Pillow would clip
             values = np.asarray(image, dtype=np.float64)
@@ -267,15 +273,43 @@ def read_image(path, size):
         if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
+        yield image.convert("RGB")
+
+
+def to_tensor(image):
+    """A Pillow image → (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def read_image(path, size):
+    """Read an image as (3, size, size) uint8: centre crop, box then bicubic (ADM). Raises UNREADABLE."""
+    with open_image(path, lambda width, height: (size * 2, size * 2)) as image:
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
         box = (left, top, left + side, top + side)
         while side >= 2 * size:  # halve by averaging before the last bicubic step
             side //= 2
             image, box = image.resize((side, side), Image.Resampling.BOX, box=box), None
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def read_crops(path, views, ratio, u):
+    """Random resized crops of an image, cut from the whole of it: views [(size, scale), ...], u (views, 5) uniform, both as crop_boxes
+    → [(3, size, size) uint8, ...]. Raises UNREADABLE."""
+    boxes = lambda w, h: [crop_boxes(row, scale, ratio, w / h) for row, (_, scale) in zip(u, views)]
+
+    def least(w, h):
+        fraction = min(1.0, max(size / min(box[2] * w, box[3] * h) for box, (size, _) in zip(boxes(w, h), views)))
+        return math.ceil(w * fraction), math.ceil(h * fraction)
+
+    with open_image(path, least) as image:
+        (w, h), crops = image.size, []
+        for (x, y, width, height, flip), (size, _) in zip(boxes(w, h), views):
+            left, top = (1 + x - width) / 2 * w, (1 + y - height) / 2 * h
+            box = (max(0.0, float(left)), max(0.0, float(top)), min(w, float(left + width * w)), min(h, float(top + height * h)))
+            crop = to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+            crops.append(crop.flip(2) if flip else crop)
+    return crops
 
 
 class ImageFiles(torch.utils.data.Dataset):
@@ -288,9 +322,13 @@ class ImageFiles(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, k):
+        return self.read(k, lambda path: read_image(path, self.size))
+
+    def read(self, k, how):
+        """how(path) of image k."""
         try:
-            return read_image(self.paths[k], self.size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
+            return how(self.paths[k])
+        except UNREADABLE as problem:
             if self.checking:
                 return None
             fail(f"{self.paths[k]}: does not open as an image ({problem}); delete OUT/<dataset>/files.json to check all again")
@@ -340,6 +378,9 @@ def load_folder(args):
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not names:
         fail(f"{folder}: no images found ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    if args.dataset == "imagenet" and not {"train", "val"} <= {Path(name).parts[0] for name in names}:
+        fail(f"{folder}: expected train/ and val/, each with a sub-folder of images for each class, found "
+             f"{', '.join(sorted({Path(name).parts[0] for name in names})[:5])}; link or move the parts there")
     captions = read_captions(folder)
     names, images = check_folder(folder, names, args)
 
@@ -370,19 +411,27 @@ def load_folder(args):
 
 
 def check_folder(folder, names, args):
-    """Decode every file once: the good names, and their pixels as one tensor or (a large tree) files to decode on demand."""
-    in_memory = len(names) * 3 * args.image_size ** 2 <= IN_MEMORY_BYTES
+    """Decode every file once: the good names, and their pixels as one tensor or (ImageNet, and a large tree) files to decode on demand.
+    Of such files each process checks its part; with pixels each reads all."""
+    in_memory = args.dataset != "imagenet" and len(names) * 3 * args.image_size ** 2 <= IN_MEMORY_BYTES
     index = run_folder(args) / "files.json"
-    listed = hashlib.sha256(json.dumps([str(folder.resolve()), names]).encode()).hexdigest()
+    listed = checksum([str(folder.resolve()), names])
     known = json.loads(index.read_text()) if index.exists() else {}
     bad = known["bad"] if known.get("listed") == listed else None
     if bad is None or in_memory:
-        files = ImageFiles([folder / name for name in names], args.image_size, checking=True)
+        share = dist.is_initialized() and not in_memory
+        mine = names[dist.get_rank()::dist.get_world_size()] if share else names
+        files = ImageFiles([folder / name for name in mine], args.image_size, checking=True)
         loader = torch.utils.data.DataLoader(files, batch_size=64, num_workers=args.workers, collate_fn=list)
         pixels, found = [], []
-        for image, name in zip((image for batch in loader for image in batch), names):
+        progress = tqdm(zip((image for batch in loader for image in batch), mine), "check images", len(mine), disable=not sys.stderr.isatty())
+        for image, name in progress:
             found.append(name) if image is None else pixels.append(image if in_memory else None)
-        if bad is None and found:
+        if share:
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, found)
+            found = sorted(sum(parts, []))
+        if bad is None and found and int(os.environ.get("RANK", 0)) == 0:
             print(f"{folder}: {len(found)} of {len(names)} files do not open as images and are skipped: {', '.join(found[:10])}"
                   + (", ..." if len(found) > 10 else ""), file=sys.stderr)
         bad = found
@@ -479,24 +528,41 @@ def _permutation(n, seed, epoch):
 
 
 class _StepImages(torch.utils.data.Dataset):
-    """Item `step` is this process's share of that step's images, so that loader workers decode whole batches ahead."""
+    """Item `step` is this process's share of that step's images (or of their crops), so that loader workers decode whole batches ahead."""
 
-    def __init__(self, dataset, run, args):
-        self.dataset, self.run, self.args = dataset, run, args
+    def __init__(self, dataset, run, args, views):
+        self.dataset, self.run, self.args, self.views = dataset, run, args, views
 
     def __getitem__(self, step):
-        rows = batch_rows(self.dataset.splits["train"], self.args.batch_size, self.args.seed, step)
-        return rows, self.dataset.pixels(rows[self.run.share(len(rows))])
+        args = self.args
+        rows = batch_rows(self.dataset.splits["train"], args.batch_size, args.seed, step)
+        mine = self.run.share(len(rows))
+        if not self.views:
+            return rows, self.dataset.pixels(rows[mine])
+        u = torch.rand(len(rows), len(self.views), 5, generator=step_generator(args.seed, step))[mine]  # whatever the worker
+        crops = [self.dataset.images.read(k, lambda path, u=u: read_crops(path, self.views, args.ratio, u)) for k, u in zip(rows[mine].tolist(), u)]
+        return rows, [torch.stack(view) for view in zip(*crops)]
 
 
-def image_batches(dataset, run, args, start):
-    """Yield (step, rows (B,), images of this process (B / world, 3, S, S) uint8 on the device) from `start` to --steps."""
-    steps = _StepImages(dataset, run, args)
+def image_batches(dataset, run, args, start, views=None):
+    """Yield (step, rows (B,), images of this process (B / world, 3, S, S) uint8 on the device) from `start` to --steps.
+
+    views [(size, scale), ...]: where the images lie in files, in place of them a list of random crops [(B / world, 3, size, size)], cut by
+    the workers from the whole images. Order and crops are functions of (seed, step), whatever the number of workers.
+    """
     in_memory = torch.is_tensor(dataset.images)
+    steps = _StepImages(dataset, run, args, None if in_memory else views)
     loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, args.steps), pin_memory=run.device.type == "cuda",
                                          num_workers=0 if in_memory else args.workers)
+    to = lambda x: x.to(run.device, non_blocking=True)
     for step, (rows, images) in zip(range(start, args.steps), loader):
-        yield step, rows, images.to(run.device, non_blocking=True)
+        yield step, rows, to(images) if torch.is_tensor(images) else [to(view) for view in images]
+
+
+def row_batches(dataset, args, start):
+    """As image_batches, for what is stored row by row: (step, rows (B,), None)."""
+    for step in range(start, args.steps):
+        yield step, batch_rows(dataset.splits["train"], args.batch_size, args.seed, step), None
 
 
 def unit(images):
@@ -509,19 +575,24 @@ def to_bytes(images):
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def random_crops(images, size, scale, ratio, draws):
-    """Random resized crop and flip (p 0.5) of a batch. images (B, 3, S, S) in [-1, 1] → (B, 3, size, size).
+def crop_boxes(u, scale, ratio, aspect=1.0):
+    """Boxes of random resized crops and whether to mirror (p 0.5), from u (..., 5) uniform, for images whose width / height is `aspect`.
 
-    scale: the crop's share of the area, from and to; ratio: smallest width / height, the largest is its inverse.
-    Bilinear, one box a picture, all in one grid_sample.
+    scale: the crop's share of the area, from and to; ratio: smallest width / height, the largest is its inverse. Returns centre x, y
+    in [-1, 1], width and height as shares of the image's, mirror: each (...).
     """
-    b, device = len(images), images.device
-    u = draws.uniform(5).T
-    area = scale[0] + (scale[1] - scale[0]) * u[0]
-    shape = torch.exp((2 * u[1] - 1) * math.log(ratio))
+    area = scale[0] + (scale[1] - scale[0]) * u[..., 0]
+    shape = torch.exp((2 * u[..., 1] - 1) * math.log(ratio)) / aspect
     width, height = (area * shape).sqrt().clamp(max=1), (area / shape).sqrt().clamp(max=1)
-    left, top = (1 - width) * (2 * u[2] - 1), (1 - height) * (2 * u[3] - 1)
-    sign = torch.where(u[4] < 0.5, -1.0, 1.0)
+    return (1 - width) * (2 * u[..., 2] - 1), (1 - height) * (2 * u[..., 3] - 1), width, height, u[..., 4] < 0.5
+
+
+def random_crops(images, size, scale, ratio, draws):
+    """Random resized crop and flip of a batch, as crop_boxes, bilinear, all in one grid_sample. images (B, 3, S, S) in [-1, 1]
+    → (B, 3, size, size)."""
+    b, device = len(images), images.device
+    left, top, width, height, mirror = crop_boxes(draws.uniform(5), scale, ratio)
+    sign = torch.where(mirror, -1.0, 1.0)
     theta = torch.zeros(b, 2, 3, device=device)
     theta[:, 0, 0], theta[:, 0, 2], theta[:, 1, 1], theta[:, 1, 2] = width * sign, left, height, top
     grid = F.affine_grid(theta, (b, 3, size, size), align_corners=False)
@@ -607,9 +678,96 @@ def file_checksum(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksum(value):
+    """SHA-256 of a plain value, as hexadecimal text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def save_checkpoint(path, **state):
     """Write a dict of plain values and tensors."""
     write_atomic(path, lambda temporary: torch.save(state, temporary))
+
+
+def in_chunks(folder, count, run, work, size=2000):
+    """Make arrays of `count` rows in chunks: work(rows) → {name: array} for a range of rows. Processes share the chunks, and each is kept
+    in `folder` once it is done, so that a stopped run goes on, on any number of processes. Returns the chunks' files in order.
+
+    Asked to stop, it ends after the chunk at hand (exit code 143).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, count, size)
+    paths = [folder / f"{k:06d}.npz" for k in range(len(starts))]
+    todo = [k for k in range(run.rank, len(paths), run.world) if not paths[k].exists()]
+    for k in tqdm(todo, desc=folder.name.lstrip("."), disable=not run.bar):
+        if run.asked():
+            print(f"stopped with {sum(path.exists() for path in paths)} of {len(paths)} parts in {folder}; the same command goes on from there",
+                  file=sys.stderr)
+            raise SystemExit(143)
+        arrays = work(range(starts[k], min(count, starts[k] + size)))
+        write_atomic(paths[k], lambda path: np.savez(open(path, "wb"), **arrays))
+    while not all(path.exists() for path in paths):  # of the other processes; where one dies, torchrun ends all
+        time.sleep(0.1)
+    run.wait()  # nobody still looks for the files when the first process removes them
+    return paths
+
+
+def join_chunks(paths, name, count, target):
+    """Write the arrays `name` of all chunks, `count` rows in all, as one file `target` (.npy) that may be larger than the memory."""
+    def write(temporary):
+        whole, at = None, 0
+        for path in paths:
+            with np.load(path) as chunk:
+                part = chunk[name]
+            if whole is None:
+                whole = np.lib.format.open_memmap(temporary, "w+", part.dtype, (count, *part.shape[1:]))
+            whole[at:at + len(part)] = part
+            at += len(part)
+        whole.flush()
+
+    write_atomic(target, write)
+
+
+def read_weights(path):
+    """Tensors by name from a file of weights: .pth, .pt or .bin (no code in it is run), .safetensors, or the .index.json of several such
+    files. A dict inside under "teacher" or "model" is taken; the prefixes _orig_mod., module. and backbone. are removed."""
+    path = Path(path)
+    if not path.is_file():
+        fail(f"{path}: no such file; expected weights as .pth, .pt, .bin, .safetensors, or an .index.json of several such files")
+    try:
+        if path.suffix == ".json":
+            names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+            state = {}
+            for name in names:
+                state |= read_weights(path.parent / name)
+        elif path.suffix == ".safetensors":
+            try:
+                from safetensors.torch import load_file
+            except ImportError:
+                fail(f"{path}: needs a package: pip install safetensors")
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except SystemExit:
+        raise
+    except Exception as problem:  # json, pickle, torch and safetensors each raise their own kinds
+        fail(f"{path}: not a readable file of weights ({type(problem).__name__}: {str(problem).splitlines()[0][:200]})")
+    for inside in ("teacher", "model"):
+        state = state.get(inside, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+        fail(f"{path}: expected tensors by name, found {type(state).__name__}")
+    return {re.sub(r"^((_orig_mod|module|backbone)\.)+", "", name): value for name, value in state.items()}
+
+
+def check_weights(path, state, model_state):
+    """Fail, naming it, where a weight is missing in `state` read from `path`, left over, or of another shape than in `model_state`."""
+    for name in sorted(model_state.keys() | state.keys()):
+        if name not in state:
+            fail(f"{path}: lacks {name} {tuple(model_state[name].shape)}; these are weights of another architecture")
+        if name not in model_state:
+            fail(f"{path}: has {name} {tuple(state[name].shape)}, which this model does not; these are weights of another architecture")
+        if state[name].shape != model_state[name].shape:
+            fail(f"{path}: {name} is {tuple(state[name].shape)}, expected {tuple(model_state[name].shape)}; set the sizes by the flags, or choose "
+                 "other weights")
 
 
 STAGE_COMMANDS = {"tokenizer": "tokenizer.py", "generator": "generator.py", "generator-early": "generator.py",
@@ -658,6 +816,7 @@ def load_stage(stage, args):
 NOT_SETTINGS = {"out", "data_dir", "device", "workers", "compile", "dry_run", "restart", "tensorboard", "save_every"}  # or how to run it
 NOT_SETTINGS |= {"sample_steps", "method", "guidance", "guidance_interval"}  # nor how to draw images
 NOT_SETTINGS |= {"temperature", "nucleus", "order", "per_step", "order_noise", "ancestral_steps", "remask", "remask_window"}  # and codes
+NOT_SETTINGS |= {"size", "vae", "init"}  # nor the name of what other settings, or a checksum, say
 NOT_SETTINGS |= {"window"}  # nor what follows from the captions, whose own checksum is compared
 
 
@@ -835,12 +994,15 @@ def add_training_flags(parser, steps, batch_size, lr, lr_matrix, warmup, ema=0.9
     group.add_argument("--restart", action="store_true", help="begin anew even where a checkpoint lies")
 
 
-def parse(parser, presets, argv=None):
-    """Parse flags with the preset of the chosen dataset as defaults; a preset key that is no flag is an error of ours."""
+def parse(parser, presets, argv=None, sizes=None):
+    """Parse flags with the preset of the chosen dataset as defaults, and over it that of --size where there are `sizes`; a preset key
+    that is no flag is an error of ours."""
     argv = sys.argv[1:] if argv is None else argv
     chosen = Parser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--dataset", default="shapes")
-    preset = presets.get(chosen.parse_known_args(argv)[0].dataset, {})
+    chosen.add_argument("--size")
+    names = chosen.parse_known_args(argv)[0]
+    preset = presets.get(names.dataset, {}) | (sizes or {}).get(names.size, {})
     unknown = set(preset) - {action.dest for action in parser._actions}
     assert not unknown, f"preset names no flag: {unknown}"
     parser.set_defaults(**preset)
@@ -900,11 +1062,20 @@ class Run:
 
             self._handlers = {name: signal.signal(name, on_signal) for name in (signal.SIGTERM, signal.SIGINT)}
 
+    def asked(self):
+        """Whether this process was asked to stop."""
+        return bool(self._asked)
+
+    def wait(self):
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
     def stopping(self):
         """Whether any process was asked to stop; all processes get the same answer."""
         if self.world == 1:
-            return bool(self._asked)
-        flag = torch.tensor(float(bool(self._asked)), device=self.device)
+            return self.asked()
+        flag = torch.tensor(float(self.asked()), device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
@@ -931,7 +1102,12 @@ class Run:
             model.compile()  # in place: the state dict keeps its keys
         if self.world == 1:
             return model
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    def part(self, model, last):
+        """Inside, for one part of an accumulated batch: gradients stay in this process until the last part."""
+        return model.no_sync() if self.world > 1 and not last else nullcontext()
 
     def average(self, value):
         """Mean of a tensor over all processes."""
@@ -942,8 +1118,8 @@ class Run:
 
     def close(self):
         """Leave the process group, release the folder and give the signals back."""
+        self.wait()  # the first process may still be writing its report
         if self.world > 1:
-            dist.barrier()  # the first process may still be writing its report
             dist.destroy_process_group()
         if self._lock:
             self._lock.close()
@@ -968,31 +1144,40 @@ def evaluating(model):
 
 
 class Optimizers:
-    """Muon for the matrices of the transformer blocks and AdamW for everything else (or AdamW for all, --lr-matrix 0)."""
+    """Muon for the matrices of the transformer blocks and AdamW for everything else (or AdamW for all, --lr-matrix 0).
 
-    def __init__(self, model, args, matrices=lambda name: "blocks." in name):
+    scale(name): what the learning rate of a parameter is multiplied by.
+    """
+
+    def __init__(self, model, args, scale=lambda name: 1.0):
         parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        muon = [p for n, p in parameters if args.lr_matrix > 0 and p.ndim == 2 and matrices(n)]
-        chosen = {id(p) for p in muon}
-        rest = [p for _, p in parameters if id(p) not in chosen]
-        groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": args.weight_decay},
-                  {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-        self.parts = [torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=(0.9, 0.95), fused=True)]
+        muon = [p for n, p in parameters if args.lr_matrix > 0 and p.ndim == 2 and "blocks." in n]
+        chosen, groups = {id(p) for p in muon}, {}
+        for n, p in sorted(parameters, key=lambda pair: pair[1].ndim < 2):
+            if id(p) not in chosen:
+                groups.setdefault((p.ndim >= 2, scale(n)), []).append(p)
+        self.decayed, self.scales = ([key[k] for key in groups] + [1.0] for k in (0, 1))  # of each group, Muon's the last
+        self.parts = [torch.optim.AdamW([{"params": ps, "weight_decay": args.weight_decay * decayed} for (decayed, _), ps in groups.items()],
+                                        lr=args.lr, betas=(0.9, 0.95), fused=True)]
         if muon:
             self.parts.append(torch.optim.Muon(muon, lr=args.lr_matrix, weight_decay=args.weight_decay, momentum=0.95))
-        self.peaks = [args.lr, args.lr_matrix]
+        self.peaks = [args.lr] * len(groups) + [args.lr_matrix]
         self.parameters, self.clip = [p for _, p in parameters], args.clip
 
-    def step(self, factor, step):
-        """One update with both learning rates at `factor` of their peak. Fails before it when a gradient is not finite."""
+    def step(self, factor, step, weight_decay=None):
+        """One update with all learning rates at `factor` of their peak and, where given, another weight decay (of those that have one).
+        Fails before it when a gradient is not finite."""
         try:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf, error_if_nonfinite=True)
         except RuntimeError:
             fail(f"step {step}: a gradient is not finite, stopped before the update; the last checkpoint is intact. "
                  "Lower --lr or --lr-matrix, or try --dtype float32")
-        for part, peak in zip(self.parts, self.peaks):
-            for group in part.param_groups:
-                group["lr"] = peak * factor
+        groups = [group for part in self.parts for group in part.param_groups]
+        for group, peak, scale, decayed in zip(groups, self.peaks, self.scales, self.decayed):
+            group["lr"] = peak * factor * scale
+            if weight_decay is not None and decayed:
+                group["weight_decay"] = weight_decay
+        for part in self.parts:
             part.step()
             part.zero_grad(set_to_none=True)
         return norm
@@ -1076,10 +1261,11 @@ def peak_flops(run):
 
 
 class Meter:
-    """Progress bar, log lines and speed of a training run; speed is model FLOPs over time over the device's peak (MFU)."""
+    """Progress bar, log lines and speed of a training run: `unit`s per second, `count` of them a step, and model FLOPs over time over the
+    device's peak (MFU)."""
 
-    def __init__(self, run, args, flops, start, every=50):
-        self.run, self.args, self.flops, self.every = run, args, flops, every
+    def __init__(self, run, args, flops, start, count, unit="images", every=50):
+        self.run, self.args, self.flops, self.every, self.count, self.unit = run, args, flops, every, count, unit
         self.bar = tqdm(total=args.steps, initial=start, disable=not run.bar, dynamic_ncols=True)
         self.peak, self.source = peak_flops(run) if run.main and start < args.steps else (0, "")
         self.last, self.at, self.began = time.perf_counter(), start, time.perf_counter()
@@ -1097,11 +1283,13 @@ class Meter:
             now = time.perf_counter()
             seconds, self.last, self.at = (now - self.last) / (done - self.at), now, done
             mfu = self.flops / seconds / (self.peak * self.run.world)
-            self.bar.set_postfix({k: f"{v:.3f}" for k, v in values.items()} | {"mfu": f"{mfu:.2f}"})
-            log.write(done, **{k: round(v, 5) for k, v in values.items()}, ms=round(seconds * 1e3, 1), mfu=round(mfu, 3))
+            rate = self.count / seconds
+            self.bar.set_postfix({k: f"{v:.3f}" for k, v in values.items()} | {f"{self.unit}/s": f"{rate:,.0f}", "mfu": f"{mfu:.2f}"})
+            log.write(done, **{k: round(v, 5) for k, v in values.items()}, ms=round(seconds * 1e3, 1), mfu=round(mfu, 3),
+                      **{f"{self.unit} per second": round(rate, 1)})
             if done == self.args.steps:
                 self.bar.close()
-                print(f"{done} steps, {now - self.began:.0f} s in this run, last {seconds * 1e3:.0f} ms a step, "
+                print(f"{done} steps, {now - self.began:.0f} s in this run, last {seconds * 1e3:.0f} ms a step, {rate:,.0f} {self.unit}/s, "
                       f"{values['loss']:.4f} loss, MFU {mfu:.2f} of {self.peak / 1e12:.2f} TFLOP/s ({self.source})")
 
 
@@ -1113,13 +1301,57 @@ def stopped(path, step, args, run):
     raise SystemExit(143)
 
 
-def describe(args, model, flops, run):
-    """Print settings, parameters, rough memory and FLOPs per step (the --dry-run page)."""
+class _Peak(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive inside, and the most there were at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if torch.is_tensor(tensor) else None
+            if storage is not None and storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata)
+        return out
+
+    def _gone(self, key):
+        self.now -= self.alive.pop(key)
+
+
+def peak_memory(build, loss, args, run):
+    """Bytes of all tensors at the peak of a training step in this process, and parameters, of the model that build() makes.
+
+    Two steps are taken on tensors without values: loss(model) is the loss of one part of a batch. What the libraries and the allocator
+    need beside tensors is not in it; torch.compile needs less.
+    """
+    with FakeTensorMode(), _Peak() as memory, run.device:
+        model = build()
+        optimizers, ema = Optimizers(model, args), EMA(model, 0.9)
+        for step in range(2):
+            for _ in range(args.accumulate):
+                (loss(model) / args.accumulate).backward()
+            for part in optimizers.parts:
+                part.step()
+                part.zero_grad(set_to_none=True)
+            ema.update(step)
+        return memory.peak, sum(p.numel() for p in model.parameters())
+
+
+SLACK = 1.25  # memory of a process over that of its tensors: allocators keep holes (1.16 to 1.36 measured on a CPU, README)
+
+
+def describe(args, build, loss, flops, run):
+    """Print settings, parameters, memory and FLOPs per step (the --dry-run page); build and loss as peak_memory."""
     for key, value in sorted(vars(args).items()):
         print(f"  {key.replace('_', '-'):18} {value}")
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{count / 1e6:.2f}M parameters; {count * 4 * 5 / 2 ** 30:.2f} GiB for weights, gradient, optimizer and average; "
-          f"{flops / 1e9:.1f} GFLOP per step; device {run.device}, {run.dtype}, {run.world} process(es)".replace("torch.", ""))
+    peak, count = peak_memory(build, loss, args, run)
+    print(f"{count / 1e6:.2f}M parameters; {flops / 1e9:.1f} GFLOP per step; device {run.device}, {run.dtype}, {run.world} process(es); memory at the "
+          f"peak of a step, in each process: {peak / 2 ** 30:.2f} GiB of tensors, about {peak * SLACK / 2 ** 30:.2f} GiB in all".replace("torch.", ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,14 +7,19 @@ A straight path from noise e to image x; the network predicts x and is compared 
 The code c (L positions) enters as the mean of one embedding per position, beside t in adaLN, and as G in-context tokens, each
 the mean over L / G positions (paper, section 3.2 has the mean alone). Whole codes are dropped for guidance.
 
+In pixels, or with --vae in the latents of an autoencoder, encoded once into OUT/<dataset>/latents.npy.
 Reads images and OUT/<dataset>/codes.npy; writes OUT/<dataset>/generator.pt, generator-early.pt (guidance by a weaker self);
 with --condition none, generator-uncond.pt: the baseline without codes; with --factors, generator-factors.pt: the reference
 that reads the true factors (shapes) in place of codes.
     python generator.py                                                        # shapes on a CPU
     python generator.py --dataset cifar10                                      # one GPU
-    torchrun --nproc-per-node 8 generator.py --dataset imagenet                # a node
+    torchrun --nproc-per-node 8 generator.py --dataset imagenet                # a node, pixels, patch 16
+    torchrun --nproc-per-node 8 generator.py --dataset imagenet --vae sd-vae-ft-ema --patch 2 --size XL        # the paper's latents
 """
+import json
 import math
+import shutil
+from pathlib import Path
 
 import data  # first: it sets the threads' waiting policy before torch starts them
 import numpy as np
@@ -29,6 +34,8 @@ PRESETS = {
     "imagenet": dict(steps=500_000, batch_size=256, image_size=256, patch=16, stem=0, width=1152, depth=28, heads=16, groups=32, lr=1e-4,
                      lr_matrix=0.0, lr_final=1.0, warmup=5000, ema=0.9999, clip=1.0, save_every=5000, sample_steps=25, workers=12),
 }
+SIZES = {"S": dict(width=384, depth=12, heads=6), "B": dict(width=768, depth=12, heads=12), "L": dict(width=1024, depth=24, heads=16),
+         "XL": dict(width=1152, depth=28, heads=16)}  # --size, over the preset; the names of DiT
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model
@@ -105,12 +112,14 @@ class CodeEmbedding(nn.Module):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer in pixels, with a few halving convolutions before the patches and their mirror image after."""
+    """Diffusion transformer, with a few halving convolutions before the patches and their mirror image after. What it draws, x, is pixels
+    (C = 3) or latents of size × size; `vae` turns latents into pixels (set by load_generator; None: x is pixels)."""
 
-    def __init__(self, image_size, patch, stem, width, depth, heads, codes, values, groups, condition, predict):
+    def __init__(self, size, patch, stem, width, depth, heads, codes, values, groups, condition, predict, channels=3):
         super().__init__()
-        self.patch, self.side, self.V, self.condition, self.predict = patch >> stem, image_size // patch, values, condition, predict
-        channels = [3] + [32 << k for k in range(stem)]
+        self.patch, self.side, self.V, self.condition, self.predict = patch >> stem, size // patch, values, condition, predict
+        self.x_shape, self.vae = (channels, size, size), None
+        channels = [channels] + [32 << k for k in range(stem)]
         self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(channels, channels[1:]))
         self.head = nn.ModuleList(nn.Conv2d(b, 4 * a, 3, padding=1) for a, b in zip(channels, channels[1:]))
         self.x_embed = nn.Linear(channels[-1] * self.patch ** 2, width)
@@ -126,14 +135,14 @@ class DiT(nn.Module):
             nn.init.zeros_(p)
 
     def forward(self, z, t, codes=None):
-        """z (B, 3, S, S) noisy images, t (B,) in [0, 1], codes (B, L) long with V for "no code" → x or v (B, 3, S, S)."""
+        """z (B, C, S, S) noisy x, t (B,) in [0, 1], codes (B, L) long with V for "no code" → x or v (B, C, S, S)."""
         c = self.t_embed(timestep_features(t).to(z.dtype))  # (B, D)
         if self.code_mean is not None:
             c = c + self.code_mean(codes)[:, 0]  # (B, D)
         c = F.silu(c)
         skips, h = [], z
         for conv in self.stem:
-            h = F.silu(conv(h))  # (B, C, S / 2, S / 2), (B, 2C, S / 4, S / 4), ...
+            h = F.silu(conv(h))  # (B, 32, S / 2, S / 2), (B, 64, S / 4, S / 4), ...
             skips.append(h)
         x = self.x_embed(F.pixel_unshuffle(h, self.patch).flatten(2).transpose(1, 2)) + self.pos_embed  # (B, N, D)
         n = x.shape[1]
@@ -141,10 +150,10 @@ class DiT(nn.Module):
             x = torch.cat([x, self.code_context(codes) + self.context_pos], 1)  # (B, N + G, D)
         for block in self.blocks:
             x = block(x, c)  # (B, N + G, D)
-        x = self.final(modulate(x[:, :n], *self.final_adaLN(c).chunk(2, -1)))  # (B, N, C · p²)
-        h = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (self.side, self.side)), self.patch)  # (B, C, S / 2^stem, ...)
+        x = self.final(modulate(x[:, :n], *self.final_adaLN(c).chunk(2, -1)))  # (B, N, channels · p²)
+        h = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (self.side, self.side)), self.patch)  # (B, channels, S / 2^stem, ...)
         for conv, skip in zip(reversed(self.head), reversed(skips)):
-            h = F.pixel_shuffle(conv(F.silu(h + skip)), 2)  # (B, C / 2, twice the side), at last (B, 3, S, S)
+            h = F.pixel_shuffle(conv(F.silu(h + skip)), 2)  # half the channels, twice the side, at last (B, C, S, S)
         return h
 
 
@@ -162,7 +171,7 @@ NEAREST = 0.05  # 1 − t is not taken below this in equation (2) with x-predict
 
 
 def velocity(output, z, t, predict, nearest=0.0):
-    """The network's output as a velocity, equation (1). output, z (B, 3, S, S); t (B,), 1 − t taken as at least `nearest`."""
+    """The network's output as a velocity, equation (1). output, z (B, C, S, S); t (B,), 1 − t taken as at least `nearest`."""
     output = output.float()
     return output if predict == "v" else (output - z) / (1 - t)[:, None, None, None].clamp(min=nearest)
 
@@ -173,7 +182,7 @@ def drop_codes(codes, null, draws, drop):
 
 
 def flow_loss(model, x, codes, draws, args, run):
-    """Equation (2) on images x (B, 3, S, S) in [-1, 1]; codes (B, L) long or None. `draws` gives all randomness."""
+    """Equation (2) on x (B, C, S, S), images in [-1, 1] or latents; codes (B, L) long or None. `draws` gives all randomness."""
     t = torch.sigmoid(args.t_mean + args.t_std * draws.normal())  # (B,)
     e = draws.normal(*x.shape[1:])
     z = t[:, None, None, None] * x + (1 - t)[:, None, None, None] * e
@@ -229,18 +238,20 @@ def guided_field(model, codes, guidance, interval, run, weak=None):
 
 
 @torch.no_grad()
-def generate(model, codes, count, sampler, run, seed=0, weak=None, batch=250):
+def generate(model, codes, count, sampler, run, seed=0, weak=None, first=0, batch=250):
     """Images (count, 3, S, S) uint8 on the CPU, from codes (count, L) long (None: without codes).
 
-    sampler: dict with steps, method, guidance, interval. Image k follows from (seed, k) alone, whatever its neighbours.
+    sampler: dict with steps, method, guidance, interval. Image k of all, of which these are `first` and those after it, follows from
+    (seed, k) alone, whatever its neighbours.
     """
-    images, size = [], model.side * model.patch << len(model.stem)
+    images = []
     for start in range(0, count, batch):
         n = min(batch, count - start)
-        noise = torch.stack([torch.randn(3, size, size, generator=data.step_generator(seed, k)) for k in range(start, start + n)])
+        noise = torch.stack([torch.randn(model.x_shape, generator=data.step_generator(seed, first + start + k)) for k in range(n)])
         c = None if codes is None else codes[start:start + n].to(run.device)
         field = guided_field(model, c, sampler["guidance"], sampler["interval"], run, weak)
-        images.append(data.to_bytes(integrate(field, noise.to(run.device), sampler["steps"], sampler["method"]).clamp(-1, 1)).cpu())
+        x = integrate(field, noise.to(run.device), sampler["steps"], sampler["method"])  # (n, C, S, S)
+        images.append(data.to_bytes((model.vae.decode(x) if model.vae else x).clamp(-1, 1)).cpu())
     return torch.cat(images)
 
 
@@ -250,6 +261,8 @@ def add_sampler_flags(parser):
     g.add_argument("--sample-steps", type=data.positive, default=4, help="steps from noise to image")
     g.add_argument("--method", choices=("heun", "euler"), default="heun", help="ODE solver")
     g.add_argument("--guidance", type=data.non_negative, default=2.0, help="w of equation (3); 1: none")
+    g.add_argument("--vae", metavar="PATH", help="work in the latents of this folder of diffusers' AutoencoderKL (default: in pixels; in "
+                   "sample.py the folder of the training)")
     g.add_argument("--guidance-interval", type=data.share, nargs=2, default=[0.0, 1.0], metavar=("FROM", "TO"), help="t in which guidance acts")
 
 
@@ -259,20 +272,105 @@ def sampler_settings(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# latents
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read_vae(path):
+    """What the folder of diffusers' AutoencoderKL says of itself: channels, how many pixels are a side of a latent (down), scale and shift
+    that bring latents to about unit variance, and a checksum of its weights."""
+    path, weights = Path(path), None
+    try:
+        config = json.loads((path / "config.json").read_text())
+        if config.get("_class_name") != "AutoencoderKL":
+            raise ValueError(f"config.json says {config.get('_class_name')}")
+        weights = next(w for name in ("safetensors", "bin") if (w := path / f"diffusion_pytorch_model.{name}").is_file())
+        return {"channels": config["latent_channels"], "down": 2 ** (len(config["block_out_channels"]) - 1), "scale": config["scaling_factor"],
+                "shift": config.get("shift_factor") or 0.0, "sha256": data.file_checksum(weights)}
+    except (OSError, ValueError, KeyError, AttributeError, StopIteration) as problem:
+        problem = "no diffusion_pytorch_model.safetensors or .bin" if isinstance(problem, StopIteration) else problem
+        data.fail(f"--vae {path}: not a folder of diffusers' AutoencoderKL ({problem}); expected config.json and the weights, as in sd-vae-ft-ema")
+
+
+class VAE:
+    """An AutoencoderKL of diffusers: pixels (B, 3, S, S) in [-1, 1] ↔ scaled latents (B, C, S / down, S / down)."""
+
+    def __init__(self, path, device):
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError:
+            data.fail("--vae needs packages: pip install diffusers transformers")
+        self.about = read_vae(path)
+        try:
+            self.model = AutoencoderKL.from_pretrained(path, local_files_only=True).to(device).eval().requires_grad_(False)
+        except Exception as problem:  # whatever diffusers raises
+            data.fail(f"--vae {path}: diffusers cannot load it ({type(problem).__name__}: {str(problem)[:200]})")
+
+    @torch.no_grad()
+    def encode(self, x):
+        """The mean of the posterior, scaled."""
+        return (self.model.encode(x).latent_dist.mean - self.about["shift"]) * self.about["scale"]
+
+    @torch.no_grad()
+    def decode(self, z):
+        """Pixels of scaled latents."""
+        return self.model.decode(z / self.about["scale"] + self.about["shift"]).sample
+
+
+def open_latents(args, dataset, run, batch=25):
+    """Latents (N, 2 flips, C, S, S) float16 of the whole dataset, memory-mapped from OUT/<dataset>/latents.npy; made there by --vae, once,
+    beside latents.json (scale, checksum of the VAE, image size, splits)."""
+    path = run.folder / "latents.npy"
+    about = {**read_vae(args.vae), "image_size": args.image_size, "count": len(dataset), "splits": {k: [r.start, r.stop] for k, r in dataset.splits.items()}}
+    side = args.image_size // about["down"]
+    try:
+        latents = np.load(path, mmap_mode="r")
+        if json.loads(path.with_suffix(".json").read_text()) == about and latents.shape == (len(dataset), 2, about["channels"], side, side):
+            return latents
+    except (OSError, ValueError, EOFError):
+        pass  # none yet, or not whole: made again
+    vae = VAE(args.vae, run.device)
+
+    def work(rows):
+        parts = []
+        for start in range(0, len(rows), batch):
+            images = data.unit(dataset.pixels(rows[start:start + batch]).to(run.device))
+            with run.autocast():
+                parts.append(torch.stack([vae.encode(x) for x in (images, images.flip(3))], 1).half().cpu().numpy())
+        return {"latents": np.concatenate(parts)}
+
+    folder = run.folder / f".latents-{data.checksum(about)[:16]}"
+    chunks = data.in_chunks(folder, len(dataset), run, work)
+    if run.main:
+        path.with_suffix(".json").unlink(missing_ok=True)
+        data.join_chunks(chunks, "latents", len(dataset), path)
+        data.write_atomic(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(about)))
+        shutil.rmtree(folder)
+    run.wait()
+    return np.load(path, mmap_mode="r")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # training
 # ---------------------------------------------------------------------------------------------------------------------
 
 def build_generator(config):
     """The DiT of a dict of settings (a checkpoint's config)."""
-    keys = ("image_size", "patch", "stem", "width", "depth", "heads", "codes", "values", "groups", "condition", "predict")
-    return DiT(**{k: config[k] for k in keys})
+    keys = ("patch", "stem", "width", "depth", "heads", "codes", "values", "groups", "condition", "predict", "channels")
+    return DiT(config["image_size"] // config.get("down", 1), **{k: config[k] for k in keys if k in config})
 
 
 def load_generator(args, device, stage="generator"):
-    """The trained model with averaged weights from OUT/<dataset>/<stage>.pt; refuses one trained on other codes."""
+    """The trained model with averaged weights from OUT/<dataset>/<stage>.pt; refuses one trained on other codes, or with another VAE."""
     state = data.load_stage(stage, args)
-    model = build_generator(state["config"])
+    config = state["config"]
+    model = build_generator(config)
     model.load_state_dict(state["ema"])
+    if config.get("vae_sha256"):
+        model.vae = VAE(args.vae or config["vae"], device)
+        if model.vae.about["sha256"] != config["vae_sha256"]:
+            data.fail(f"--vae {args.vae or config['vae']}: not the weights that {stage}.pt was trained with")
+    elif args.vae:
+        data.fail(f"--vae {args.vae}: {stage}.pt was trained in pixels; leave the flag away")
     return model.to(device).eval()
 
 
@@ -288,10 +386,10 @@ def codes_to_read(args):
 
 def training_flops(args):
     """FLOPs of one step, 3 × forward: blocks with their modulation, embeddings, stem and head convolutions."""
-    D, n, hidden = args.width, (args.image_size // args.patch) ** 2, swiglu_hidden(args.width)
+    D, n, hidden = args.width, (args.image_size // args.down // args.patch) ** 2, swiglu_hidden(args.width)
     tokens = n + (args.groups if args.condition in ("both", "context") else 0)
     block = 2 * tokens * (4 * D ** 2 + 3 * hidden * D) + 4 * tokens ** 2 * D + 12 * D ** 2
-    channels, side, convs = 3, args.image_size, 0
+    channels, side, convs = args.channels, args.image_size // args.down, 0
     for k in range(args.stem):
         side //= 2
         convs, channels = convs + 2 * side ** 2 * 9 * channels * (32 << k) * (1 + 4), 32 << k
@@ -302,7 +400,8 @@ def training_flops(args):
 def add_flags(parser):
     """The generator's own flags; the defaults are the shapes values."""
     g = parser.add_argument_group("model")
-    g.add_argument("--patch", type=data.positive, default=8, help="patch side in pixels")
+    g.add_argument("--size", choices=SIZES, help="width, depth and heads by the name of DiT's size (default: as the dataset's preset says)")
+    g.add_argument("--patch", type=data.positive, default=8, help="patch side in pixels, or in latents")
     g.add_argument("--stem", type=int, default=2, help="halving convolutions before the patches, mirrored after; 0: plain patches")
     g.add_argument("--width", type=data.positive, default=192, help="D, width of the tokens")
     g.add_argument("--depth", type=data.positive, default=4, help="transformer blocks")
@@ -311,7 +410,7 @@ def add_flags(parser):
     g.add_argument("--factors", action="store_true", help="read the true factors in place of the code: the reference for shapes")
     g.add_argument("--groups", type=data.positive, default=4, help="G, in-context code tokens")
     g = parser.add_argument_group("flow")
-    g.add_argument("--predict", choices=("x", "v"), default="x", help="what the network outputs; the loss is on v in both cases")
+    g.add_argument("--predict", choices=("x", "v"), help="what the network outputs; the loss is on v in both cases (default: x in pixels, v in latents)")
     g.add_argument("--t-mean", type=float, default=-0.4, help="mu of equation (1)")
     g.add_argument("--t-std", type=data.non_negative, default=1.0, help="sigma of equation (1)")
     g.add_argument("--drop", type=data.share, default=0.1, help="probability of training without the code")
@@ -323,8 +422,9 @@ def check_flags(parser, args):
     """What argparse cannot see: sizes that must divide."""
     if args.width % args.heads:
         parser.error(f"argument --heads: {args.heads} does not divide --width {args.width}")
-    if args.image_size % args.patch:
-        parser.error(f"argument --patch: {args.patch} does not divide --image-size {args.image_size}")
+    if args.image_size % (args.patch * args.down):
+        parser.error(f"argument --patch: {args.patch}{f' times the {args.down} pixels of a latent' if args.vae else ''} does not divide --image-size "
+                     f"{args.image_size}")
     if args.factors and (args.dataset != "shapes" or args.condition == "none"):
         parser.error("argument --factors: only shapes has known factors, and --condition must read them")
     if args.stem < 0 or args.patch % (1 << args.stem):
@@ -336,7 +436,9 @@ def main(argv=None):
     parser = data.make_parser(__doc__)
     data.add_training_flags(parser, steps=2500, batch_size=64, lr=2e-3, lr_matrix=0.0, warmup=50)
     add_flags(parser)
-    args = data.parse(parser, PRESETS, argv)
+    args = data.parse(parser, PRESETS, argv, SIZES)
+    vae = read_vae(args.vae) if args.vae else {"channels": 3, "down": 1, "sha256": None}
+    args.channels, args.down, args.vae_sha256, args.predict = vae["channels"], vae["down"], vae["sha256"], args.predict or ("v" if args.vae else "x")
     check_flags(parser, args)
     stage = "generator-uncond" if args.condition == "none" else "generator-factors" if args.factors else "generator"
     run = data.Run(args, lock=stage)
@@ -344,15 +446,22 @@ def main(argv=None):
     args.codes, args.values = about["L"], about["V"]
     if args.condition in ("both", "context") and args.codes % args.groups:
         parser.error(f"argument --groups: {args.groups} does not divide the {args.codes} positions of the codes")
-    dataset = None if args.dry_run else data.load_dataset(args)
-    torch.manual_seed(args.seed)
-    model, flops = build_generator(vars(args)).to(run.device), training_flops(args)
+    flops, path = training_flops(args), run.folder / f"{stage}.pt"
     if args.dry_run:
-        return data.describe(args, model, flops, run)
-    path = run.folder / f"{stage}.pt"
+        def loss(model):
+            draws = data.Draws(0, 0, run, args.batch_size, 0, args.accumulate)
+            b = args.batch_size // run.world // args.accumulate
+            return flow_loss(model, torch.zeros(b, *model.x_shape), torch.zeros(b, args.codes, dtype=torch.long), draws, args, run)
+
+        return data.describe(args, lambda: build_generator(vars(args)), loss, flops, run)
+    dataset = data.load_dataset(args)
     if codes is not None and len(codes) != len(dataset):
         data.fail(f"{run.folder / 'codes.npy'}: codes of {len(codes)} images, {args.dataset} has {len(dataset)}; make it again with "
                   + data.stage_command("tokenizer", args))
+    latents = open_latents(args, dataset, run) if args.vae else None
+    torch.manual_seed(args.seed)
+    model = build_generator(vars(args)).to(run.device)
+    model.vae = VAE(args.vae, run.device) if args.vae and run.main else None
     optimizers, ema = data.Optimizers(model, args), data.EMA(model, args.ema)
     state = data.resume(path, stage, args, about["sha256"])
     if state:
@@ -374,21 +483,27 @@ def main(argv=None):
 
     start = state["step"] if state else 0
     trained = run.wrap(model, args)
-    log, meter = data.Log(run, stage, args.tensorboard), data.Meter(run, args, flops, start)
-    for step, rows, images in data.image_batches(dataset, run, args, start):
+    log, meter = data.Log(run, stage, args.tensorboard), data.Meter(run, args, flops, start, args.batch_size)
+    batches = data.image_batches(dataset, run, args, start) if latents is None else data.row_batches(dataset, args, start)
+    for step, rows, images in batches:
         run.seed_step(args.seed, step)
         loss = 0.0
         for part in range(args.accumulate):
             draws = data.Draws(args.seed, step, run, args.batch_size, part, args.accumulate)
             mine = rows[run.share(len(rows))].chunk(args.accumulate)[part]
             flip = draws.uniform() < 0.5
-            x = data.unit(images.chunk(args.accumulate)[part])
-            x, c = torch.where(flip[:, None, None, None], x.flip(3), x), None
+            at, c = (mine.numpy(), flip.long().cpu().numpy()), None
+            if latents is None:
+                x = data.unit(images.chunk(args.accumulate)[part])
+                x = torch.where(flip[:, None, None, None], x.flip(3), x)  # (b, 3, S, S)
+            else:
+                x = torch.from_numpy(latents[at]).to(run.device).float()  # (b, C, S, S)
             if codes is not None:  # the code of the flip that the network is shown
-                c = torch.from_numpy(codes[mine.numpy(), flip.long().cpu().numpy()].astype(np.int64)).to(run.device)  # (b, L)
+                c = torch.from_numpy(codes[at].astype(np.int64)).to(run.device)  # (b, L)
                 c = drop_codes(c, args.values, draws, args.drop)
-            part_loss = flow_loss(trained, x, c, draws, args, run) / args.accumulate
-            part_loss.backward()
+            with run.part(trained, last=part == args.accumulate - 1):
+                part_loss = flow_loss(trained, x, c, draws, args, run) / args.accumulate
+                part_loss.backward()
             loss = loss + part_loss.detach()
         norm = optimizers.step(data.warmup_cosine(step, args), step)
         ema.update(step)

@@ -412,19 +412,30 @@ def main(argv=None):
     run = data.Run(args, lock=stage)
     codes, about = data.open_codes(args)
     args.codes, args.values = about["L"], about["V"]
-    torch.manual_seed(args.seed)
-    model, flops, path = build_prior(vars(args)).to(run.device), training_flops(args), run.folder / f"{stage}.pt"
+    flops, path = training_flops(args), run.folder / f"{stage}.pt"
+
+    def nll_of(model, c, draws):  # (b,)
+        if args.kind == "ar":
+            return ar_nll(model, c, run)
+        return masked_nll(model, c, args.values, draws.stratified(), draws.uniform(args.codes), run)
+
     if args.dry_run:
-        return data.describe(args, model, flops, run)
+        def loss(model):
+            draws = data.Draws(0, 0, run, args.batch_size, 0, args.accumulate)
+            return nll_of(model, torch.zeros(args.batch_size // run.world // args.accumulate, args.codes, dtype=torch.long), draws).mean()
+
+        return data.describe(args, lambda: build_prior(vars(args)), loss, flops, run)
     if args.batch_size > len(about["splits"]["train"]):
         data.fail(f"--batch-size {args.batch_size} is larger than the {len(about['splits']['train'])} training codes")
+    torch.manual_seed(args.seed)
+    model = build_prior(vars(args)).to(run.device)
     optimizers, ema = data.Optimizers(model, args), data.EMA(model, args.ema)
     state = data.resume(path, stage, args, about["sha256"])
     if state:
         model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), optimizers.load_state_dict(state["optimizer"])
     start = state["step"] if state else 0
     trained = run.wrap(model, args)
-    log, meter = data.Log(run, stage, args.tensorboard), data.Meter(run, args, flops, start)
+    log, meter = data.Log(run, stage, args.tensorboard), data.Meter(run, args, flops, start, args.batch_size * args.codes, "tokens")
     for step in range(start, args.steps):
         run.seed_step(args.seed, step)
         rows = data.batch_rows(about["splits"]["train"], args.batch_size, args.seed, step)[run.share(args.batch_size)]
@@ -433,12 +444,9 @@ def main(argv=None):
             draws = data.Draws(args.seed, step, run, args.batch_size, part, args.accumulate)
             flip = (draws.uniform() < 0.5).long().cpu()
             c = torch.from_numpy(codes[rows.chunk(args.accumulate)[part].numpy(), flip.numpy()].astype(np.int64)).to(run.device)
-            if args.kind == "ar":
-                nll = ar_nll(trained, c, run)
-            else:
-                nll = masked_nll(trained, c, args.values, draws.stratified(), draws.uniform(args.codes), run)
-            part_loss = nll.mean() / args.accumulate
-            part_loss.backward()
+            with run.part(trained, last=part == args.accumulate - 1):
+                part_loss = nll_of(trained, c, draws).mean() / args.accumulate
+                part_loss.backward()
             loss = loss + part_loss.detach()
         norm = optimizers.step(data.warmup_cosine(step, args), step)
         ema.update(step)

@@ -80,7 +80,7 @@ class Stages:
     def generator(self, stage="generator"):
         """The model of generator.pt, or of another stage of the same architecture."""
         model = self._get(stage, lambda: generator.load_generator(self.args, self.run.device, stage))
-        size = model.side * model.patch << len(model.stem)
+        size = model.x_shape[1] * (model.vae.about["down"] if model.vae else 1)
         if size != self.args.image_size:
             data.fail(f"{stage}.pt draws images of {size} pixels, --image-size is {self.args.image_size}: add --image-size {size}")
         return model

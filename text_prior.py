@@ -442,11 +442,20 @@ def main(argv=None):
         data.fail(f"{run.folder / 'codes.npy'}: codes of the splits {about['splits']}, {args.dataset} has {splits}; make it again with "
                   + data.stage_command("tokenizer", args))
     args.codes, args.values, args.window = about["L"], about["V"], tokens.shape[1]
-    torch.manual_seed(args.seed)
-    model, flops = build_text_prior(vars(args), text).to(run.device), training_flops(args, text.mask)
-    path = run.folder / "text_prior.pt"
+    flops, path = training_flops(args, text.mask), run.folder / "text_prior.pt"
+
+    def nll_of(model, c, w, draws):  # (b,)
+        w, task = tasks_of(w, text.pad, args.mix, args.drop, draws)  # (b, T), (b,)
+        return text_nll(model, c, w, task, draws.stratified(), draws.uniform(args.codes + args.window), (args.values, text.mask), run)
+
     if args.dry_run:
-        return data.describe(args, model, flops, run)
+        def loss(model):
+            b, draws = args.batch_size // run.world // args.accumulate, data.Draws(0, 0, run, args.batch_size, 0, args.accumulate)
+            return nll_of(model, torch.zeros(b, args.codes, dtype=torch.long), torch.zeros(b, args.window, dtype=torch.long), draws).mean()
+
+        return data.describe(args, lambda: build_text_prior(vars(args), text), loss, flops, run)
+    torch.manual_seed(args.seed)
+    model = build_text_prior(vars(args), text).to(run.device)
     optimizers, ema = data.Optimizers(model, args), data.EMA(model, args.ema)
     state = data.resume(path, "text_prior", args, about["sha256"])
     captions = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
@@ -456,7 +465,7 @@ def main(argv=None):
         model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), optimizers.load_state_dict(state["optimizer"])
     start = state["step"] if state else 0
     trained = run.wrap(model, args)
-    log, meter = data.Log(run, "text_prior", args.tensorboard), data.Meter(run, args, flops, start)
+    log, meter = data.Log(run, "text_prior", args.tensorboard), data.Meter(run, args, flops, start, args.batch_size * (args.codes + 1 + args.window), "tokens")
     for step in range(start, args.steps):
         run.seed_step(args.seed, step)
         rows = data.batch_rows(splits["train"], args.batch_size, args.seed, step)[run.share(args.batch_size)]
@@ -465,10 +474,10 @@ def main(argv=None):
             draws = data.Draws(args.seed, step, run, args.batch_size, part, args.accumulate)
             mine, flip = rows.chunk(args.accumulate)[part], (draws.uniform() < 0.5).long().cpu()
             c = torch.from_numpy(codes[mine.numpy(), flip.numpy()].astype(np.int64)).to(run.device)  # (b, L)
-            w, task = tasks_of(tokens[mine].long().to(run.device), text.pad, args.mix, args.drop, draws)  # (b, T), (b,)
-            nll = text_nll(trained, c, w, task, draws.stratified(), draws.uniform(args.codes + args.window), (args.values, text.mask), run)
-            part_loss = nll.mean() / args.accumulate
-            part_loss.backward()
+            w = tokens[mine].long().to(run.device)  # (b, T)
+            with run.part(trained, last=part == args.accumulate - 1):
+                part_loss = nll_of(trained, c, w, draws).mean() / args.accumulate
+                part_loss.backward()
             loss = loss + part_loss.detach()
         norm = optimizers.step(data.warmup_cosine(step, args), step)
         ema.update(step)

@@ -14,6 +14,7 @@ Reads images; writes OUT/<dataset>/tokenizer.pt, codes.npy (N, 2 flips, L), code
 import argparse
 import json
 import math
+import shutil
 
 import data  # first: it sets the threads' waiting policy before torch starts them
 import numpy as np
@@ -22,7 +23,6 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 PRESETS = {
     "cifar10": dict(steps=40_000, batch_size=512, lr=1e-3, momentum=0.992, warmup=2000,
@@ -33,11 +33,12 @@ PRESETS = {
     "folder": dict(steps=2000, batch_size=128, codes=64, prototypes=1024, jitter=[0.2, 0.2, 0.1, 0.05], global_scale=[0.5, 1.0], ratio=0.75),
     "imagenet": dict(steps=125_000, batch_size=256, lr=5e-5, lr_final=0.02, momentum=0.992, warmup=12_500, weight_decay=0.04,
                      image_size=256, workers=12,
+                     weight_decay_final=0.4, layer_decay=0.9, patch_lr=0.2,
                      patch=14, stem=0, width=1024, depth=24, heads=16, attention=True, registers=4, layer_scale=1e-5, drop_path=0.3,
                      codes=512, values=256, sem_read="registers", centre_codes=False,
-                     head_hidden=2048, bottleneck=256, prototypes=65_536, teacher_temperature=0.07, ibot=1.0, koleo=0.1,
+                     head_hidden=2048, bottleneck=256, prototypes=65_536, teacher_temperature=0.07, teacher_start=0.04, teacher_warmup=37_500, ibot=1.0, koleo=0.1,
                      global_size=224, global_scale=[0.32, 1.0], ratio=0.75, locals=8, local_size=98, local_scale=[0.05, 0.32],
-                     jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, blur=0.5, solarise=0.2),
+                     jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, blur=[1.0, 0.1, 0.5], solarise=0.2),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,11 +122,22 @@ class PatchEmbed(nn.Module):
         return self.proj(self.stem(x)).flatten(2).transpose(1, 2)  # (B, N, D)
 
 
+def resize_positions(positions, side):
+    """Positions of CLS and patches (1, 1 + N, D) → (1, 1 + side², D), bicubic with antialias, for another image size."""
+    own = math.isqrt(positions.shape[1] - 1)
+    if side == own:
+        return positions
+    grid = positions[:, 1:].unflatten(1, (own, own)).permute(0, 3, 1, 2)  # (1, D, own, own)
+    grid = F.interpolate(grid.float(), size=(side, side), mode="bicubic", antialias=True)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+
+
 class ViT(nn.Module):
-    """Vision transformer with registers and the simplicial embedding."""
+    """Vision transformer with registers and the simplicial embedding. sem_rank: W_in and W_out of equation (1) as products of two
+    matrices of that rank; 0: whole."""
 
     def __init__(self, image_size, patch, width, depth, heads, codes, values, tau, sem_read, registers, stem=0, attention=True,
-                 drop_path=0.0, layer_scale=1e-5):
+                 drop_path=0.0, layer_scale=1e-5, sem_rank=0):
         super().__init__()
         self.side, self.L, self.V, self.tau, self.sem_read = image_size // patch, codes, values, tau, sem_read
         self.patch_embed = PatchEmbed(patch, width, stem)
@@ -136,25 +148,19 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         reads = {"registers": 1, "patches": self.side ** 2}[sem_read]  # groups of positions that are read apart
         inputs = (1 + registers) * width if sem_read == "registers" else width
-        self.sem_embed = nn.Linear(inputs, codes // reads * values, bias=False)
+        linear = lambda a, b: nn.Linear(a, b, bias=False)
+        project = (lambda a, b: nn.Sequential(linear(a, sem_rank), linear(sem_rank, b))) if sem_rank else linear
+        self.sem_embed = project(inputs, codes // reads * values)
         self.sem_norm = nn.LayerNorm(codes // reads * values)
-        self.sem_out = nn.Linear(codes // reads * values, width, bias=False)
+        self.sem_out = project(codes // reads * values, width)
         self.register_buffer("sem_centre", torch.zeros(codes, values))  # set after training by centre_codes
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02 if width >= 384 else width ** -0.5 / 1.5)
+                nn.init.normal_(module.weight, std=0.02 if width >= 384 else width ** -0.5 / 1.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for p in (self.pos_embed, self.cls_token, self.register_tokens):
             nn.init.normal_(p, std=0.02)
-
-    def positions(self, side):
-        """Positions of CLS and patches (1, 1 + side², D), resized bicubic with antialias for other image sizes."""
-        if side == self.side:
-            return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)  # (1, D, side, side)
-        grid = F.interpolate(grid.float(), size=(side, side), mode="bicubic", antialias=True)
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
     def tokens(self, images, mask=None):
         """Un-normalised tokens (B, 1 + R + N, D): CLS, registers, patches. mask (B, N) bool hides patches."""
@@ -162,7 +168,7 @@ class ViT(nn.Module):
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         B, N, _ = x.shape
-        x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1) + self.positions(math.isqrt(N))  # (B, 1 + N, D)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1) + resize_positions(self.pos_embed, math.isqrt(N))  # (B, 1 + N, D)
         x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], 1)  # (B, 1 + R + N, D)
         for block in self.blocks:
             x = block(x)
@@ -291,40 +297,56 @@ def koleo_loss(x):
 MASK_RATIOS = (0.1, 0.23, 0.37, 0.5)  # of the patches, in every second image: the same number of masked patches in each batch
 
 
+def mask_counts(patches, images, first=0):
+    """How many of its patches each of `images` images hides, MASK_RATIOS[i mod 4] of them for image 2i, none for odd ones; `first`:
+    which image of the whole batch the first is."""
+    return [round(MASK_RATIOS[i // 2 % 4] * patches) if i % 2 == 0 else 0 for i in range(first, first + images)]
+
+
 def patch_masks(scores, first=0):
-    """iBOT masks (B, N) bool from uniform scores (B, N): image 2i hides MASK_RATIOS[i mod 4] of its patches, odd images none.
-    first: which image of the whole batch scores[0] is."""
-    places = range(first, first + len(scores))
-    ratio = torch.tensor([MASK_RATIOS[i // 2 % 4] if i % 2 == 0 else 0.0 for i in places], device=scores.device)
-    return scores.argsort(1).argsort(1) < (ratio * scores.shape[1]).round()[:, None]
+    """iBOT masks (B, N) bool from uniform scores (B, N), as many a row as mask_counts says."""
+    counts = torch.tensor(mask_counts(scores.shape[1], len(scores), first), device=scores.device)
+    return scores.argsort(1).argsort(1) < counts[:, None]
 
 
-def step_loss(student, teacher, centering, images, draws, args, run):
-    """Equation (3) on images (b, 3, S, S) in [-1, 1]; returns the loss and its parts. `draws` gives all randomness."""
-    def views(size, scale, solarise):
-        crops = data.random_crops(images, size, scale, args.ratio, draws)
-        return data.colour_augment(crops, args.jitter, args.jitter_p, args.grey, args.blur, solarise, draws)
+def view_sizes(args):
+    """(size, scale) of the views of an image: two global crops, then the local ones."""
+    return [(args.global_size, args.global_scale)] * 2 + [(args.local_size, args.local_scale)] * args.locals
 
-    global_crops = torch.cat([views(args.global_size, args.global_scale, 0.0), views(args.global_size, args.global_scale, args.solarise)])
-    local_crops = torch.cat([views(args.local_size, args.local_scale, 0.0) for _ in range(args.locals)]) if args.locals else None
+
+def teacher_temperature(step, args):
+    """Of the teacher's softmax: from --teacher-start, linear over --teacher-warmup steps."""
+    share = min(1.0, step / args.teacher_warmup) if args.teacher_warmup else 1.0
+    return args.teacher_start + share * (args.teacher_temperature - args.teacher_start)
+
+
+def step_loss(student, teacher, centering, images, draws, args, run, temperature):
+    """Equation (3) on images (b, 3, S, S) in [-1, 1], or on their crops [(b, 3, size, size)] as view_sizes; temperature: the teacher's.
+    Returns the loss and its parts. `draws` gives all randomness."""
+    def view(k, size, scale):
+        crop = data.random_crops(images, size, scale, args.ratio, draws) if torch.is_tensor(images) else images[k]
+        return data.colour_augment(crop, args.jitter, args.jitter_p, args.grey, args.blur[min(k, 2)], args.solarise if k == 1 else 0.0, draws)
+
+    views = [view(k, *size) for k, size in enumerate(view_sizes(args))]
+    b, global_crops, local_crops = len(views[0]), torch.cat(views[:2]), torch.cat(views[2:]) if args.locals else None
     mask = chosen = None
     if args.ibot > 0:
-        first = run.share(args.batch_size).start
-        mask = torch.cat([patch_masks(draws.uniform((args.global_size // args.patch) ** 2), first) for _ in range(2)])  # (2b, N)
-        chosen = mask.flatten().nonzero()[:, 0]
+        first, n = run.share(args.batch_size).start, (args.global_size // args.patch) ** 2
+        mask = torch.cat([patch_masks(draws.uniform(n), first) for _ in range(2)])  # (2b, N)
+        chosen = torch.nonzero_static(mask.flatten(), size=2 * sum(mask_counts(n, b, first)))[:, 0]  # known size: no wait for the device
     with run.autocast():
         with torch.no_grad():
             t_views, t_patches, _ = teacher(global_crops, chosen=chosen)
         s_views, s_patches, out = student(global_crops, local_crops, mask, chosen)
-    targets = lambda logits, kind: (centering[kind] if args.centering == "centre" else sinkhorn)(logits, args.teacher_temperature)
-    per_view = lambda x: x.unflatten(0, (-1, len(images)))  # (views · b, K) → (views, b, K)
+    targets = lambda logits, kind: (centering[kind] if args.centering == "centre" else sinkhorn)(logits, temperature)
+    per_view = lambda x: x.unflatten(0, (-1, b))  # (views · b, K) → (views, b, K)
     parts = {"dino": dino_loss(per_view(targets(t_views, "views")), per_view(s_views), args.student_temperature),
              "koleo": sum(koleo_loss(view) for view in out.chunk(2)) / 2}
     loss = parts["dino"] + args.koleo * parts["koleo"]
     if args.ibot > 0:
         weight = mask / mask.sum(1, keepdim=True).clamp(min=1)  # every masked image counts the same, however many patches
         patches = cross_entropy(targets(t_patches, "patches"), s_patches, args.student_temperature)  # (n,)
-        parts["ibot"] = (patches * weight.flatten()[chosen]).sum() / len(images)  # half of the 2b views are masked
+        parts["ibot"] = (patches * weight.flatten()[chosen]).sum() / b  # half of the 2b views are masked
         loss = loss + args.ibot * parts["ibot"]
     return loss, parts
 
@@ -336,8 +358,62 @@ def step_loss(student, teacher, centering, images, draws, args, run):
 def build_backbone(config):
     """The ViT of a dict of settings (a checkpoint's config, or vars(args))."""
     keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "registers", "stem", "attention", "drop_path",
-            "layer_scale")
+            "layer_scale", "sem_rank")
     return ViT(config["global_size"], **{k: config[k] for k in keys})
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that DINOv2 sees, in [0, 1]
+
+
+def from_transformers(state):
+    """Names of transformers' Dinov2WithRegisters → those of DINOv2's release; queries, keys and values become one matrix."""
+    names = {"embeddings.position_embeddings": "pos_embed", "embeddings.patch_embeddings.projection": "patch_embed.proj",
+             "attention.output.dense": "attn.proj", "layer_scale": "ls", ".lambda1": ".gamma", "encoder.layer.": "blocks.", "layernorm.": "norm.",
+             "embeddings.": ""}
+    found, parts = {}, ("attention.attention.query", "attention.attention.key", "attention.attention.value")
+    for name, value in state.items():
+        if parts[0] in name:
+            name, value = name.replace(parts[0], "attn.qkv"), torch.cat([state.get(name.replace(parts[0], part), value[:0]) for part in parts])
+        elif parts[1] in name or parts[2] in name:
+            continue
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        found[name] = value
+    return found
+
+
+def load_init(backbone, path):
+    """Start from DINOv2's weights (a ViT with registers, as released or in transformers' names; a simplicial embedding in it is taken too).
+
+    Positions are resized to the images at hand. DINOv2 sees images whose channels have mean 0 and deviation 1 over ImageNet, this ViT
+    pixels in [-1, 1]: the difference goes into the patch projection.
+    """
+    state = data.read_weights(path)
+    if any(name.startswith("embeddings.") for name in state):
+        state = from_transformers(state)
+    state = {name: value.float() for name, value in state.items() if not name.startswith(("dino_head.", "ibot_head.", "sem_cls_norm."))}
+    own = backbone.state_dict()
+    state = {name: value for name, value in own.items() if name.startswith("sem_")} | state
+    if "pos_embed" in state and math.isqrt(state["pos_embed"].shape[1] - 1) ** 2 == state["pos_embed"].shape[1] - 1:
+        state["pos_embed"] = resize_positions(state["pos_embed"], backbone.side)
+    data.check_weights(path, state, own)
+    mean, std, weight = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD), state["patch_embed.proj.weight"]
+    state["patch_embed.proj.bias"] = state["patch_embed.proj.bias"] + (weight * ((0.5 - mean) / std)[:, None, None]).sum((1, 2, 3))
+    state["patch_embed.proj.weight"] = weight * (0.5 / std)[:, None, None]
+    backbone.load_state_dict(state)
+
+
+def lr_scale(args):
+    """name → what its learning rate is multiplied by: --layer-decay for each block between it and the head, --patch-lr on patches."""
+    def scale(name):
+        name = name.removeprefix("backbone.")
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        else:
+            layer = 0 if name.startswith(("patch_embed", "pos_embed", "cls_token", "mask_token", "register_tokens")) else args.depth + 1
+        return args.layer_decay ** (args.depth + 1 - layer) * (args.patch_lr if name.startswith("patch_embed") else 1.0)
+
+    return scale
 
 
 def load_tokenizer(args, device):
@@ -375,30 +451,39 @@ def encode_images(backbone, images, config, run):
 
 
 def encode_dataset(backbone, dataset, config, run, batch=500):
-    """Codes (N, 2 flips, L) of the whole dataset and features (N, D) float16 of the unflipped images; processes share the work."""
-    rows = np.array_split(np.arange(len(dataset)), run.world)[run.rank]
-    codes, features = [], []
-    for start in tqdm(range(0, len(rows), batch), desc="encode", disable=not run.bar):
-        images = dataset.pixels(rows[start:start + batch])
-        both = [encode_images(backbone, x, config, run) for x in (images, images.flip(3))]
-        codes.append(torch.stack([c for c, _ in both], 1).cpu())
-        features.append(both[0][1].half().cpu())
-    codes, features = torch.cat(codes).numpy().astype(data.code_type(config["values"])), torch.cat(features)
-    if run.world > 1:
-        gathered = [None] * run.world
-        dist.all_gather_object(gathered, (codes, features))
-        codes, features = np.concatenate([c for c, _ in gathered]), torch.cat([f for _, f in gathered])
-    return codes, features
+    """Codes (N, 2 flips, L) of the whole dataset and features (N, D) float16 of the unflipped images, as chunks that data.in_chunks
+    keeps in a folder named after the tokenizer; returns their files."""
+    def work(rows):
+        codes, features = [], []
+        for start in range(0, len(rows), batch):
+            images = dataset.pixels(rows[start:start + batch])
+            both = [encode_images(backbone, x, config, run) for x in (images, images.flip(3))]
+            codes.append(torch.stack([c for c, _ in both], 1).cpu())
+            features.append(both[0][1].half().cpu())
+        return {"codes": torch.cat(codes).numpy().astype(data.code_type(config["values"])), "features": torch.cat(features).numpy()}
+
+    folder = run.folder / f".codes-{data.file_checksum(run.folder / 'tokenizer.pt')[:16]}"
+    return data.in_chunks(folder, len(dataset), run, work)
 
 
-def linear_probe(x, y, sizes, tests):
-    """Fit one linear softmax classifier a factor by L-BFGS; x (n, d), y (n, F) long, sizes: values a factor.
+def linear_probe(x, y, sizes, tests, values=None):
+    """Fit one linear softmax classifier a factor by L-BFGS; y (n, F) long, sizes: values a factor; x (n, d) features, or, with `values`,
+    codes (n, L) long, which stand for their one-hot vectors (n, L · values) without these being made.
 
     tests {name: (x, y)} → {name: [accuracy a factor]}. Inputs are standardised by the training mean and deviation.
     """
-    mean, std = x.mean(0), x.std(0) + 1e-3
-    weight = torch.zeros(x.shape[1] + 1, sum(sizes), device=x.device, requires_grad=True)
-    scores = lambda x: (((x - mean) / std) @ weight[1:] + weight[0]).split(sizes, 1)
+    if values:
+        first = torch.arange(x.shape[1], device=x.device) * values
+        mean = torch.bincount((x + first).flatten(), minlength=len(first) * values) / len(x)
+        std, times = (mean * (1 - mean)).sqrt(), lambda x, w: F.embedding_bag(x + first, w, mode="sum")
+    else:
+        mean, std, times = x.mean(0), x.std(0), lambda x, w: x @ w
+    weight = torch.zeros(len(mean) + 1, sum(sizes), device=x.device, requires_grad=True)
+
+    def scores(x):
+        scaled = weight[1:] / (std + 1e-3)[:, None]
+        return (times(x, scaled) - mean @ scaled + weight[0]).split(sizes, 1)
+
     optimizer = torch.optim.LBFGS([weight], max_iter=60, history_size=5, line_search_fn="strong_wolfe")
 
     def closure():
@@ -412,11 +497,12 @@ def linear_probe(x, y, sizes, tests):
         return {name: [(s.argmax(1) == ty[:, k]).float().mean().item() for k, s in enumerate(scores(tx))] for name, (tx, ty) in tests.items()}
 
 
-def knn(x, y, sizes, tests, k=20):
-    """Accuracy a factor of a vote of the k nearest training rows by inner product; arguments as linear_probe."""
+def knn(x, y, sizes, tests, values=None, k=20):
+    """Accuracy a factor of a vote of the k nearest training rows, by inner product or, for codes, equal positions; arguments as linear_probe."""
     result = {}
+    near = (lambda part: -torch.cdist(part.float(), x.float(), p=0)) if values else (lambda part: part @ x.T)
     for name, (tx, ty) in tests.items():
-        nearest = torch.cat([(part @ x.T).topk(min(k, len(x)), 1).indices for part in tx.split(500)])  # (n, k)
+        nearest = torch.cat([near(part).topk(min(k, len(x)), 1).indices for part in tx.split(500)])  # (n, k)
         result[name] = [(F.one_hot(y[nearest, f], sizes[f]).sum(1).argmax(1) == ty[:, f]).float().mean().item() for f in range(len(sizes))]
     return result
 
@@ -425,18 +511,18 @@ def report(dataset, codes, features, values, run, most=10_000):
     """Everything the tokenizer is judged by, on all splits but train: see the README's table for what each line means."""
     rng = np.random.default_rng(0)
     rows = {s: np.sort(rng.choice(r, most, replace=False)) if len(r) > most else np.array(r) for s, r in dataset.splits.items()}
-    inputs = {"codes": lambda r: F.one_hot(torch.from_numpy(codes[r, 0].astype(np.int64)), values).flatten(1).float(),
-              "features": lambda r: F.normalize(features[r].float(), dim=1)}
+    inputs = {"codes": (lambda r: torch.from_numpy(codes[r, 0].astype(np.int64)), values),
+              "features": (lambda r: F.normalize(torch.from_numpy(features[r]).float(), dim=1), None)}
     train = codes[dataset.splits["train"].start:dataset.splits["train"].stop, 0]
     usage = np.stack([np.bincount(train[:, k], minlength=values) for k in range(train.shape[1])]) / len(train)  # (L, V)
     entropy = -(usage * np.log2(np.maximum(usage, 1e-12))).sum(1)
     result = {"values used": float((usage > 0).mean()), "entropy per position": float(entropy.mean()), "lowest entropy": float(entropy.min()),
               "distinct codes": len(np.unique(train, axis=0)) / len(train)}
     sizes = [len(v) for v in dataset.factors.values()]
-    for name, read in inputs.items() if sizes else ():
+    for name, (read, of) in inputs.items() if sizes else ():
         x, y = read(rows["train"]).to(run.device), dataset.labels[rows["train"]].to(run.device)
         tests = {s: (read(r).to(run.device), dataset.labels[r].to(run.device)) for s, r in rows.items() if s != "train"}
-        for method, accuracies in (("linear", linear_probe(x, y, sizes, tests)), ("knn", knn(x, y, sizes, tests))):
+        for method, accuracies in (("linear", linear_probe(x, y, sizes, tests, of)), ("knn", knn(x, y, sizes, tests, of))):
             for split, values_ in accuracies.items():
                 result[f"{method} on {name}, {split}"] = {f: round(a, 4) for f, a in zip(dataset.factors, values_)}
     return result
@@ -465,7 +551,9 @@ def training_flops(args):
         patches = 2 * n * channels * (args.patch >> args.stem) ** 2 * D
         reads, inputs = (1, (1 + args.registers) * D) if args.sem_read == "registers" else (n, D)
         per_read = args.codes * args.values / (1 if args.sem_read == "registers" else (args.global_size // args.patch) ** 2)
-        return stem + patches + args.depth * block_flops(n + 1 + args.registers, D, args.attention) + reads * 2 * per_read * (inputs + D) + head
+        product = lambda a, b: args.sem_rank * (a + b) if args.sem_rank else a * b  # multiply-adds of a projection, whole or of a rank
+        sem = reads * 2 * (product(inputs, per_read) + product(per_read, D))
+        return stem + patches + args.depth * block_flops(n + 1 + args.registers, D, args.attention) + sem + head
 
     masked = sum(round(r * (args.global_size // args.patch) ** 2) for r in MASK_RATIOS) / 8 if args.ibot > 0 else 0  # a global view
     return args.batch_size * (2 * 4 * (view(args.global_size) + masked * head) + 3 * args.locals * view(args.local_size))
@@ -489,8 +577,16 @@ def add_flags(parser):
     g.add_argument("--registers", type=int, default=0, help="register tokens beside CLS")
     g.add_argument("--sem-read", choices=("registers", "patches"), default="patches",
                    help="what the SEM reads: CLS and registers together (the paper), or each patch token its own positions")
+    g.add_argument("--sem-rank", type=int, default=0, help="rank of the SEM's two projections, which may outweigh the ViT; 0: full")
+    g.add_argument("--init", metavar="FILE", help="start from DINOv2's weights (.pth, .safetensors, .index.json)")
     g.add_argument("--centre-codes", action=argparse.BooleanOptionalAction, default=True,
                    help="subtract the mean of z in equation (2); the paper does not")
+    g = parser.add_argument_group("schedules")
+    g.add_argument("--weight-decay-final", type=data.non_negative, help="weight decay at the end, by a cosine (default: constant)")
+    g.add_argument("--layer-decay", type=data.share, default=1.0, help="learning rate of a block over that of the next")
+    g.add_argument("--patch-lr", type=data.share, default=1.0, help="factor on the learning rate of the patch projection")
+    g.add_argument("--teacher-start", type=float, default=0.04, help="temperature of the teacher's softmax at the start, with --teacher-warmup")
+    g.add_argument("--teacher-warmup", type=int, default=0, help="steps in which it reaches --teacher-temperature")
     g = parser.add_argument_group("loss")
     g.add_argument("--head-hidden", type=data.positive, default=512, help="hidden width of the DINO head")
     g.add_argument("--bottleneck", type=data.positive, default=128, help="output width of the DINO head")
@@ -512,7 +608,8 @@ def add_flags(parser):
                    help="brightness, contrast, saturation, hue: largest change")
     g.add_argument("--jitter-p", type=data.share, default=0.8, help="probability of the jitter")
     g.add_argument("--grey", type=data.share, default=0.0, help="probability of grey")
-    g.add_argument("--blur", type=data.share, default=0.0, help="probability of blur")
+    g.add_argument("--blur", type=data.share, nargs=3, default=[0.0] * 3, metavar=("FIRST", "SECOND", "LOCALS"),
+                   help="probability of blur, on each global crop and on local ones")
     g.add_argument("--solarise", type=data.share, default=0.0, help="probability of solarisation, on the second global crop")
 
 
@@ -532,6 +629,12 @@ def check_flags(parser, args):
         parser.error("argument --attention: without it nothing sees other patches, which --sem-read registers and --ibot need; add --attention")
     if args.locals < 0 or not 2 <= args.values < 2 ** 16 or args.tau == 0 or args.student_temperature <= 0 or args.teacher_temperature <= 0:
         parser.error("arguments --locals, --values, --tau, --student-temperature, --teacher-temperature: expected >= 0, 2 to 65,535, > 0, > 0, > 0")
+    if args.teacher_start <= 0 or args.teacher_warmup < 0 or args.sem_rank < 0:
+        parser.error("arguments --teacher-start, --teacher-warmup, --sem-rank: expected > 0, >= 0, >= 0")
+    if args.weight_decay_final is not None and args.weight_decay == 0:
+        parser.error("argument --weight-decay-final: only with a --weight-decay above 0 to start from")
+    if args.init and args.stem:
+        parser.error(f"argument --init: DINOv2's patches have no convolutions before them; add --stem 0 (it is {args.stem})")
     if args.accumulate != 1:
         parser.error("argument --accumulate: Sinkhorn and KoLeo look at the whole batch; use more processes instead")
     if args.ibot > 0 and args.batch_size % 8:
@@ -555,20 +658,33 @@ def main(argv=None):
     check_flags(parser, args)
     run = data.Run(args, lock="tokenizer")
     dataset = None if args.dry_run else data.load_dataset(args)
-    torch.manual_seed(args.seed)
-    student = Student(build_backbone(vars(args)), DINOHead(args.width, args.head_hidden, args.bottleneck, args.prototypes)).to(run.device)
-    student.backbone.mask_token.requires_grad_(args.ibot > 0)  # DDP waits for the gradient of everything that has one
-    flops = training_flops(args)
+    flops, path = training_flops(args), run.folder / "tokenizer.pt"
+
+    def build():
+        """Backbone and head; the student starts so, the teacher as its copy."""
+        model = Student(build_backbone(vars(args)), DINOHead(args.width, args.head_hidden, args.bottleneck, args.prototypes))
+        model.backbone.mask_token.requires_grad_(args.ibot > 0)  # DDP waits for the gradient of everything that has one
+        return model
+
     if args.dry_run:
-        return data.describe(args, student, flops, run)
-    path = run.folder / "tokenizer.pt"
+        def loss(student):  # the moving average stands for the teacher's weights
+            images = torch.zeros(args.batch_size // run.world, 3, args.global_size, args.global_size)
+            centering = nn.ModuleDict({k: Centering(args.prototypes) for k in ("views", "patches")})
+            return step_loss(student, student, centering, images, data.Draws(0, 0, run, args.batch_size), args, run, 0.05)[0]
+
+        return data.describe(args, build, loss, flops, run)
+    torch.manual_seed(args.seed)
+    student = build().to(run.device)
     centering = nn.ModuleDict({k: Centering(args.prototypes) for k in ("views", "patches")}).to(run.device)
-    optimizers, teacher_average = data.Optimizers(student, args), data.EMA(student, args.momentum)
+    optimizers = data.Optimizers(student, args, lr_scale(args))
     state = data.resume(path, "tokenizer", args, trained_on=None)
+    if args.init and not state:
+        load_init(student.backbone, args.init)
+    teacher_average = data.EMA(student, args.momentum)
     if state:
         student.load_state_dict(state["model"])
         optimizers.load_state_dict(state["optimizer"]), centering.load_state_dict(state["centering"])
-    teacher = Student(build_backbone(vars(args)), DINOHead(args.width, args.head_hidden, args.bottleneck, args.prototypes)).to(run.device)
+    teacher = build().to(run.device)
     teacher_average.into(teacher.requires_grad_(False).eval())  # the averages are the teacher's own parameters from here on
     if state:
         teacher.load_state_dict(state["ema"])  # averages and buffers, the centre of the codes among these
@@ -580,13 +696,15 @@ def main(argv=None):
 
     start = state["step"] if state else 0
     trained = run.wrap(student, args)
-    log, meter = data.Log(run, "tokenizer", args.tensorboard), data.Meter(run, args, flops, start)
-    for step, rows, images in data.image_batches(dataset, run, args, start):
+    log, meter = data.Log(run, "tokenizer", args.tensorboard), data.Meter(run, args, flops, start, args.batch_size)
+    for step, rows, images in data.image_batches(dataset, run, args, start, view_sizes(args)):
         run.seed_step(args.seed, step)
         draws = data.Draws(args.seed, step, run, args.batch_size)
-        loss, parts = step_loss(trained, teacher, centering, data.unit(images), draws, args, run)
+        images = data.unit(images) if torch.is_tensor(images) else [data.unit(crop) for crop in images]
+        loss, parts = step_loss(trained, teacher, centering, images, draws, args, run, teacher_temperature(step, args))
         loss.backward()
-        norm = optimizers.step(data.warmup_cosine(step, args), step)
+        decay = None if args.weight_decay_final is None else data.cosine(step, args.steps, args.weight_decay, args.weight_decay_final)
+        norm = optimizers.step(data.warmup_cosine(step, args), step, decay)
         teacher_average.decay = data.cosine(step, args.steps, args.momentum, 1.0)
         teacher_average.update(step)
         meter.tick(step, log, loss=loss, norm=norm, **parts)
@@ -599,11 +717,14 @@ def main(argv=None):
             return data.stopped(path, step + 1, args, run)
 
     if start < args.steps or not encoded(args, dataset):
-        codes, features = encode_dataset(teacher.backbone, dataset, vars(args), run)
+        chunks = encode_dataset(teacher.backbone, dataset, vars(args), run)
         if run.main:
+            codes, features = (np.concatenate([np.load(path)[name] for path in chunks]) for name in ("codes", "features"))
             result = report(dataset, codes, features, args.values, run)
             data.write_atomic(run.folder / "tokenizer.json", lambda p: p.write_text(json.dumps(result, indent=1)))
             data.write_codes(run.folder, codes, args.values, dataset.splits)  # last: good codes mean that all is there
+            for folder in run.folder.glob(".codes-*"):
+                shutil.rmtree(folder)
     if run.main:
         for name, value in json.loads((run.folder / "tokenizer.json").read_text()).items():
             line = " ".join(f"{k} {v:.3f}" for k, v in value.items()) if isinstance(value, dict) else f"{value:.3f}"

@@ -1,4 +1,5 @@
 """Datasets, batches, augmentation, files: data.py."""
+import argparse
 import json
 import shutil
 import tarfile
@@ -339,3 +340,115 @@ def test_grid_stores_its_settings(tmp_path):
     data.save_grid(tmp_path / "g.png", torch.zeros(5, 3, 32, 32, dtype=torch.uint8), 3, titles=["a", "b", "c"], settings={"guidance": 2.0})
     with Image.open(tmp_path / "g.png") as image:
         assert json.loads(image.text["settings"]) == {"guidance": 2.0} and image.width == 3 * 66 + 2
+
+
+# --- ImageNet: a tree of JPEGs, decoded by workers --------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory):
+    """A tree as ImageNet's: real JPEGs of several shapes in train/ and val/, a folder per class, and one that is cut short."""
+    root, rng = tmp_path_factory.mktemp("jpegs"), np.random.default_rng(0)
+    for split, count in (("train", 48), ("val", 8)):
+        for k in range(count):
+            size = [(96, 64), (64, 96), (200, 150), (70, 70)][k % 4]
+            path = root / split / f"n0000000{k % 3}" / f"{split}_{k}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+            small.resize(size, Image.Resampling.BICUBIC).convert("L" if k == 5 else "RGB").save(path, quality=95)
+    whole = (root / "train" / "n00000000" / "train_0.JPEG").read_bytes()
+    (root / "train" / "n00000001" / "broken.JPEG").write_bytes(whole[:len(whole) // 2])
+    return root
+
+
+def imagenet_args(root, out, **change):
+    settings = dict(dataset="imagenet", data_dir=str(root), out=str(out), image_size=32, workers=0, seed=0, steps=8, batch_size=16, ratio=0.75)
+    return argparse.Namespace(**settings | change)
+
+
+def test_a_broken_jpeg_is_named_once_and_skipped_in_every_run(jpegs, tmp_path, capsys):
+    for run_ in range(2):
+        dataset = data.load_dataset(imagenet_args(jpegs, tmp_path))
+        said = capsys.readouterr().err
+        assert ("1 of 57 files do not open" in said and "broken.JPEG" in said) == (run_ == 0)
+        assert len(dataset) == 56 and {k: len(v) for k, v in dataset.splits.items()} == {"train": 46, "val": 2, "test": 8}
+    assert not torch.is_tensor(dataset.images) and dataset.factors["class"] == ["n00000000", "n00000001", "n00000002"]
+
+
+def test_crops_do_not_depend_on_the_number_of_workers_or_processes(jpegs, tmp_path, run):
+    views, seen = [(24, (0.3, 1.0)), (24, (0.3, 1.0)), (8, (0.05, 0.3))], []
+    for workers, start in ((0, 0), (1, 0), (2, 0), (2, 3)):
+        args = imagenet_args(jpegs, tmp_path, workers=workers)
+        batches = list(data.image_batches(data.load_dataset(args), run, args, start, views))
+        assert [step for step, _, _ in batches] == list(range(start, 8))
+        seen.append({step: (rows, crops) for step, rows, crops in batches})
+    for other in seen[1:]:
+        for step, (rows, crops) in other.items():
+            assert torch.equal(rows, seen[0][step][0]) and all(torch.equal(a, b) for a, b in zip(crops, seen[0][step][1]))
+    halves = []
+    for rank in range(2):
+        half = types.SimpleNamespace(device=run.device, world=2, rank=rank)
+        half.share = lambda size, half=half: data.Run.share(half, size)
+        args = imagenet_args(jpegs, tmp_path)
+        halves.append([crops for _, _, crops in data.image_batches(data.load_dataset(args), half, args, 0, views)])
+    for step, (a, b) in enumerate(zip(*halves)):
+        assert all(torch.equal(torch.cat(pair), whole) for pair, whole in zip(zip(a, b), seen[0][step][1]))
+
+
+def test_crops_of_a_file_are_what_their_boxes_say(tmp_path):
+    """A picture whose colours are its coordinates: the corners of a crop are those of its box, also where a JPEG is decoded smaller."""
+    w, h = 640, 480
+    y, x = np.mgrid[:h, :w]
+    Image.fromarray(np.stack([x * 255 / (w - 1), y * 255 / (h - 1), x * 0], -1).round().astype(np.uint8)).save(tmp_path / "a.jpg", quality=100, subsampling=0)
+    u = torch.rand(40, 5, generator=torch.Generator().manual_seed(0))
+    views = [(48, (0.1, 1.0))] * 40
+    for row, crop in zip(u, data.read_crops(tmp_path / "a.jpg", views, 0.75, u)):
+        cx, cy, width, height, mirror = data.crop_boxes(row, (0.1, 1.0), 0.75, w / h)
+        assert 0.74 < width * w / (height * h) < 1.35 or 1 in (width, height)
+        assert 0.099 <= width * height <= 1.001
+        crop = crop.flip(2).float() if mirror else crop.float()
+        assert abs(crop[0].mean() / 255 - (cx + 1) / 2) < 0.01 and abs(crop[1].mean() / 255 - (cy + 1) / 2) < 0.01
+        assert abs((crop[0, :, -1] - crop[0, :, 0]).mean() / 255 - width * 47 / 48) < 0.02
+
+
+def test_a_tree_without_val_and_too_few_images_are_named(jpegs, tmp_path):
+    shutil.copytree(jpegs / "train", tmp_path / "only" / "train")
+    with pytest.raises(SystemExit, match="expected train/ and val/.*found train"):
+        data.load_dataset(imagenet_args(tmp_path / "only", tmp_path / "out"))
+    with pytest.raises(SystemExit, match="--batch-size 64 is larger than the 46 training images"):
+        data.load_dataset(imagenet_args(jpegs, tmp_path / "out", batch_size=64))
+
+
+# --- chunks -----------------------------------------------------------------------------------------------------------
+
+class ChunkRun(conftest.FakeRun):
+    """A process that is asked to stop before its `stop`-th chunk."""
+
+    def __init__(self, stop=10 ** 9, rank=0, world=1):
+        self.left, self.rank, self.world = stop, rank, world
+
+    def asked(self):
+        self.left -= 1
+        return self.left < 0
+
+    def wait(self):
+        pass
+
+
+def test_chunks_go_on_where_they_stopped_on_any_number_of_processes(tmp_path):
+    done = []
+
+    def work(rows):
+        done.append(rows)
+        return {"squares": np.arange(rows.start, rows.stop) ** 2, "twice": np.stack([np.array(rows)] * 2, 1)}
+
+    with pytest.raises(SystemExit) as stopped:
+        data.in_chunks(tmp_path / "parts", 23, ChunkRun(stop=2), work, size=4)
+    assert stopped.value.code == 143 and done == [range(0, 4), range(4, 8)]
+    with pytest.raises(SystemExit):  # one of two processes: takes every second of what is left
+        data.in_chunks(tmp_path / "parts", 23, ChunkRun(stop=1, rank=1, world=2), work, size=4)
+    assert done[2:] == [range(12, 16)]
+    paths = data.in_chunks(tmp_path / "parts", 23, ChunkRun(), work, size=4)
+    assert done[3:] == [range(8, 12), range(16, 20), range(20, 23)]
+    for name, whole in (("squares", np.arange(23) ** 2), ("twice", np.stack([np.arange(23)] * 2, 1))):
+        data.join_chunks(paths, name, 23, tmp_path / f"{name}.npy")
+        assert np.array_equal(np.load(tmp_path / f"{name}.npy"), whole)

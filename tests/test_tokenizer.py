@@ -1,4 +1,5 @@
 """The tokenizer's parts: ViT, SEM, losses, probes."""
+import json
 import math
 
 import data
@@ -60,12 +61,12 @@ def test_patch_reading_gives_each_patch_its_own_positions():
 
 
 def test_positions_are_resized_for_other_image_sizes_and_kept_for_the_own():
-    model = vit()
-    assert model.positions(4) is model.pos_embed
-    with torch.no_grad():
-        model.pos_embed[:, 1:] = 3.0
-    assert model.positions(2).shape == (1, 5, 32) and torch.allclose(model.positions(2)[:, 1:], torch.tensor(3.0), atol=1e-5)
-    assert torch.equal(model.positions(7)[:, :1], model.pos_embed[:, :1])
+    positions = torch.randn(1, 17, 32)
+    positions[:, 1:] = 3.0
+    assert tokenizer.resize_positions(positions, 4) is positions
+    smaller, larger = tokenizer.resize_positions(positions, 2), tokenizer.resize_positions(positions, 7)
+    assert smaller.shape == (1, 5, 32) and torch.allclose(smaller[:, 1:], torch.tensor(3.0), atol=1e-5)
+    assert larger.shape == (1, 50, 32) and torch.equal(larger[:, :1], positions[:, :1])
 
 
 def test_masked_patches_are_hidden_from_the_network():
@@ -83,6 +84,114 @@ def test_drop_path_keeps_the_mean_and_is_off_in_evaluation():
     branch = torch.ones(20_000, 1, 1)
     assert abs(block.drop(branch).mean() - 1) < 0.03 and torch.allclose(block.drop(branch).unique(), torch.tensor([0.0, 1 / 0.6]))
     assert torch.equal(block.eval().drop(branch), branch)
+
+
+def to_transformers(state):
+    """Our names → those of transformers' Dinov2WithRegisters, written out by hand: the opposite of tokenizer.from_transformers."""
+    found = {}
+    for name, value in state.items():
+        block = name.split(".")[1] if name.startswith("blocks.") else None
+        layer = f"encoder.layer.{block}"
+        if "attn.qkv" in name:
+            for part, rows in zip(("query", "key", "value"), value.chunk(3)):
+                found[f"{layer}.attention.attention.{part}.{name.split('.')[-1]}"] = rows
+        elif block:
+            rest = name.split(".", 2)[2].replace("attn.proj", "attention.output.dense").replace("ls1.gamma", "layer_scale1.lambda1")
+            found[f"{layer}.{rest.replace('ls2.gamma', 'layer_scale2.lambda1')}"] = value
+        else:
+            own = {"pos_embed": "position_embeddings", "patch_embed.proj.weight": "patch_embeddings.projection.weight",
+                   "patch_embed.proj.bias": "patch_embeddings.projection.bias"}.get(name, name)
+            found[own.replace("norm.", "layernorm.") if name.startswith("norm.") else f"embeddings.{own}"] = value
+    return found
+
+
+@pytest.mark.parametrize("names", ["release", "transformers", "training", "parts"])
+def test_init_gives_the_tokens_of_the_released_weights(tmp_path, names):
+    """The same un-normalised tokens as the model whose weights they are, which sees images normalised as DINOv2's are."""
+    torch.manual_seed(1)
+    released = vit()
+    for p in released.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    state, path = {k: v for k, v in released.state_dict().items() if not k.startswith("sem_")}, tmp_path / "weights.pth"
+    if names == "transformers":
+        state = to_transformers(state)
+    if names == "training":  # the authors' file: a teacher with its simplicial embedding and head
+        state = {f"backbone.{k}": v for k, v in released.state_dict().items()} | {"backbone.sem_cls_norm.weight": torch.zeros(3)}
+        state = {"teacher": state | {"dino_head.mlp.0.weight": torch.zeros(2, 2)}, "epoch": 3}
+    if names == "parts":
+        path, keys = tmp_path / "model.index.json", sorted(state)
+        files = {k: f"part-{n % 2}.bin" for n, k in enumerate(keys)}
+        for file in set(files.values()):
+            torch.save({k: state[k] for k in keys if files[k] == file}, tmp_path / file)
+        path.write_text(json.dumps({"weight_map": files}))
+    else:
+        torch.save(state, path)
+    model = vit()
+    model.load_state_dict(model.state_dict() | {"sem_norm.bias": torch.full_like(model.sem_norm.bias, 7.0)})
+    tokenizer.load_init(model, path)
+    pixels = torch.rand(2, 3, 16, 16)
+    normalised = (pixels - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    with torch.no_grad():
+        assert torch.allclose(model.tokens(pixels * 2 - 1), released.tokens(normalised), atol=1e-4)
+    assert (model.sem_norm.bias == 7).all() != (names == "training")  # the embedding of the file, where it has one
+    larger = vit(image_size=32)
+    tokenizer.load_init(larger, path)
+    assert larger.pos_embed.shape == (1, 65, 32) and torch.equal(larger.pos_embed[:, :1], released.pos_embed[:, :1])
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+    state, path = vit().state_dict(), tmp_path / "weights.pth"
+
+    def refused(state, *words, model=None):
+        torch.save(state, path)
+        with pytest.raises(SystemExit) as stopped:
+            tokenizer.load_init(model or vit(), path)
+        assert all(word in str(stopped.value) for word in ("weights.pth", *words)) and "\n" not in str(stopped.value)
+
+    refused({k: v for k, v in state.items() if k != "norm.weight"}, "lacks norm.weight")
+    refused(state | {"extra": torch.zeros(1)}, "has extra")
+    refused(state, "blocks.1", model=vit(depth=1))
+    refused(state, "attn.proj.bias is (32,)", "(64,)", model=vit(width=64))
+    refused(state, "register_tokens", model=vit(registers=2))
+    refused([1, 2], "expected tensors by name")
+    path.write_bytes(b"nothing")
+    with pytest.raises(SystemExit, match="not a readable file"):
+        tokenizer.load_init(vit(), path)
+
+
+def test_a_factored_embedding_has_fewer_weights_and_the_same_meaning():
+    full, factored = vit(codes=64), vit(codes=64, sem_rank=4)
+    weights = lambda m: sum(p.numel() for n, p in m.named_parameters() if n.startswith(("sem_embed", "sem_out")))
+    assert weights(full) == (5 * 32 + 32) * 320 and weights(factored) == 4 * (5 * 32 + 320) + 4 * (320 + 32)
+    assert factored.encode(torch.randn(2, 3, 16, 16))[0].shape == (2, 64)
+    assert torch.linalg.matrix_rank(factored.sem_embed[1].weight @ factored.sem_embed[0].weight) == 4
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+def test_learning_rates_fall_with_the_distance_from_the_head():
+    args = tiny_args("--layer-decay", "0.5", "--patch-lr", "0.1", "--weight-decay", "0.1", "--weight-decay-final", "0.3", "--stem", "0")
+    student, scale = make(args), tokenizer.lr_scale(args)
+    assert scale("head.mlp.0.weight") == scale("backbone.norm.weight") == scale("backbone.sem_embed.weight") == 1
+    assert [scale(f"backbone.blocks.{k}.mlp.fc1.weight") for k in (0, 1)] == [0.25, 0.5] and scale("backbone.cls_token") == 0.125
+    assert abs(scale("backbone.patch_embed.proj.weight") - 0.0125) < 1e-9
+    optimizers = data.Optimizers(student, args, scale)
+    before = {n: p.detach().clone() for n, p in student.named_parameters()}
+    for p in student.parameters():
+        p.grad = torch.ones_like(p)
+    optimizers.step(1.0, 0, weight_decay=0.0)  # Adam's first step moves everything by its learning rate
+    for n, p in student.named_parameters():
+        if p.numel():
+            assert abs((before[n] - p).mean().item() / (args.lr * scale(n)) - 1) < 1e-2, n
+    optimizers.step(1.0, 1, weight_decay=0.3)
+    for group in optimizers.parts[0].param_groups:
+        assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] == 0.3}
+
+
+def test_the_teacher_warms_up():
+    args = tiny_args("--teacher-start", "0.04", "--teacher-temperature", "0.07", "--teacher-warmup", "10")
+    assert [round(tokenizer.teacher_temperature(step, args), 4) for step in (0, 5, 10, 50)] == [0.04, 0.055, 0.07, 0.07]
+    assert tokenizer.teacher_temperature(0, tiny_args("--teacher-temperature", "0.02")) == 0.02
 
 
 # --- losses ---------------------------------------------------------------------------------------------------------
@@ -142,7 +251,7 @@ def test_the_loss_falls_and_reaches_every_weight(run, flags):
     images = data.unit(data.draw_shapes(*data.shapes_labels("train", 8)[:2]))
     optimizer, losses = torch.optim.Adam(student.parameters(), 3e-3), []
     for step in range(15):
-        loss, parts = tokenizer.step_loss(student, teacher, centering, images, data.Draws(0, 0, run, 8), args, run)
+        loss, parts = tokenizer.step_loss(student, teacher, centering, images, data.Draws(0, 0, run, 8), args, run, 0.02)
         loss.backward()
         if step == 0:  # the mask token is used by iBOT alone, CLS by attention
             idle = [n for n, p in student.named_parameters() if p.numel() and (p.grad is None or not p.grad.abs().sum() > 0)]
@@ -153,10 +262,11 @@ def test_the_loss_falls_and_reaches_every_weight(run, flags):
     assert args.centering == "centre" or losses[-1] < losses[0] - 0.05  # a moving centre moves the target
 
 
-@pytest.mark.parametrize("read, stem, local, attention", [("registers", 0, 16, ""), ("patches", 2, 0, ""), ("patches", 2, 0, "no-")])
-def test_flops_formula_counts_what_torch_counts(run, read, stem, local, attention):
+@pytest.mark.parametrize("read, stem, local, attention, rank", [("registers", 0, 16, "", 0), ("patches", 2, 0, "", 0), ("patches", 2, 0, "no-", 0),
+                                                                ("registers", 0, 16, "", 3)])
+def test_flops_formula_counts_what_torch_counts(run, read, stem, local, attention, rank):
     from torch.utils.flop_counter import FlopCounterMode
-    args = tiny_args("--sem-read", read, "--stem", str(stem), "--locals", str(int(local > 0)), "--ibot", "0", f"--{attention}attention")
+    args = tiny_args("--sem-read", read, "--stem", str(stem), "--locals", str(int(local > 0)), "--ibot", "0", f"--{attention}attention", "--sem-rank", str(rank))
     student = make(args)
     crops = torch.randn(16, 3, 32, 32), (torch.randn(8, 3, local, local) if local else None)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -177,7 +287,7 @@ def test_probes_find_what_is_there_and_nothing_else(run):
     codes[:, 0, 2] = labels[:, 0]  # factor a is value 2 of the code, factor b is nowhere
     splits = {"train": range(0, 600), "test": range(600, 900)}
     dataset = data.Dataset("x", torch.zeros(900, 3, 4, 4), labels, {"a": list("0123"), "b": list("0123")}, splits, lambda row: "")
-    features = torch.cat([F.one_hot(labels[:, 0], 4).float() * 3, torch.randn(900, 4)], 1)
+    features = torch.cat([F.one_hot(labels[:, 0], 4).float() * 3, torch.randn(900, 4)], 1).numpy()
     result = tokenizer.report(dataset, codes, features, 4, run)
     for name in ("codes", "features"):
         assert result[f"linear on {name}, test"]["a"] > 0.97 and result[f"linear on {name}, test"]["b"] < 0.4
