@@ -1,16 +1,23 @@
 """The generator's parts: code embedding, DiT, flow loss, ODE solver, guidance."""
+import argparse
+import json
 import math
+import sys
 import types
+from pathlib import Path
 
 import data
 import generator
+import numpy as np
 import pytest
 import torch
+from conftest import TINY, call, link_codes, refuse
+from PIL import Image
 
 
 def dit(condition="both", predict="x", seed=0, **change):
     torch.manual_seed(seed)
-    settings = dict(image_size=16, patch=4, stem=1, width=32, depth=2, heads=2, codes=8, values=5, groups=4, condition=condition, predict=predict)
+    settings = dict(size=16, patch=4, stem=1, width=32, depth=2, heads=2, codes=8, values=5, groups=4, condition=condition, predict=predict)
     model = generator.DiT(**settings | change)
     for p in model.parameters():  # the zero initialisation would hide everything that is tested here
         if not p.abs().sum() > 0:
@@ -152,7 +159,113 @@ def test_flops_formula_counts_what_torch_counts(patch, stem, condition):
     data.add_training_flags(parser, 1, 4, 0.1, 0.0, 0)
     generator.add_flags(parser)
     args = data.parse(parser, {}, ["--patch", str(patch), "--stem", str(stem), "--condition", condition, "--width", "96"])
-    args.codes, args.values = 16, 8
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        generator.build_generator(vars(args))(torch.randn(4, 3, 32, 32), torch.rand(4), torch.zeros(4, 16).long())
-    assert abs(counter.get_total_flops() * 3 / (generator.training_flops(args) / args.batch_size * 4) - 1) < 0.03
+    args.codes, args.values, args.predict = 16, 8, "x"
+    for args.channels, args.down in ((3, 1), (8, 2)):  # pixels, latents
+        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            generator.build_generator(vars(args))(torch.randn(4, args.channels, 32 // args.down, 32 // args.down), torch.rand(4), torch.zeros(4, 16).long())
+        assert abs(counter.get_total_flops() * 3 / (generator.training_flops(args) / args.batch_size * 4) - 1) < 0.03
+
+
+# --- latents ----------------------------------------------------------------------------------------------------------
+
+class AutoencoderKL(torch.nn.Module):
+    """Stands for diffusers' class: an exact, invertible "autoencoder" that folds 2 × 2 pixels into 12 channels, times `gain`."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = gain
+
+    @classmethod
+    def from_pretrained(cls, path, local_files_only):
+        return cls(float((Path(path) / "diffusion_pytorch_model.bin").read_text()))
+
+    def encode(self, x):
+        return types.SimpleNamespace(latent_dist=types.SimpleNamespace(mean=torch.nn.functional.pixel_unshuffle(x, 2) * self.gain + 0.25))
+
+    def decode(self, z):
+        return types.SimpleNamespace(sample=torch.nn.functional.pixel_shuffle((z - 0.25) / self.gain, 2))
+
+
+@pytest.fixture
+def vae(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=AutoencoderKL))
+    return make_vae(tmp_path / "vae", 2.0)
+
+
+def make_vae(folder, gain):
+    folder.mkdir()
+    config = {"_class_name": "AutoencoderKL", "latent_channels": 12, "block_out_channels": [1, 1], "scaling_factor": 0.5, "shift_factor": 0.25}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "diffusion_pytorch_model.bin").write_text(str(gain))
+    return folder
+
+
+LATENT = [*TINY["generator"], "--patch", "4", "--stem", "0"]
+
+
+def test_latents_hold_both_flips_and_come_back_as_the_images(vae, run, tmp_path):
+    args = argparse.Namespace(vae=str(vae), image_size=32, dataset="shapes", out=str(tmp_path), seed=0)
+    run.folder, dataset = data.run_folder(args), data.load_dataset(args)
+    run.asked, run.wait = lambda: False, lambda: None
+    latents = generator.open_latents(args, dataset, run)
+    assert latents.shape == (len(dataset), 2, 12, 16, 16) and latents.dtype == np.float16 and isinstance(latents, np.memmap)
+    model = generator.VAE(vae, run.device)
+    for flip in (0, 1):
+        images = dataset.pixels(range(5), torch.full((5,), bool(flip)))
+        x = model.decode(torch.from_numpy(np.array(latents[:5, flip])).float())
+        assert (data.to_bytes(x).int() - images.int()).abs().max() <= 1
+        assert torch.allclose(model.encode(data.unit(images)), data.unit(images).unflatten(2, (16, 2)).unflatten(4, (16, 2)).permute(0, 1, 3, 5, 2, 4)
+                              .reshape(5, 12, 16, 16), atol=1e-6)  # gain 2 times scale ½: the pixels themselves
+    before = (run.folder / "latents.npy").stat().st_mtime_ns
+    generator.open_latents(args, dataset, run)
+    assert (run.folder / "latents.npy").stat().st_mtime_ns == before  # made once
+    assert not list(run.folder.glob(".latents-*"))
+
+
+def test_a_generator_of_latents_trains_resumes_and_draws_pixels(vae, trained, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    link_codes(trained, out)
+    call("generator", *LATENT, "--vae", vae, "--out", out)
+    state = torch.load(out / "shapes" / "generator.pt", weights_only=True)
+    assert state["config"]["predict"] == "v" and state["config"]["channels"] == 12 and state["ema"]["x_embed.weight"].shape[1] == 12 * 16
+    call("sample", "reconstruct", "--out", out, "--rows", "1", "--sample-steps", "2")
+    image = Image.open(out / "shapes" / "samples" / "reconstruct.png")
+    assert image.height == 14 + 2 + 2 * 66  # titles and two rows of 32 pixels, drawn twice as large
+    moved = vae.rename(tmp_path / "elsewhere")
+    refuse("sample", "reconstruct", "--out", out, words=["--vae", "vae"])
+    call("sample", "reconstruct", "--out", out, "--rows", "1", "--sample-steps", "2", "--vae", moved)
+    other = make_vae(tmp_path / "other", 3.0)
+    refuse("sample", "reconstruct", "--out", out, "--vae", other, words=["other", "not the weights", "generator.pt"])
+    refuse("generator", *LATENT, "--vae", other, "--out", out, words=["generator.pt", "vae_sha256"])
+    refuse("generator", *LATENT, "--out", out, "--predict", "v", words=["generator.pt", "channels 12 → 3"])
+    call("generator", *LATENT, "--vae", moved, "--out", out)  # finished: the folder's name is no setting
+
+
+def test_folders_that_are_no_vae_are_refused(vae, trained, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    link_codes(trained, out)
+    refuse("generator", *LATENT, "--vae", tmp_path / "nowhere", "--out", out, words=["--vae", "nowhere", "AutoencoderKL"])
+    (tmp_path / "dit").mkdir()
+    (tmp_path / "dit" / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
+    refuse("generator", *LATENT, "--vae", tmp_path / "dit", "--out", out, words=["dit", "DiTTransformer2DModel"])
+    (vae / "diffusion_pytorch_model.bin").rename(vae / "model.bin")
+    refuse("generator", *LATENT, "--vae", vae, "--out", out, words=["no diffusion_pytorch_model"])
+    (vae / "model.bin").rename(vae / "diffusion_pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    refuse("generator", *LATENT, "--vae", vae, "--out", out, words=["pip install diffusers"])
+    call("generator", *TINY["generator"], "--out", out)
+    refuse("sample", "reconstruct", "--out", out, "--vae", vae, words=["trained in pixels"])
+
+
+def test_sizes_are_names_of_width_depth_and_heads():
+    for name, values in (("S", 32_953_488), ("XL", 675_129_632)):  # parameters of DiT-S/2 and DiT-XL/2 with 1,000 classes
+        parser = data.make_parser("")
+        data.add_training_flags(parser, 1, 4, 0.1, 0.0, 0)
+        generator.add_flags(parser)
+        args = data.parse(parser, generator.PRESETS, ["--dataset", "imagenet", "--size", name, "--patch", "2"], generator.SIZES)
+        assert (args.width, args.depth, args.heads) == tuple(generator.SIZES[name].values())
+        with torch.device("meta"):
+            model = generator.DiT(32, 2, 0, args.width, args.depth, args.heads, 1, 1000, 1, "mean", "v", channels=4)
+        assert abs(sum(p.numel() for p in model.parameters()) / values - 1) < 0.02
+    args = data.parse(parser, generator.PRESETS, ["--dataset", "imagenet", "--size", "S", "--depth", "3"], generator.SIZES)
+    assert (args.width, args.depth) == (384, 3)  # any flag overrides

@@ -139,6 +139,26 @@ def test_init_gives_the_tokens_of_the_released_weights(tmp_path, names):
     assert larger.pos_embed.shape == (1, 65, 32) and torch.equal(larger.pos_embed[:, :1], released.pos_embed[:, :1])
 
 
+@pytest.mark.parametrize("image_size", [56, 84])
+def test_parity_with_transformers(tmp_path, image_size):
+    """Random weights of transformers' Dinov2WithRegisters for 56 pixels, read by --init: the same tokens, at other sizes too. (Only where
+    transformers is installed, as for tests/bench.py.)"""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2WithRegistersConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14, num_register_tokens=4)
+    theirs = transformers.Dinov2WithRegistersModel(config).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    theirs.save_pretrained(tmp_path)
+    ours = vit(image_size=image_size, patch=14, width=48, depth=3, heads=4)
+    tokenizer.load_init(ours, tmp_path / "model.safetensors")
+    pixels = torch.rand(2, 3, image_size, image_size)
+    normalised = (pixels - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    with torch.no_grad():
+        expected, found = theirs(normalised).last_hidden_state, ours.norm(ours.tokens(pixels * 2 - 1))
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     state, path = vit().state_dict(), tmp_path / "weights.pth"
 
