@@ -465,6 +465,13 @@ class Dataset:
         images = self.images[rows] if torch.is_tensor(self.images) else torch.stack([self.images[k] for k in rows.tolist()])
         return images if flip is None else torch.where(flip[:, None, None, None], images.flip(3), images)
 
+    def batches(self, rows, size, workers):
+        """Yield the images of a range of rows in order, (b, 3, S, S) with b up to `size`; those in files are decoded ahead by `workers`."""
+        if torch.is_tensor(self.images):
+            yield from self.images[rows.start:rows.stop].split(size)
+        else:
+            yield from torch.utils.data.DataLoader(torch.utils.data.Subset(self.images, rows), batch_size=size, num_workers=workers)
+
 
 def load_dataset(args):
     """The dataset that the flags name. Fails with one line when it is missing or broken."""
@@ -1054,7 +1061,7 @@ class Run:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                fail(f"{self.folder}: another run is training {lock} there; wait for it or choose another --out")
+                fail(f"{self.folder}: another run is at work on {lock} there; wait for it or choose another --out")
         if lock:
             def on_signal(number, frame, asked=self._asked):  # holds no reference to the run, so that a failed one lets go of its lock
                 asked.append(number)
@@ -1301,7 +1308,7 @@ def stopped(path, step, args, run):
     raise SystemExit(143)
 
 
-class _Peak(TorchDispatchMode):
+class PeakBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive inside, and the most there were at a time."""
 
     def __init__(self):
@@ -1329,7 +1336,7 @@ def peak_memory(build, loss, args, run):
     Two steps are taken on tensors without values: loss(model) is the loss of one part of a batch. What the libraries and the allocator
     need beside tensors is not in it; torch.compile needs less.
     """
-    with FakeTensorMode(), _Peak() as memory, run.device:
+    with FakeTensorMode(), PeakBytes() as memory, run.device:
         model = build()
         optimizers, ema = Optimizers(model, args), EMA(model, 0.9)
         for step in range(2):

@@ -332,8 +332,8 @@ def open_latents(args, dataset, run, batch=25):
 
     def work(rows):
         parts = []
-        for start in range(0, len(rows), batch):
-            images = data.unit(dataset.pixels(rows[start:start + batch]).to(run.device))
+        for images in dataset.batches(rows, batch, args.workers):
+            images = data.unit(images.to(run.device))
             with run.autocast():
                 parts.append(torch.stack([vae.encode(x) for x in (images, images.flip(3))], 1).half().cpu().numpy())
         return {"latents": np.concatenate(parts)}

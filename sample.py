@@ -2,6 +2,7 @@
 
     python sample.py --train                           # trains what is missing, in order, then pictures and scores
     python sample.py --score                           # the scores alone, also in OUT/<dataset>/scores.json
+    torchrun --nproc-per-node 8 sample.py --score --inception inception-2015-12-05.pt --dataset imagenet     # FID and its friends
     python sample.py unconditional --kind ar           # prior → code → image
     python sample.py reconstruct a.png b.png           # image → code → images, a new noise each
     python sample.py compose a.png b.png --weights 0.5 0.5        # each position of the code from one of the images
@@ -18,8 +19,10 @@ with all settings stored inside the PNG (text field "settings").
 Scores use a judge, a small CNN trained on all combinations of the factors (and, for shapes, to tell a clean drawing from a
 blend of two); the Fréchet distance is taken in its features:
     FD² = |m₁ − m₂|² + Tr(C₁ + C₂ − 2 (C₁ C₂)^½)                                                                        (1)
+With --inception they are those of the literature instead, FID, Inception Score, precision and recall, in OUT/<dataset>/inception.json.
 """
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,10 +107,10 @@ class Stages:
         backbone, config = self.tokenizer
         return tokenizer.encode_images(backbone, images, config, self.run)[0].cpu()
 
-    def draw(self, codes, seed=0):
-        """Images (n, 3, S, S) uint8 from codes (n, L), with the sampler of the flags."""
+    def draw(self, codes, seed=0, first=0):
+        """Images (n, 3, S, S) uint8 from codes (n, L), with the sampler of the flags; `first`: which of many the first is."""
         weak = self.generator("generator-early") if self.args.guide == "early" else None
-        return generator.generate(self.generator(), codes, len(codes), generator.sampler_settings(self.args), self.run, seed, weak)
+        return generator.generate(self.generator(), codes, len(codes), generator.sampler_settings(self.args), self.run, seed, weak, first)
 
     def compose(self, codes, weights, rng, choose, positions=None):
         """One child (n, L) of each family of k codes (n, k, L), a value of a parent at every position. choose "random": each position
@@ -120,9 +123,9 @@ class Stages:
         children, _ = prior.sample_masked(model, hidden, sampler, self.run, rng, log_weights)
         return prior.redraw_codes(model, children, self.args.rounds, self.args.round_share, sampler, self.run, rng, log_weights)
 
-    def sample_codes(self, kind, count, seed=0):
-        """Codes (count, L) and network calls (count,) of a prior, with the sampler of the flags."""
-        return prior.sample_codes(self.prior(kind), count, prior.sampler_settings(self.args, prior.SAMPLERS[kind]), self.run, seed)
+    def sample_codes(self, kind, count, seed=0, first=0):
+        """Codes (count, L) and network calls (count,) of a prior, with the sampler of the flags; `first`: which of many the first is."""
+        return prior.sample_codes(self.prior(kind), count, prior.sampler_settings(self.args, prior.SAMPLERS[kind]), self.run, seed, first)
 
     def read(self, prompts, guidance, seed=0, given=None):
         """Codes (n, L) for prompts, n texts, and network calls (n,); given (n, L): positions that are not V stay. Fails with one
@@ -240,13 +243,17 @@ def look(judge, images, run, batch=500):
     return torch.cat([h for h, _, _ in parts]).double().cpu(), factors, (torch.cat([c for _, _, c in parts]) > 0).cpu()
 
 
-def frechet(a, b):
-    """Fréchet distance of equation (1), not its square root, between Gaussians fitted to features a (n, d), b (m, d) in float64."""
+def frechet_moments(mean_a, cov_a, mean_b, cov_b):
+    """FD² of equation (1) from means (d,) and covariances (d, d) in float64."""
     root = lambda c: (lambda w, v: (v * w.clamp(min=0).sqrt()) @ v.T)(*torch.linalg.eigh(c))
-    ca, cb = torch.cov(a.T), torch.cov(b.T)
-    ra = root(ca)
-    cross = torch.linalg.eigvalsh(ra @ cb @ ra).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross).item()
+    ra = root(cov_a)
+    cross = torch.linalg.eigvalsh(ra @ cov_b @ ra).clamp(min=0).sqrt().sum()
+    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+def frechet(a, b):
+    """FD² of equation (1) between Gaussians fitted to features a (n, d), b (m, d) in float64."""
+    return frechet_moments(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -443,6 +450,104 @@ class Scores:
         return line
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# scores of the literature: Inception
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Inception:
+    """The public TorchScript Inception (inception-2015-12-05.pt), which takes bytes of any size: images (n, 3, S, S) uint8 → features
+    (n, 2048) and, without the output's bias as in the original score, probabilities of its classes (n, 1008)."""
+
+    def __init__(self, path, device):
+        try:
+            self.net, self.device = torch.jit.load(path, map_location=device).eval(), device
+        except (RuntimeError, ValueError, OSError) as problem:
+            data.fail(f"--inception {path}: not a TorchScript file ({str(problem).splitlines()[0][:200]}); expected inception-2015-12-05.pt")
+
+    @torch.no_grad()
+    def __call__(self, images):
+        images = images.to(self.device)
+        try:
+            features, classes = self.net(images, return_features=True), self.net(images, no_output_bias=True)
+        except RuntimeError as problem:
+            data.fail(f"--inception: not the public Inception with return_features and no_output_bias ({str(problem).splitlines()[-1][:200]})")
+        return {"features": features.float().cpu().numpy(), "classes": classes.float().cpu().numpy()}
+
+
+def inception_score(classes, parts=10):
+    """Mean and deviation over `parts` parts of exp E KL(p(y | x) ‖ p(y)) (Salimans et al. 2016); classes (n, K) probabilities."""
+    p = torch.from_numpy(classes).double()
+    scores = torch.stack([(part * (part.clamp(min=1e-30).log() - part.mean(0).clamp(min=1e-30).log())).sum(1).mean().exp() for part in p.chunk(parts)])
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+def precision_recall(real, made, device, k=3, batch=1000):
+    """Shares of made features (m, d) that lie near a real one (n, d) and of real that lie near a made one: nearer than its k-th nearest
+    neighbour of its own kind (Kynkäänniemi et al. 2019)."""
+    real, made = (torch.from_numpy(x).float().to(device) for x in (real, made))
+    exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
+    radius = lambda x: torch.cat([torch.cdist(part, x, **exact).kthvalue(k + 1, 1).values for part in x.split(batch)])  # itself is the nearest
+    inside = lambda x, of, r: torch.cat([(torch.cdist(part, of, **exact) <= r).any(1) for part in x.split(batch)]).double().mean().item()
+    return inside(made, real, radius(real)), inside(real, made, radius(made))
+
+
+def reference_statistics(net, stages, args, run, most=10_000):
+    """Mean and covariance of the Inception features of all training images, and the features of `most` of them (of all where there are
+    fewer), kept in OUT/<dataset>/reference-<checksum>.npz."""
+    dataset, rows = stages.dataset, stages.dataset.splits["train"]
+    key = data.checksum([data.file_checksum(args.inception), args.dataset, args.image_size, len(rows)])[:16]
+    path, chosen = run.folder / f"reference-{key}.npz", np.random.default_rng(0).permutation(len(rows))[:most]
+    if not path.exists():
+        work = lambda part: {"features": np.concatenate([net(images)["features"] for images in dataset.batches(
+            range(rows.start + part.start, rows.start + part.stop), 100, args.workers)])}
+        chunks = data.in_chunks(run.folder / f".reference-{key}", len(rows), run, work)
+        if run.main:
+            total, square, kept, start = 0.0, 0.0, [], 0
+            for chunk in chunks:  # one after the other: those of ImageNet do not fit in memory together
+                part = np.load(chunk)["features"]
+                double = torch.from_numpy(part).double().to(run.device) if run.device.type == "cuda" else torch.from_numpy(part).double()
+                total, square = total + double.sum(0).cpu(), square + (double.T @ double).cpu()
+                kept.append(part[chosen[(chosen >= start) & (chosen < start + len(part))] - start])
+                start += len(part)
+            mean = total / len(rows)
+            cov = (square - len(rows) * torch.outer(mean, mean)) / (len(rows) - 1)
+            data.write_atomic(path, lambda p: np.savez(open(p, "wb"), mean=mean.numpy(), cov=cov.numpy(), features=np.concatenate(kept)))
+            shutil.rmtree(chunks[0].parent)
+        run.wait()
+    return dict(np.load(path))
+
+
+def inception_scores(stages, args, run):
+    """FID, Inception Score, precision and recall of --count samples with codes of the prior --kind, and with true codes of training
+    images. Processes share the samples, each a function of (seed, index); a stopped run goes on. Returns the dict on the first process."""
+    net = Inception(args.inception, run.device)
+    reference = reference_statistics(net, stages, args, run)
+    train, result = np.array(stages.dataset.splits["train"]), {}
+    for name in (f"codes of prior-{args.kind}", "true codes"):
+        def work(rows):
+            if name == "true codes":
+                pick = train[np.random.default_rng(args.seed).permutation(max(len(train), args.count))[rows.start:rows.stop] % len(train)]
+                codes = torch.from_numpy(stages.codes[0][pick, 0].astype(np.int64))
+            else:
+                codes, _ = stages.sample_codes(args.kind, len(rows), args.seed, rows.start)
+            return net(stages.draw(codes, args.seed + 1, rows.start))
+
+        files = [run.folder / f"{stage}.pt" for stage in ("generator", f"prior-{args.kind}")] + [args.inception]
+        settings = {k: v for k, v in vars(args).items() if k not in ("workers", "device", "out", "data_dir")}
+        key = data.checksum([name, settings, *map(data.file_checksum, files)])[:16]
+        chunks = data.in_chunks(run.folder / f".samples-{key}", args.count, run, work, size=prior.BATCH)
+        if run.main:
+            made, classes = (np.concatenate([np.load(path)[part] for path in chunks]) for part in ("features", "classes"))
+            double = torch.from_numpy(made).double()
+            score, deviation = inception_score(classes)
+            precision, recall = precision_recall(reference["features"], made, run.device)
+            fid = frechet_moments(double.mean(0), torch.cov(double.T), *(torch.from_numpy(reference[part]) for part in ("mean", "cov")))
+            result[name] = {"FID": fid, "IS": score, "IS deviation": deviation, "precision": precision, "recall": recall, "samples": len(made)}
+            shutil.rmtree(chunks[0].parent)
+        run.wait()
+    return result
+
+
 def print_scores(result, indent=""):
     """The nested dict as an indented table."""
     for name, value in result.items():
@@ -609,8 +714,9 @@ def parse(argv):
     g.add_argument("--image", metavar="FILE", help="text: a picture of whose code a share is kept (--keep, --positions) or mixed in (--weights)")
     g.add_argument("--train", action="store_true", help="train what is missing by calling the stages, then pictures and scores")
     g.add_argument("--score", action="store_true", help="measure everything and write scores.json")
-    g.add_argument("--count", type=data.positive, default=2000,
-                   help="pictures measured for each score (half as many for compositions and unseen pairs)")
+    g.add_argument("--inception", metavar="FILE", help="--score: FID, Inception Score, precision and recall by this TorchScript network instead")
+    g.add_argument("--count", type=data.positive, help="pictures measured for each score (default: 2,000, half as many for compositions and "
+                   "unseen pairs; with --inception 50,000)")
     g.add_argument("--kind", choices=("masked", "ar"), default="masked", help="the prior of unconditional samples")
     g.add_argument("--weights", type=data.non_negative, nargs="+",
                    help="compose: share of positions from each image (default: equal); text: from prompt and --image")
@@ -631,6 +737,9 @@ def parse(argv):
     g.add_argument("--text-guidance", type=data.non_negative, nargs="+", default=[2.0], help="w of equation (3) of text_prior.py; 1: none; "
                    "several: --score measures each, pictures take the first")
     args = data.parse(parser, PRESETS, argv)
+    args.count = args.count or (50_000 if args.inception else 2000)
+    if args.inception and not args.score:
+        parser.error("argument --inception: only --score reads it")
     if args.count < 4:
         parser.error(f"argument --count: expected at least 4 pictures, got {args.count}")
     if args.rounds < 0:
@@ -652,8 +761,17 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="backslashreplace")  # captions and paths where the terminal's encoding lacks their characters
     if args.train:
         train_missing(args)
-    run = data.Run(args)
+    run = data.Run(args, lock="sample" if args.inception else None)  # with a lock it can be stopped and goes on
     stages = Stages(args, run)
+    if args.inception:
+        scores = inception_scores(stages, args, run)
+        if run.main:
+            scores |= {"seconds": round(time.time() - start), "settings": vars(args)}
+            data.write_atomic(run.folder / "inception.json", lambda path: path.write_text(json.dumps(scores, indent=1)))
+            print_scores({k: v for k, v in scores.items() if k != "settings"})
+        return run.close()
+    if run.world > 1:
+        data.fail("sample.py: several processes share --score --inception alone; start it without torchrun")
     commands = [args.command] if args.command else []
     if args.train:
         captioned = (run.folder / "text_prior.pt").exists() and stages.prompts(stages.dataset.splits["test"])[1]

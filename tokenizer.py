@@ -455,8 +455,7 @@ def encode_dataset(backbone, dataset, config, run, batch=500):
     keeps in a folder named after the tokenizer; returns their files."""
     def work(rows):
         codes, features = [], []
-        for start in range(0, len(rows), batch):
-            images = dataset.pixels(rows[start:start + batch])
+        for images in dataset.batches(rows, batch, config["workers"]):
             both = [encode_images(backbone, x, config, run) for x in (images, images.flip(3))]
             codes.append(torch.stack([c for c, _ in both], 1).cpu())
             features.append(both[0][1].half().cpu())

@@ -1,13 +1,17 @@
 """The scripts as commands: every dataset, resuming, two processes, stops, and what they refuse."""
 import importlib
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import time
 
 import data
+import numpy as np
 import pytest
+import test_sample
 import torch
 from conftest import ENVIRONMENT, TINY, call, command, flags_of, link_codes, refuse, script, train_all
 
@@ -135,14 +139,58 @@ def test_two_processes_equal_one(trained, tmp_path, stage, extra):
     for part in ("one", "two") if name != "tokenizer" else ():
         link_codes(trained, tmp_path / part)
     call(name, *flags, "--out", tmp_path / "one")
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port())]
-    done = script(name, *flags, "--out", tmp_path / "two", launcher=launcher)
+    done = script(name, *flags, "--out", tmp_path / "two", launcher=torchrun())
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (weights(tmp_path / part, stage) for part in ("one", "two"))
     assert one["model"].keys() == two["model"].keys() and one["step"] == two["step"] == 3
     assert any(not torch.equal(one["model"][k], one["ema"].get(k, one["model"][k])) for k in one["model"])  # it did move
     for k, value in one["model"].items():  # Adam moves a weight by about lr a step whatever its gradient: rounding of a tiny one shows as a part of 3e-4
         assert (value - two["model"][k]).abs().max() < 1e-4, k
+
+
+def torchrun():
+    return ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port())]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(trained, tmp_path, monkeypatch):
+    """Three steps on one process, three on two: the weights of six steps on one, up to rounding."""
+    flags = ["--kind", "masked", *TINY["prior"], "--batch-size", "16", "--accumulate", "2", "--dtype", "float32", "--lr-matrix", "0", "--lr", "1e-4"]
+    for part in ("one", "changed"):
+        link_codes(trained, tmp_path / part)
+    call("prior", *flags, "--out", tmp_path / "one")
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Run, "stopping", lambda run, asked=[]: asked.append(1) or len(asked) == 3)
+        with pytest.raises(SystemExit):
+            call("prior", *flags, "--out", tmp_path / "changed")
+    done = script("prior", *flags, "--out", tmp_path / "changed", launcher=torchrun())
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, changed = (weights(tmp_path / part, "prior-masked") for part in ("one", "changed"))
+    assert one["step"] == changed["step"] == 6 and all((v - changed["model"][k]).abs().max() < 1e-4 for k, v in one["model"].items())
+
+
+def test_two_processes_check_encode_and_crop_an_imagenet_tree_as_one(places, tmp_path):
+    """Workers, a broken file (named once), crops cut from files, codes encoded in shares: the same codes as one process."""
+    tree, tiny = tmp_path / "tree", [*TINY["tokenizer"], *"--patch 8 --global-size 32 --local-size 16 --sem-read patches --batch-size 16".split()]
+    shutil.copytree(places["imagenet"][1], tree)
+    (tree / "train" / "cats" / "broken.png").write_bytes(b"no picture")
+    flags = [*tiny, "--dataset", "imagenet", "--data-dir", tree, "--image-size", "32", "--steps", "2", "--dtype", "float32", "--workers", "1", "--lr", "1e-5"]
+    said = [script("tokenizer", *flags, "--out", tmp_path / part, launcher=launcher) for part, launcher in (("one", ()), ("two", torchrun()))]
+    for done in said:
+        assert done.returncode == 0 and done.stderr.count("1 of 33 files do not open") == 1 and "broken.png" in done.stderr, done.stderr[-3000:]
+    one, two = (np.load(tmp_path / part / "imagenet" / "codes.npy") for part in ("one", "two"))
+    assert one.shape == two.shape == (32, 2, 16) and (one == two).mean() > 0.98  # rounding may turn a tie
+
+
+def test_scores_by_inception_are_the_same_on_two_processes(trained, tmp_path):
+    net = tmp_path / "inception.pt"
+    torch.jit.script(test_sample.Net()).save(str(net))
+    flags, results = ["--score", "--inception", net, "--count", "1100", "--sample-steps", "1", "--out", trained], []
+    for launcher in ((), torchrun()):
+        done = script("sample", *flags, launcher=launcher)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads((trained / "shapes" / "inception.json").read_text()))
+    for name in ("codes of prior-masked", "true codes"):
+        assert results[0][name] == results[1][name] and results[0][name]["samples"] == 1100
 
 
 def test_accumulation_equals_one_batch(trained, tmp_path):

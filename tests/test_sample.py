@@ -1,7 +1,9 @@
 """Pictures and scores: mixing codes, the Fréchet distance, the judge, and the table."""
+import gc
 import json
 import os
 
+import conftest
 import data
 import numpy as np
 import prior
@@ -129,3 +131,79 @@ def test_stages_read_back_what_was_encoded(trained, run):
         again = tokenizer.encode_images(backbone, images, config, run)[0]
         assert (again.numpy() == codes[rows, flip]).mean() > 0.9  # the file was written in bfloat16 where the machine has it
     assert prior.load_prior(args, "ar", run.device).L == about["L"] == config["codes"]
+
+
+# --- Inception: against a small computation of its own -----------------------------------------------------------------
+
+class Net(torch.nn.Module):
+    """Stands for the public Inception: bytes → 6 features, or probabilities of 5 classes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.out, self.bias = (torch.nn.Parameter(torch.randn(*s)) for s in ((48, 6), (6, 5), (5,)))
+
+    def forward(self, images: torch.Tensor, return_features: bool = False, no_output_bias: bool = False):
+        x = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1) @ self.weight
+        if return_features:
+            return x
+        logits = x @ self.out * 3
+        return (logits if no_output_bias else logits + self.bias).softmax(1)
+
+
+def numpy_scores(real, made, classes, parts=10):
+    """FID, IS, precision, recall with numpy alone."""
+    m1, m2, c1, c2 = real.mean(0), made.mean(0), np.cov(real.T), np.cov(made.T)
+    fid = ((m1 - m2) ** 2).sum() + np.trace(c1) + np.trace(c2) - 2 * np.sqrt(np.linalg.eigvals(c1 @ c2).real.clip(0)).sum()
+    score = [np.exp(np.mean([(p * np.log(p / part.mean(0))).sum() for p in part])) for part in np.array_split(classes, parts)]
+
+    def share(points, of):
+        near = 0
+        radii = [np.sort(np.linalg.norm(of - center, axis=1))[3] for center in of]
+        for point in points:
+            near += any(np.linalg.norm(point - center) <= radius for center, radius in zip(of, radii))
+        return near / len(points)
+
+    return fid, np.mean(score), share(made, real), share(real, made)
+
+
+def test_scores_by_inception_equal_numpy(trained, tmp_path, monkeypatch):
+    """Of the images that were really drawn; stopped in the middle and continued, the result is that of one run."""
+    net = torch.jit.script(Net())
+    net.save(str(tmp_path / "inception.pt"))
+    drawn, draw = [], sample.Stages.draw
+    monkeypatch.setattr(sample.Stages, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    monkeypatch.setattr(sample.prior, "BATCH", 20)
+    flags = ["--score", "--inception", tmp_path / "inception.pt", "--count", "70", "--sample-steps", "1", "--out", trained]
+    call("sample", *flags)
+    whole, images = json.loads((trained / "shapes" / "inception.json").read_text()), torch.cat(drawn)
+    assert len(images) == 140 and whole["true codes"]["samples"] == 70
+    with torch.no_grad():
+        train = data.load_shapes(sample.parse([str(flag) for flag in flags])).images[:conftest.SMALL["train"]]
+        real, made, classes = net(train, True).numpy(), net(images, True).numpy(), net(images, False, True).numpy()
+    for k, name in enumerate(("codes of prior-masked", "true codes")):
+        rows = slice(70 * k, 70 * (k + 1))
+        expected = numpy_scores(real.astype(np.float64), made[rows].astype(np.float64), classes[rows].astype(np.float64))
+        found = [whole[name][key] for key in ("FID", "IS", "precision", "recall")]
+        assert np.allclose(found, expected, rtol=1e-4, atol=1e-6), (found, expected)
+    asked = iter([False] * 3 + [True] * 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Run, "asked", lambda run: next(asked))
+        with pytest.raises(SystemExit) as stopped:
+            call("sample", *flags)
+    assert stopped.value.code == 143
+    del stopped
+    gc.collect()  # the frames of the stopped run, and with them its lock
+    before = len(drawn)
+    call("sample", *flags)
+    again = json.loads((trained / "shapes" / "inception.json").read_text())
+    assert len(drawn) - before == 8 - 3 and all(again[name] == whole[name] for name in ("codes of prior-masked", "true codes"))
+    assert not list((trained / "shapes").glob(".samples-*"))
+
+
+def test_files_that_are_no_inception_are_refused(trained, tmp_path):
+    (tmp_path / "text.pt").write_text("no network")
+    refuse("sample", "--score", "--inception", tmp_path / "text.pt", "--out", trained, words=["--inception", "text.pt", "TorchScript"])
+    refuse("sample", "--score", "--inception", tmp_path / "missing.pt", "--out", trained, words=["missing.pt"])
+    torch.jit.script(torch.nn.ReLU()).save(str(tmp_path / "relu.pt"))
+    refuse("sample", "--score", "--inception", tmp_path / "relu.pt", "--out", trained, words=["--inception", "return_features"])
