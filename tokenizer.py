@@ -359,7 +359,7 @@ def build_backbone(config):
     """The ViT of a dict of settings (a checkpoint's config, or vars(args))."""
     keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "registers", "stem", "attention", "drop_path",
             "layer_scale", "sem_rank")
-    return ViT(config["global_size"], **{k: config[k] for k in keys})
+    return ViT(config["global_size"], **{k: config[k] for k in keys if k in config})
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that DINOv2 sees, in [0, 1]
