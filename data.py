@@ -27,6 +27,7 @@ import hashlib
 import json
 import math
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -777,6 +778,42 @@ def check_weights(path, state, model_state):
                  "other weights")
 
 
+def save_shards(path, model, optimizers, run, step, **state):
+    """As save_checkpoint, for a model of Run.shard: weights and optimizer as parts, written by all processes at once, into a folder beside
+    `path` (torch's distributed checkpoint), and then the file, which names it and holds the whole averages in state["ema"]."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    shards = path.with_name(f"{path.stem}-{step:09d}.dcp")
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizers.parts)))
+    if run.main:
+        shutil.rmtree(shards, ignore_errors=True)  # of a run that was killed here
+    run.wait()
+    dcp.save(parts, checkpoint_id=shards)
+    state["ema"] = {name: value.full_tensor().cpu() for name, value in state["ema"].items()}  # all take part in each
+    if run.main:
+        save_checkpoint(path, step=step, shards=shards.name, **state)
+        for old in path.parent.glob(f"{path.stem}-*.dcp"):
+            if old != shards:
+                shutil.rmtree(old)
+    run.wait()
+
+
+def load_shards(path, state, model, optimizers, ema):
+    """Inverse of save_shards, on any number of processes; state: that of load_checkpoint."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.tensor import distribute_tensor
+    shards = path.with_name(state["shards"])
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizers.parts)))
+    try:
+        dcp.load(parts, checkpoint_id=shards)
+    except Exception as problem:  # whatever torch raises
+        fail(f"{shards}: not a readable checkpoint ({type(problem).__name__}); --restart trains again")
+    set_state_dict(model, optimizers.parts, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+    ema.load_state_dict({name: distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+                         for (name, value), p in zip(state["ema"].items(), model.parameters())})
+
+
 STAGE_COMMANDS = {"tokenizer": "tokenizer.py", "generator": "generator.py", "generator-early": "generator.py",
                   "generator-uncond": "generator.py --condition none", "generator-factors": "generator.py --factors --groups 5",
                   "prior-masked": "prior.py --kind masked", "prior-ar": "prior.py --kind ar", "text_prior": "text_prior.py", "judge": "sample.py --score"}
@@ -1038,7 +1075,7 @@ class Run:
         except (RuntimeError, AssertionError) as problem:
             fail(f"--device {args.device}: not available here ({str(problem).splitlines()[0]})")
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
+        self.main, self.sharded = self.rank == 0, False
         self.bar = self.main and sys.stderr.isatty()  # progress bars only for people
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
@@ -1107,14 +1144,27 @@ class Run:
             compile = False
         if compile:
             model.compile()  # in place: the state dict keeps its keys
-        if self.world == 1:
+        if self.world == 1 or self.sharded:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
         return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
     def part(self, model, last):
         """Inside, for one part of an accumulated batch: gradients stay in this process until the last part."""
+        if self.sharded:
+            model.set_requires_gradient_sync(last)
+            return nullcontext()
         return model.no_sync() if self.world > 1 and not last else nullcontext()
+
+    def shard(self, model):
+        """Split the parameters of a model with `blocks` over all processes, block by block (torch's fully_shard), in place: with its gradients,
+        optimizer and averages it then takes a part of the memory of each device. Arithmetic in the run's dtype, sums in float32."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a second to import: here and below only for who needs it
+        self.sharded = True
+        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
+        for part in (*model.blocks, model):
+            fully_shard(part, mp_policy=policy)
+        return model.to(self.device)
 
     def average(self, value):
         """Mean of a tensor over all processes."""
@@ -1187,7 +1237,7 @@ class Optimizers:
         for part in self.parts:
             part.step()
             part.zero_grad(set_to_none=True)
-        return norm
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
 
     def state_dict(self):
         """States of all parts, plain values and tensors."""
@@ -1219,7 +1269,8 @@ class EMA:
     @torch.no_grad()
     def load_state_dict(self, state):
         """Inverse of state_dict."""
-        torch._foreach_copy_(self.values, [state[name] for name in self.names])
+        for value, name in zip(self.values, self.names):
+            value.copy_(state[name])
 
     def into(self, model):
         """Copy the averages into `model` and keep averaging in place there, so that its weights are the average."""
@@ -1229,14 +1280,17 @@ class EMA:
     @contextmanager
     def applied(self):
         """Inside, the model holds the averages; after, its own weights again."""
+        def put(values):
+            with torch.no_grad():
+                for p, value in zip(self.source, values):
+                    p.copy_(value)
+
         own = [p.detach().clone() for p in self.source]
-        with torch.no_grad():
-            torch._foreach_copy_(self.source, self.values)
+        put(self.values)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.source, own)
+            put(own)
 
 
 def cosine(step, steps, start, end):
@@ -1356,9 +1410,10 @@ def describe(args, build, loss, flops, run):
     """Print settings, parameters, memory and FLOPs per step (the --dry-run page); build and loss as peak_memory."""
     for key, value in sorted(vars(args).items()):
         print(f"  {key.replace('_', '-'):18} {value}")
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if run.device.type == "cpu" else 0  # python and its libraries
     peak, count = peak_memory(build, loss, args, run)
     print(f"{count / 1e6:.2f}M parameters; {flops / 1e9:.1f} GFLOP per step; device {run.device}, {run.dtype}, {run.world} process(es); memory at the "
-          f"peak of a step, in each process: {peak / 2 ** 30:.2f} GiB of tensors, about {peak * SLACK / 2 ** 30:.2f} GiB in all".replace("torch.", ""))
+          f"peak of a step, in each process: {peak / 2 ** 30:.2f} GiB of tensors, about {(peak * SLACK + own) / 2 ** 30:.2f} GiB in all".replace("torch.", ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -415,6 +415,7 @@ def add_flags(parser):
     g.add_argument("--tables", choices=("position", "shared"), default="position",
                    help="embeddings and outputs of the codes: one set a position, or one for all")
     g.add_argument("--dropout", type=data.share, default=0.0, help="on both residual branches")
+    g.add_argument("--shard", action="store_true", help="split the model over all processes (torchrun), for one that does not fit on a device")
     g = parser.add_argument_group("text")
     g.add_argument("--encoding", default="captions", help="captions: byte pairs learned from them; bytes; a name of tiktoken's (gpt2); or a file "
                    "(.tiktoken, split into words as captions are, or a tokenizer.json with byte-level BPE)")
@@ -430,6 +431,8 @@ def main(argv=None):
     data.add_training_flags(parser, steps=1000, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50)
     add_flags(parser)
     args = data.parse(parser, PRESETS, argv)
+    if args.shard and args.lr_matrix > 0:
+        parser.error("argument --shard: Muon needs whole matrices; add --lr-matrix 0 (AdamW for all)")
     if args.width % args.heads or args.width // args.heads % 2:
         parser.error(f"argument --heads: --width {args.width} over {args.heads} heads is no even whole number")
     if sum(args.mix) <= 0:
@@ -455,14 +458,27 @@ def main(argv=None):
 
         return data.describe(args, lambda: build_text_prior(vars(args), text), loss, flops, run)
     torch.manual_seed(args.seed)
-    model = build_text_prior(vars(args), text).to(run.device)
+    if args.shard and run.world == 1:
+        data.fail("--shard: one process has nobody to share with; start it with torchrun --nproc-per-node 2 or more")
+    model = build_text_prior(vars(args), text)
+    model = run.shard(model) if args.shard else model.to(run.device)
     optimizers, ema = data.Optimizers(model, args), data.EMA(model, args.ema)
     state = data.resume(path, "text_prior", args, about["sha256"])
     captions = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     if state and (state["text"], state["captions"]) != (text.state(), captions):
         data.fail(f"{path}: trained on other captions, or another encoding of them; --restart to train again")
-    if state:
+    if state and args.shard:
+        data.load_shards(path, state, model, optimizers, ema)
+    elif state:
         model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), optimizers.load_state_dict(state["optimizer"])
+
+    def save(step):
+        what = dict(stage="text_prior", config=vars(args), step=step, ema=ema.state_dict(), trained_on=about["sha256"], text=text.state(), captions=captions)
+        if args.shard:
+            data.save_shards(path, model, optimizers, run, **what)
+        elif run.main:
+            data.save_checkpoint(path, model=model.state_dict(), optimizer=optimizers.state_dict(), **what)
+
     start = state["step"] if state else 0
     trained = run.wrap(model, args)
     log, meter = data.Log(run, "text_prior", args.tensorboard), data.Meter(run, args, flops, start, args.batch_size * (args.codes + 1 + args.window), "tokens")
@@ -483,12 +499,11 @@ def main(argv=None):
         ema.update(step)
         meter.tick(step, log, loss=loss, norm=norm)
         stopping = run.stopping()
-        if run.main and ((step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping):
-            data.save_checkpoint(path, stage="text_prior", config=vars(args), step=step + 1, model=model.state_dict(), ema=ema.state_dict(),
-                                 optimizer=optimizers.state_dict(), trained_on=about["sha256"], text=text.state(), captions=captions)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
+            save(step + 1)
         if stopping:
             return data.stopped(path, step + 1, args, run)
-    if run.main:
+    if run.main or args.shard:  # a sharded model is evaluated by all processes together
         with data.evaluating(model), ema.applied():
             for split in ("val", "test"):
                 rows = splits[split]
@@ -500,8 +515,9 @@ def main(argv=None):
                         "code alone": bits_per_token(model, c, torch.full_like(w, text.pad), 0, run),
                         "caption given code": bits_per_token(model, c, w, 1, run)}
                 log.write(args.steps, **{f"{split} bits per token, {k}": round(v, 4) for k, (v, _) in bits.items()})
-                print(f"{split}: bits per token (upper bounds, {len(c):,} pairs): "
-                      + ", ".join(f"{k} {v:.4f} ± {error:.4f}" for k, (v, error) in bits.items()))
+                if run.main:
+                    print(f"{split}: bits per token (upper bounds, {len(c):,} pairs): "
+                          + ", ".join(f"{k} {v:.4f} ± {error:.4f}" for k, (v, error) in bits.items()))
     run.close()
 
 

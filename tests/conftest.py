@@ -28,7 +28,8 @@ TINY = {
 
 
 SMALL = {"train": 160, "val": 32, "test": 48, "unseen-shape-colour": 16, "unseen-colour-frame": 16}  # of the shapes, instead of 42,000
-LAUNCH = f"import sys, importlib; sys.path.insert(0, {str(ROOT)!r}); import data; data.SHAPES_COUNTS = {SMALL}; importlib.import_module(sys.argv.pop(1)).main()"
+LAUNCH = (f"import sys, importlib, os; sys.path.insert(0, {str(ROOT)!r}); import data; data.SHAPES_COUNTS = {SMALL}; stop = int(os.environ.get('DLC_STOP_AFTER', 0)); "
+          "exec('if stop: data.Run.stopping = lambda run, asked=[]: asked.append(1) or len(asked) == stop'); importlib.import_module(sys.argv.pop(1)).main()")
 
 
 def call(name, *flags):
@@ -36,9 +37,11 @@ def call(name, *flags):
     importlib.import_module(name).main([str(flag) for flag in flags])
 
 
-def script(name, *flags, launcher=(), **options):
-    """Run one of the scripts as a process of its own, on a small set of shapes; returns the finished process with its output."""
-    return subprocess.run(command(name, *flags, launcher=launcher), capture_output=True, text=True, timeout=240, env=ENVIRONMENT, **options)
+def script(name, *flags, launcher=(), stop_after=0):
+    """Run one of the scripts as a process of its own, on a small set of shapes; returns the finished process with its output.
+    stop_after: the step after which it finds that it was asked to stop."""
+    environment = {**ENVIRONMENT, "DLC_STOP_AFTER": str(stop_after)}
+    return subprocess.run(command(name, *flags, launcher=launcher), capture_output=True, text=True, timeout=240, env=environment)
 
 
 def command(name, *flags, launcher=()):

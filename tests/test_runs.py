@@ -168,6 +168,26 @@ def test_a_run_goes_on_with_another_number_of_processes(trained, tmp_path, monke
     assert one["step"] == changed["step"] == 6 and all((v - changed["model"][k]).abs().max() < 1e-4 for k, v in one["model"].items())
 
 
+def test_a_sharded_text_prior_equals_a_whole_one_and_resumes(trained, tmp_path):
+    """--shard on two processes: the weights of one process up to rounding; stopped after its first checkpoint, it goes on from the parts."""
+    flags = [*TINY["text_prior"], "--batch-size", "16", "--accumulate", "2", "--dtype", "float32", "--lr-matrix", "0", "--lr", "1e-4", "--save-every", "3"]
+    for part in ("one", "two", "cut"):
+        link_codes(trained, tmp_path / part)
+    call("text_prior", *flags, "--out", tmp_path / "one")
+    refuse("text_prior", *flags, "--shard", "--out", tmp_path / "cut", words=["--shard", "torchrun"])
+    done = script("text_prior", *flags, "--shard", "--out", tmp_path / "two", launcher=torchrun())
+    assert done.returncode == 0 and done.stdout.count("test: bits per token") == 1, done.stderr[-3000:]
+    stop = script("text_prior", *flags, "--shard", "--out", tmp_path / "cut", launcher=torchrun(), stop_after=4)
+    assert stop.returncode != 0 and "stopped at step 4 of 6" in stop.stderr, stop.stderr[-3000:]
+    done = script("text_prior", *flags, "--shard", "--out", tmp_path / "cut", launcher=torchrun())
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two, cut = (weights(tmp_path / part, "text_prior") for part in ("one", "two", "cut"))
+    assert one["ema"].keys() == two["ema"].keys() and two["step"] == cut["step"] == 6
+    assert all((v - two["ema"][k]).abs().max() < 1e-4 for k, v in one["ema"].items())
+    assert all(torch.equal(v, cut["ema"][k]) for k, v in two["ema"].items())  # bit for bit
+    assert [path.name for path in (tmp_path / "cut" / "shapes").glob("*.dcp")] == ["text_prior-000000006.dcp"]
+
+
 def test_two_processes_check_encode_and_crop_an_imagenet_tree_as_one(places, tmp_path):
     """Workers, a broken file (named once), crops cut from files, codes encoded in shares: the same codes as one process."""
     tree, tiny = tmp_path / "tree", [*TINY["tokenizer"], *"--patch 8 --global-size 32 --local-size 16 --sem-read patches --batch-size 16".split()]
