@@ -23,6 +23,7 @@ if _mallopt and _mallopt(-3, 1 << 25):  # fault them in again in every step, up 
 
 import argparse
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -45,6 +46,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -857,7 +859,7 @@ def load_stage(stage, args):
     return state
 
 
-NOT_SETTINGS = {"out", "data_dir", "device", "workers", "compile", "dry_run", "restart", "tensorboard", "save_every"}  # or how to run it
+NOT_SETTINGS = {"out", "data_dir", "device", "workers", "compile", "grad_checkpoint", "dry_run", "restart", "tensorboard", "save_every"}  # or how to run it
 NOT_SETTINGS |= {"sample_steps", "method", "guidance", "guidance_interval"}  # nor how to draw images
 NOT_SETTINGS |= {"temperature", "nucleus", "order", "per_step", "order_noise", "ancestral_steps", "remask", "remask_window"}  # and codes
 NOT_SETTINGS |= {"size", "vae", "init"}  # nor the name of what other settings, or a checksum, say
@@ -1032,6 +1034,7 @@ def add_training_flags(parser, steps, batch_size, lr, lr_matrix, warmup, ema=0.9
     if ema is not None:
         group.add_argument("--ema", type=share, default=ema, help="decay per step of the averaged weights that are used afterwards")
     group.add_argument("--save-every", type=positive, default=1000, help="steps between checkpoints")
+    group.add_argument("--grad-checkpoint", action="store_true", help="compute activations twice to save memory, a third more time a step")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA only)")
     group.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="also log for TensorBoard")
     group.add_argument("--dry-run", action="store_true", help="print settings, parameters, memory and FLOPs, then stop")
@@ -1084,11 +1087,11 @@ class Run:
         elif self.device.type == "cpu":  # on a CPU the plain formula beats the flash kernel 4 times at these lengths
             torch.backends.cuda.enable_flash_sdp(False)
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
         for size in (getattr(args, "batch_size", self.world), getattr(args, "batch_size", self.world) // getattr(args, "accumulate", 1)):
             if size % self.world:
                 fail(f"--batch-size {args.batch_size}: does not divide over {self.world} processes (and --accumulate parts)")
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
         native = self.device.type == "cuda" or (self.device.type == "cpu" and (
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
         self.dtype = torch.bfloat16 if args.dtype == "bfloat16" or (args.dtype == "auto" and native) else torch.float32
@@ -1142,6 +1145,8 @@ class Run:
         if compile and self.device.type == "cpu" and not _has_compiler():
             print("no C++ compiler found: --compile is ignored, training runs eagerly", file=sys.stderr)
             compile = False
+        if args.grad_checkpoint:
+            forget_activations(model)
         if compile:
             model.compile()  # in place: the state dict keeps its keys
         if self.world == 1 or self.sharded:
@@ -1182,6 +1187,13 @@ class Run:
             self._lock.close()
         for name, handler in self._handlers.items():
             signal.signal(name, handler)
+
+
+def forget_activations(model):
+    """Keep no more than the inputs of each of the model's `blocks` for the backward pass, which computes the rest again, in place."""
+    for name, module in model.named_modules():
+        for block in module if name.split(".")[-1] == "blocks" else ():
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
 def _has_compiler():
@@ -1392,6 +1404,8 @@ def peak_memory(build, loss, args, run):
     """
     with FakeTensorMode(), PeakBytes() as memory, run.device:
         model = build()
+        if args.grad_checkpoint:
+            forget_activations(model)
         optimizers, ema = Optimizers(model, args), EMA(model, 0.9)
         for step in range(2):
             for _ in range(args.accumulate):

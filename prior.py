@@ -121,8 +121,8 @@ class Prior(nn.Module):
 
 
 class Decoder:
-    """A causal prior one position at a time, for sampling: weights in the run's dtype, those that read the same input in one matrix,
-    and a static key-value cache over all L positions; those to come are masked, so that all calls have the same shapes."""
+    """A causal prior one position at a time, for sampling: weights in the run's dtype, those that read the same input in one matrix, and
+    a key-value cache that doubles its length when it is full; between, all calls have the same shapes, positions to come are masked."""
 
     def __init__(self, model, batch, run):
         self.model, self.heads, width = model, model.blocks[0].heads, model.wpe.shape[1]
@@ -130,8 +130,7 @@ class Decoder:
         self.layers = [(pack(b.attn_norm, b.q_proj, b.k_proj, b.v_proj), b.attn_out.weight.detach().to(run.dtype),
                         pack(b.ff_norm, b.ff_proj, b.up_proj), b.ff_out.weight.detach().to(run.dtype)) for b in model.blocks]
         self.ff_out = (model.ln_f.weight[:, None] * model.ff_out).detach().to(run.dtype)  # (L or 1, D, V)
-        size = width // self.heads
-        self.cache = torch.zeros(len(self.layers), 2, batch * self.heads, model.L, size, device=run.device, dtype=run.dtype)
+        self.cache = torch.zeros(len(self.layers), 2, batch * self.heads, min(32, model.L), width // self.heads, device=run.device, dtype=run.dtype)
         future = torch.ones(model.L, model.L, device=run.device, dtype=torch.bool).triu(1)
         self.mask = torch.zeros(model.L, 1, model.L, device=run.device, dtype=run.dtype).masked_fill(future[:, None], -math.inf)
 
@@ -144,13 +143,17 @@ class Decoder:
     def __call__(self, previous, at):
         """Logits (B, V) of position `at`, from the values before it (B,) (unused at 0); positions come in order."""
         B, H, model = len(previous), self.heads, self.model
+        if at == self.cache.shape[3]:
+            longer = torch.zeros_like(self.cache[:, :, :, :min(at, model.L - at)])
+            self.cache = torch.cat([self.cache, longer], 3)
         cos, sin = (part[at].to(self.ff_out.dtype) for part in model.rope)  # 2 × (D/H/2,)
         x = model.embed(torch.full_like(previous, model.V) if at == 0 else previous, (at or model.L) - 1)  # (B, D)
+        mask = self.mask[at, :, :self.cache.shape[3]]  # (1, length)
         for (qkv, attn_out, gate_up, ff_out), (keys, values) in zip(self.layers, self.cache):
             q, k, v = F.linear(self.normal(x), qkv).view(B, 3, H, -1).unbind(1)  # 3 × (B, H, D/H)
-            keys[:, at], values[:, at] = rotate(k, cos, sin).flatten(0, 1), v.flatten(0, 1)  # (B · H, L, D/H)
+            keys[:, at], values[:, at] = rotate(k, cos, sin).flatten(0, 1), v.flatten(0, 1)  # (B · H, length, D/H)
             q = rotate(q, cos, sin).reshape(B * H, 1, -1)
-            share = (torch.bmm(q * q.shape[-1] ** -0.5, keys.mT) + self.mask[at]).softmax(-1)  # (B · H, 1, L)
+            share = (torch.bmm(q * q.shape[-1] ** -0.5, keys.mT) + mask).softmax(-1)  # (B · H, 1, length)
             x = x + F.linear(torch.bmm(share, values).view(B, -1), attn_out)  # (B, D)
             gate, up = F.linear(self.normal(x), gate_up).chunk(2, -1)  # 2 × (B, hidden)
             x = x + F.linear(F.silu(gate) * up, ff_out)  # (B, D)

@@ -461,6 +461,7 @@ def encode_dataset(backbone, dataset, config, run, batch=500):
             features.append(both[0][1].half().cpu())
         return {"codes": torch.cat(codes).numpy().astype(data.code_type(config["values"])), "features": torch.cat(features).numpy()}
 
+    run.wait()  # the first process may still be writing the tokenizer
     folder = run.folder / f".codes-{data.file_checksum(run.folder / 'tokenizer.pt')[:16]}"
     return data.in_chunks(folder, len(dataset), run, work)
 

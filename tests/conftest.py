@@ -14,6 +14,7 @@ import data  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from launch import SMALL  # noqa: E402
 from PIL import Image  # noqa: E402
 
 torch.set_num_threads(1)
@@ -27,11 +28,6 @@ TINY = {
 }
 
 
-SMALL = {"train": 160, "val": 32, "test": 48, "unseen-shape-colour": 16, "unseen-colour-frame": 16}  # of the shapes, instead of 42,000
-LAUNCH = (f"import sys, importlib, os; sys.path.insert(0, {str(ROOT)!r}); import data; data.SHAPES_COUNTS = {SMALL}; stop = int(os.environ.get('DLC_STOP_AFTER', 0)); "
-          "exec('if stop: data.Run.stopping = lambda run, asked=[]: asked.append(1) or len(asked) == stop'); importlib.import_module(sys.argv.pop(1)).main()")
-
-
 def call(name, *flags):
     """Run one of the scripts in this process, on a small set of shapes. Raises SystemExit where it stops with an error."""
     importlib.import_module(name).main([str(flag) for flag in flags])
@@ -40,17 +36,16 @@ def call(name, *flags):
 def script(name, *flags, launcher=(), stop_after=0):
     """Run one of the scripts as a process of its own, on a small set of shapes; returns the finished process with its output.
     stop_after: the step after which it finds that it was asked to stop."""
-    environment = {**ENVIRONMENT, "DLC_STOP_AFTER": str(stop_after)}
+    environment = {**ENVIRONMENT, "STOP_AFTER": str(stop_after)}
     return subprocess.run(command(name, *flags, launcher=launcher), capture_output=True, text=True, timeout=240, env=environment)
 
 
 def command(name, *flags, launcher=()):
-    """The command line of `script`; `launcher` is torchrun's module and flags."""
-    start = ["-c", LAUNCH] if not launcher else [*launcher, str(Path(__file__).with_name("launch.py"))]
-    return [sys.executable, *start, name, *map(str, flags)]
+    """The command line of `script`; `launcher` is torchrun's module and flags. A flag "+" starts another script in the same process."""
+    return [sys.executable, *launcher, str(Path(__file__).with_name("launch.py")), name, *map(str, flags)]
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DLC_LAUNCH": LAUNCH}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def refuse(name, *flags, words=()):

@@ -204,7 +204,7 @@ LATENT = [*TINY["generator"], "--patch", "4", "--stem", "0"]
 
 
 def test_latents_hold_both_flips_and_come_back_as_the_images(vae, run, tmp_path):
-    args = argparse.Namespace(vae=str(vae), image_size=32, dataset="shapes", out=str(tmp_path), seed=0)
+    args = argparse.Namespace(vae=str(vae), image_size=32, dataset="shapes", out=str(tmp_path), seed=0, workers=0)
     run.folder, dataset = data.run_folder(args), data.load_dataset(args)
     run.asked, run.wait = lambda: False, lambda: None
     latents = generator.open_latents(args, dataset, run)

@@ -75,6 +75,17 @@ def test_ar_cache_equals_the_full_forward(run):
             assert torch.allclose(stepwise, model(codes), atol=1e-5)
 
 
+def test_a_cache_that_grows_equals_the_full_forward(run):
+    """More positions than the cache starts with: it doubles, and ends at a length that is no power of two."""
+    torch.manual_seed(0)
+    model = prior.Prior(150, 7, 16, 2, 2, 0.0, True, "shared").eval()
+    torch.nn.init.normal_(model.ff_out, std=0.5)
+    codes, decoder = torch.randint(0, 7, (2, 150)), prior.Decoder(model, 2, run)
+    with torch.no_grad():
+        stepwise = torch.stack([decoder(codes[:, at - 1], at) for at in range(150)], 1)
+        assert torch.allclose(stepwise, model(codes), atol=1e-4) and decoder.cache.shape[3] == 150
+
+
 @pytest.mark.parametrize("order", ["event", "ancestral", "confidence", "ar"])
 def test_a_sample_does_not_depend_on_how_many_are_drawn(run, order):
     """Code k follows from (seed, k): the same alone, among many, and where another process draws a later part."""

@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -131,21 +132,25 @@ def port():
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("stage, extra", [(stage, []) for stage in STAGES] + [("tokenizer", ["--ibot", "0"])])
-def test_two_processes_equal_one(trained, tmp_path, stage, extra):
-    """The same global batch on one process and on two (gloo) gives the same weights up to rounding."""
-    name, flags = flags_of(stage)
-    flags = [*flags, *extra, "--steps", "3", "--batch-size", "16", "--dtype", "float32", "--lr-matrix", "0", "--lr", "1e-4"]
-    for part in ("one", "two") if name != "tokenizer" else ():
-        link_codes(trained, tmp_path / part)
-    call(name, *flags, "--out", tmp_path / "one")
-    done = script(name, *flags, "--out", tmp_path / "two", launcher=torchrun())
+def test_two_processes_equal_one(trained, tmp_path):
+    """The same global batch on one process and on two (gloo) gives the same weights up to rounding, in every stage."""
+    runs = [(stage, "", []) for stage in STAGES] + [("tokenizer", "-no-ibot", ["--ibot", "0"])]
+    common, words = "--steps 3 --batch-size 16 --dtype float32 --lr-matrix 0 --lr 1e-4".split(), []
+    for stage, suffix, extra in runs:
+        name, flags = flags_of(stage)
+        outs = [tmp_path / f"{part}-{stage}{suffix}" for part in ("one", "two")]
+        if stage != "tokenizer":
+            [link_codes(trained, out) for out in outs]
+        call(name, *flags, *extra, *common, "--out", outs[0])
+        words += ["+", name, *flags, *extra, *common, "--out", outs[1]]
+    done = script(*words[1:], launcher=torchrun())
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (weights(tmp_path / part, stage) for part in ("one", "two"))
-    assert one["model"].keys() == two["model"].keys() and one["step"] == two["step"] == 3
-    assert any(not torch.equal(one["model"][k], one["ema"].get(k, one["model"][k])) for k in one["model"])  # it did move
-    for k, value in one["model"].items():  # Adam moves a weight by about lr a step whatever its gradient: rounding of a tiny one shows as a part of 3e-4
-        assert (value - two["model"][k]).abs().max() < 1e-4, k
+    for stage, suffix, _ in runs:
+        one, two = (weights(tmp_path / f"{part}-{stage}{suffix}", stage) for part in ("one", "two"))
+        assert one["model"].keys() == two["model"].keys() and one["step"] == two["step"] == 3
+        assert any(not torch.equal(one["model"][k], one["ema"].get(k, one["model"][k])) for k in one["model"])  # it did move
+        for k, value in one["model"].items():  # Adam moves a weight by about lr a step whatever its gradient: rounding of a tiny one shows as a part of 3e-4
+            assert (value - two["model"][k]).abs().max() < 1e-4, (stage, k)
 
 
 def torchrun():
@@ -188,15 +193,16 @@ def test_a_sharded_text_prior_equals_a_whole_one_and_resumes(trained, tmp_path):
     assert [path.name for path in (tmp_path / "cut" / "shapes").glob("*.dcp")] == ["text_prior-000000006.dcp"]
 
 
-def test_two_processes_check_encode_and_crop_an_imagenet_tree_as_one(places, tmp_path):
+def test_two_processes_check_encode_and_crop_an_imagenet_tree_as_one(places, tmp_path, capsys):
     """Workers, a broken file (named once), crops cut from files, codes encoded in shares: the same codes as one process."""
     tree, tiny = tmp_path / "tree", [*TINY["tokenizer"], *"--patch 8 --global-size 32 --local-size 16 --sem-read patches --batch-size 16".split()]
     shutil.copytree(places["imagenet"][1], tree)
     (tree / "train" / "cats" / "broken.png").write_bytes(b"no picture")
     flags = [*tiny, "--dataset", "imagenet", "--data-dir", tree, "--image-size", "32", "--steps", "2", "--dtype", "float32", "--workers", "1", "--lr", "1e-5"]
-    said = [script("tokenizer", *flags, "--out", tmp_path / part, launcher=launcher) for part, launcher in (("one", ()), ("two", torchrun()))]
-    for done in said:
-        assert done.returncode == 0 and done.stderr.count("1 of 33 files do not open") == 1 and "broken.png" in done.stderr, done.stderr[-3000:]
+    call("tokenizer", *flags, "--out", tmp_path / "one")
+    done = script("tokenizer", *flags, "--out", tmp_path / "two", launcher=torchrun())
+    for said in (capsys.readouterr().err, done.stderr):
+        assert done.returncode == 0 and said.count("1 of 33 files do not open") == 1 and "broken.png" in said, said[-3000:]
     one, two = (np.load(tmp_path / part / "imagenet" / "codes.npy") for part in ("one", "two"))
     assert one.shape == two.shape == (32, 2, 16) and (one == two).mean() > 0.98  # rounding may turn a tie
 
@@ -205,9 +211,12 @@ def test_scores_by_inception_are_the_same_on_two_processes(trained, tmp_path):
     net = tmp_path / "inception.pt"
     torch.jit.script(test_sample.Net()).save(str(net))
     flags, results = ["--score", "--inception", net, "--count", "1100", "--sample-steps", "1", "--out", trained], []
-    for launcher in ((), torchrun()):
-        done = script("sample", *flags, launcher=launcher)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for processes in (1, 2):
+        if processes == 1:
+            call("sample", *flags)
+        else:
+            done = script("sample", *flags, launcher=torchrun())
+            assert done.returncode == 0, done.stderr[-3000:]
         results.append(json.loads((trained / "shapes" / "inception.json").read_text()))
     for name in ("codes of prior-masked", "true codes"):
         assert results[0][name] == results[1][name] and results[0][name]["samples"] == 1100
@@ -223,6 +232,31 @@ def test_accumulation_equals_one_batch(trained, tmp_path):
             results.append(weights(out, stage)["model"])
         for k in results[0]:
             assert (results[0][k] - results[1][k]).abs().max() < 1e-4, k
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "generator", "prior-ar", "text_prior"])
+def test_activations_that_are_computed_twice_give_the_same_weights(trained, tmp_path, stage):
+    """Bit for bit, dropout included."""
+    (name, flags), results = flags_of(stage), []
+    flags = [*flags, "--steps", "3", "--depth", "4", *(["--dropout", "0.2"] if "prior" in name else [])]
+    for k, extra in enumerate(([], ["--grad-checkpoint"])):
+        if name != "tokenizer":
+            link_codes(trained, tmp_path / str(k))
+        call(name, *flags, *extra, "--out", tmp_path / str(k))
+        results.append(weights(tmp_path / str(k), stage)["model"])
+    same(*results)
+
+
+@pytest.mark.parametrize("stage, less", [("tokenizer", ["--batch-size", "32"]), ("generator", ["--accumulate", "4"]), ("prior-masked", ["--grad-checkpoint"]),
+                                         ("text_prior", ["--grad-checkpoint"])])
+def test_dry_run_counts_memory_that_falls_with_parts_and_checkpointing(trained, tmp_path, capsys, stage, less):
+    link_codes(trained, tmp_path)
+    (name, flags), found = flags_of(stage), []
+    flags = [*flags, "--batch-size", "128", "--width", "64", "--depth", "4", "--dry-run", "--out", tmp_path]
+    for extra in ([], less):
+        call(name, *flags, *extra)
+        found.append(float(re.search(r"([0-9.]+) GiB of tensors", capsys.readouterr().out)[1]))
+    assert found[0] > 1.2 * found[1] > 0, found
 
 
 def test_a_run_that_turns_to_nan_stops_and_keeps_the_last_checkpoint(trained, tmp_path):
@@ -245,7 +279,9 @@ def test_a_run_that_turns_to_nan_stops_and_keeps_the_last_checkpoint(trained, tm
     ("generator", ["--patch", "5"], ["--patch"]), ("generator", ["--drop", "x"], ["--drop"]), ("generator", ["--accumulate", "7"], ["--accumulate"]),
     ("prior", [], ["--kind"]), ("prior", ["--kind", "ar", "--heads", "3"], ["--heads"]),
     ("text_prior", ["--mix", "0", "0", "0"], ["--mix"]), ("text_prior", ["--heads", "3"], ["--heads"]), ("text_prior", ["--mix", "1"], ["--mix"]), ("sample", [], ["say what to do"]),
-    ("sample", ["paint"], ["paint"]), ("data", ["--download"], ["--download", "cifar10"])])
+    ("tokenizer", ["--weight-decay-final", "0.1"], ["--weight-decay-final", "--weight-decay"]), ("tokenizer", ["--init", "x.pth"], ["--init", "--stem"]),
+    ("tokenizer", ["--sem-rank", "-1"], ["--sem-rank"]), ("generator", ["--size", "XXL"], ["--size"]), ("text_prior", ["--shard"], ["--shard", "--lr-matrix"]),
+    ("sample", ["unconditional", "--inception", "x.pt"], ["--inception", "--score"]), ("sample", ["paint"], ["paint"]), ("data", ["--download"], ["--download", "cifar10"])])
 def test_wrong_flags_stop_with_exit_code_2(tmp_path, name, flags, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(name).main([*flags, "--out", str(tmp_path)])
