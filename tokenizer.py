@@ -452,7 +452,7 @@ def encode_images(backbone, images, config, run):
 
 def encode_dataset(backbone, dataset, config, run, batch=500):
     """Codes (N, 2 flips, L) of the whole dataset and features (N, D) float16 of the unflipped images, as chunks that data.in_chunks
-    keeps in a folder named after the tokenizer; returns their files."""
+    keeps in a folder named after the tokenizer and the splits; returns their files."""
     def work(rows):
         codes, features = [], []
         for images in dataset.batches(rows, batch, config["workers"]):
@@ -462,8 +462,8 @@ def encode_dataset(backbone, dataset, config, run, batch=500):
         return {"codes": torch.cat(codes).numpy().astype(data.code_type(config["values"])), "features": torch.cat(features).numpy()}
 
     run.wait()  # the first process may still be writing the tokenizer
-    folder = run.folder / f".codes-{data.file_checksum(run.folder / 'tokenizer.pt')[:16]}"
-    return data.in_chunks(folder, len(dataset), run, work)
+    key = data.checksum([data.file_checksum(run.folder / "tokenizer.pt"), dataset.splits])
+    return data.in_chunks(run.folder / f".codes-{key[:16]}", len(dataset), run, work)
 
 
 def linear_probe(x, y, sizes, tests, values=None):
