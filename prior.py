@@ -126,8 +126,14 @@ class Decoder:
 
     def __init__(self, model, batch, run):
         self.model, self.heads, width = model, model.blocks[0].heads, model.wpe.shape[1]
-        pack = lambda norm, *parts: (torch.cat([p.weight for p in parts]) * norm.weight).detach().to(run.dtype)  # with the norm's gain
-        self.layers = [(pack(b.attn_norm, b.q_proj, b.k_proj, b.v_proj), b.attn_out.weight.detach().to(run.dtype),
+        scale = torch.ones(3 * width, 1, device=run.device)
+        scale[:width] = (width // self.heads) ** -0.5  # of the attention scores, moved into the queries
+
+        def pack(norm, *parts, scale=1.0):
+            """Several matrices as one, with the gain of the norm before them."""
+            return (torch.cat([p.weight for p in parts]) * norm.weight * scale).detach().to(run.dtype)
+
+        self.layers = [(pack(b.attn_norm, b.q_proj, b.k_proj, b.v_proj, scale=scale), b.attn_out.weight.detach().to(run.dtype),
                         pack(b.ff_norm, b.ff_proj, b.up_proj), b.ff_out.weight.detach().to(run.dtype)) for b in model.blocks]
         self.ff_out = (model.ln_f.weight[:, None] * model.ff_out).detach().to(run.dtype)  # (L or 1, D, V)
         self.cache = torch.zeros(len(self.layers), 2, batch * self.heads, min(32, model.L), width // self.heads, device=run.device, dtype=run.dtype)
@@ -136,8 +142,7 @@ class Decoder:
 
     def normal(self, x):
         """RMSNorm without gain of x (B, D), in the dtype of the weights."""
-        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
-        return (x * (mean + 1e-5).rsqrt()).to(self.ff_out.dtype)
+        return F.rms_norm(x, x.shape[-1:], eps=1e-5).to(self.ff_out.dtype)
 
     @torch.no_grad()
     def __call__(self, previous, at):
@@ -150,10 +155,10 @@ class Decoder:
         x = model.embed(torch.full_like(previous, model.V) if at == 0 else previous, (at or model.L) - 1)  # (B, D)
         mask = self.mask[at, :, :self.cache.shape[3]]  # (1, length)
         for (qkv, attn_out, gate_up, ff_out), (keys, values) in zip(self.layers, self.cache):
-            q, k, v = F.linear(self.normal(x), qkv).view(B, 3, H, -1).unbind(1)  # 3 × (B, H, D/H)
-            keys[:, at], values[:, at] = rotate(k, cos, sin).flatten(0, 1), v.flatten(0, 1)  # (B · H, length, D/H)
-            q = rotate(q, cos, sin).reshape(B * H, 1, -1)
-            share = (torch.bmm(q * q.shape[-1] ** -0.5, keys.mT) + mask).softmax(-1)  # (B · H, 1, length)
+            qk, v = F.linear(self.normal(x), qkv).view(B, 3, H, -1).split((2, 1), 1)  # (B, 2, H, D/H), (B, 1, H, D/H)
+            q, k = rotate(qk, cos, sin).unbind(1)  # 2 × (B, H, D/H)
+            keys[:, at], values[:, at] = k.reshape(B * H, -1), v.reshape(B * H, -1)  # (B · H, length, D/H)
+            share = (torch.bmm(q.reshape(B * H, 1, -1), keys.mT) + mask).softmax(-1)  # (B · H, 1, length)
             x = x + F.linear(torch.bmm(share, values).view(B, -1), attn_out)  # (B, D)
             gate, up = F.linear(self.normal(x), gate_up).chunk(2, -1)  # 2 × (B, hidden)
             x = x + F.linear(F.silu(gate) * up, ff_out)  # (B, D)
