@@ -265,10 +265,11 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  #
 
 @contextmanager
 def open_image(path, least):
-    """An image of any mode as RGB, upright, on white. least(width, height): the size below which a JPEG's fast, smaller decoding would
-    lose something. Raises UNREADABLE."""
+    """An image of any mode as RGB, upright, on white. least(width, height), the same for a lying image: the share of its size at which a
+    JPEG may be decoded, which is faster, without losing anything. Raises UNREADABLE."""
     with Image.open(path) as image:
-        image.draft("RGB", least(*image.size))
+        share = least(*image.size)
+        image.draft("RGB", tuple(math.ceil(side * share) for side in image.size))
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):  # 16 and 32 bits: scale to a byte, Pillow would clip
             values = np.asarray(image, dtype=np.float64)
@@ -286,7 +287,7 @@ def to_tensor(image):
 
 def read_image(path, size):
     """Read an image as (3, size, size) uint8: centre crop, box then bicubic (ADM). Raises UNREADABLE."""
-    with open_image(path, lambda width, height: (size * 2, size * 2)) as image:
+    with open_image(path, lambda width, height: min(1.0, 2 * size / min(width, height))) as image:
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
         box = (left, top, left + side, top + side)
@@ -301,10 +302,7 @@ def read_crops(path, views, ratio, u):
     → [(3, size, size) uint8, ...]. Raises UNREADABLE."""
     boxes = lambda w, h: [crop_boxes(row, scale, ratio, w / h) for row, (_, scale) in zip(u, views)]
 
-    def least(w, h):
-        fraction = min(1.0, max(size / min(box[2] * w, box[3] * h) for box, (size, _) in zip(boxes(w, h), views)))
-        return math.ceil(w * fraction), math.ceil(h * fraction)
-
+    least = lambda w, h: min(1.0, max(size / min(box[2] * w, box[3] * h) for box, (size, _) in zip(boxes(w, h), views)))
     with open_image(path, least) as image:
         (w, h), crops = image.size, []
         for (x, y, width, height, flip), (size, _) in zip(boxes(w, h), views):

@@ -113,7 +113,7 @@ class CodeEmbedding(nn.Module):
 
 class DiT(nn.Module):
     """Diffusion transformer, with a few halving convolutions before the patches and their mirror image after. What it draws, x, is pixels
-    (C = 3) or latents of size × size; `vae` turns latents into pixels (set by load_generator; None: x is pixels)."""
+    (C = 3) or latents of size × size; `vae` turns latents into pixels (set by whoever draws; None: x is pixels)."""
 
     def __init__(self, size, patch, stem, width, depth, heads, codes, values, groups, condition, predict, channels=3):
         super().__init__()
@@ -278,28 +278,29 @@ def sampler_settings(args):
 def read_vae(path):
     """What the folder of diffusers' AutoencoderKL says of itself: channels, how many pixels are a side of a latent (down), scale and shift
     that bring latents to about unit variance, and a checksum of its weights."""
-    path, weights = Path(path), None
+    path = Path(path)
     try:
         config = json.loads((path / "config.json").read_text())
         if config.get("_class_name") != "AutoencoderKL":
             raise ValueError(f"config.json says {config.get('_class_name')}")
-        weights = next(w for name in ("safetensors", "bin") if (w := path / f"diffusion_pytorch_model.{name}").is_file())
+        weights = [file for end in ("safetensors", "bin") if (file := path / f"diffusion_pytorch_model.{end}").is_file()]
+        if not weights:
+            raise ValueError("no diffusion_pytorch_model.safetensors or .bin")
         return {"channels": config["latent_channels"], "down": 2 ** (len(config["block_out_channels"]) - 1), "scale": config["scaling_factor"],
-                "shift": config.get("shift_factor") or 0.0, "sha256": data.file_checksum(weights)}
-    except (OSError, ValueError, KeyError, AttributeError, StopIteration) as problem:
-        problem = "no diffusion_pytorch_model.safetensors or .bin" if isinstance(problem, StopIteration) else problem
+                "shift": config.get("shift_factor") or 0.0, "sha256": data.file_checksum(weights[0])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         data.fail(f"--vae {path}: not a folder of diffusers' AutoencoderKL ({problem}); expected config.json and the weights, as in sd-vae-ft-ema")
 
 
 class VAE:
-    """An AutoencoderKL of diffusers: pixels (B, 3, S, S) in [-1, 1] ↔ scaled latents (B, C, S / down, S / down)."""
+    """An AutoencoderKL of diffusers: pixels (B, 3, S, S) in [-1, 1] ↔ scaled latents (B, C, S / down, S / down); about: its read_vae."""
 
-    def __init__(self, path, device):
+    def __init__(self, path, about, device):
+        self.about = about
         try:
             from diffusers import AutoencoderKL
         except ImportError:
             data.fail("--vae needs packages: pip install diffusers transformers")
-        self.about = read_vae(path)
         try:
             self.model = AutoencoderKL.from_pretrained(path, local_files_only=True).to(device).eval().requires_grad_(False)
         except Exception as problem:  # whatever diffusers raises
@@ -316,11 +317,11 @@ class VAE:
         return self.model.decode(z / self.about["scale"] + self.about["shift"]).sample
 
 
-def open_latents(args, dataset, run, batch=25):
-    """Latents (N, 2 flips, C, S, S) float16 of the whole dataset, memory-mapped from OUT/<dataset>/latents.npy; made there by --vae, once,
-    beside latents.json (scale, checksum of the VAE, image size, splits)."""
+def open_latents(args, vae, dataset, run, batch=25):
+    """Latents (N, 2 flips, C, S, S) float16 of the whole dataset, memory-mapped from OUT/<dataset>/latents.npy; made there by a VAE, once,
+    beside latents.json (what is known of the VAE, image size, splits)."""
     path = run.folder / "latents.npy"
-    about = {**read_vae(args.vae), "image_size": args.image_size, "count": len(dataset), "splits": {k: [r.start, r.stop] for k, r in dataset.splits.items()}}
+    about = {**vae.about, "image_size": args.image_size, "count": len(dataset), "splits": {k: [r.start, r.stop] for k, r in dataset.splits.items()}}
     side = args.image_size // about["down"]
     try:
         latents = np.load(path, mmap_mode="r")
@@ -328,7 +329,6 @@ def open_latents(args, dataset, run, batch=25):
             return latents
     except (OSError, ValueError, EOFError):
         pass  # none yet, or not whole: made again
-    vae = VAE(args.vae, run.device)
 
     def work(rows):
         parts = []
@@ -366,9 +366,11 @@ def load_generator(args, device, stage="generator"):
     model = build_generator(config)
     model.load_state_dict(state["ema"])
     if config.get("vae_sha256"):
-        model.vae = VAE(args.vae or config["vae"], device)
-        if model.vae.about["sha256"] != config["vae_sha256"]:
-            data.fail(f"--vae {args.vae or config['vae']}: not the weights that {stage}.pt was trained with")
+        path = args.vae or config["vae"]
+        about = read_vae(path)
+        if about["sha256"] != config["vae_sha256"]:
+            data.fail(f"--vae {path}: not the weights that {stage}.pt was trained with")
+        model.vae = VAE(path, about, device)
     elif args.vae:
         data.fail(f"--vae {args.vae}: {stage}.pt was trained in pixels; leave the flag away")
     return model.to(device).eval()
@@ -400,7 +402,8 @@ def training_flops(args):
 def add_flags(parser):
     """The generator's own flags; the defaults are the shapes values."""
     g = parser.add_argument_group("model")
-    g.add_argument("--size", choices=SIZES, help="width, depth and heads by the name of DiT's size (default: as the dataset's preset says)")
+    g.add_argument("--size", choices=SIZES, help=  # data.parse takes it for a preset
+                   "width, depth and heads by the name of DiT's size (default: as the dataset's preset says)")
     g.add_argument("--patch", type=data.positive, default=8, help="patch side in pixels, or in latents")
     g.add_argument("--stem", type=int, default=2, help="halving convolutions before the patches, mirrored after; 0: plain patches")
     g.add_argument("--width", type=data.positive, default=192, help="D, width of the tokens")
@@ -437,8 +440,9 @@ def main(argv=None):
     data.add_training_flags(parser, steps=2500, batch_size=64, lr=2e-3, lr_matrix=0.0, warmup=50)
     add_flags(parser)
     args = data.parse(parser, PRESETS, argv, SIZES)
-    vae = read_vae(args.vae) if args.vae else {"channels": 3, "down": 1, "sha256": None}
-    args.channels, args.down, args.vae_sha256, args.predict = vae["channels"], vae["down"], vae["sha256"], args.predict or ("v" if args.vae else "x")
+    about_x = read_vae(args.vae) if args.vae else {"channels": 3, "down": 1, "sha256": None}  # of what the network draws
+    args.channels, args.down, args.vae_sha256 = (about_x[key] for key in ("channels", "down", "sha256"))
+    args.predict = args.predict or ("v" if args.vae else "x")
     check_flags(parser, args)
     stage = "generator-uncond" if args.condition == "none" else "generator-factors" if args.factors else "generator"
     run = data.Run(args, lock=stage)
@@ -458,10 +462,11 @@ def main(argv=None):
     if codes is not None and len(codes) != len(dataset):
         data.fail(f"{run.folder / 'codes.npy'}: codes of {len(codes)} images, {args.dataset} has {len(dataset)}; make it again with "
                   + data.stage_command("tokenizer", args))
-    latents = open_latents(args, dataset, run) if args.vae else None
+    vae = VAE(args.vae, about_x, run.device) if args.vae else None
+    latents = open_latents(args, vae, dataset, run) if vae else None
     torch.manual_seed(args.seed)
     model = build_generator(vars(args)).to(run.device)
-    model.vae = VAE(args.vae, run.device) if args.vae and run.main else None
+    model.vae = vae
     optimizers, ema = data.Optimizers(model, args), data.EMA(model, args.ema)
     state = data.resume(path, stage, args, about["sha256"])
     if state:

@@ -87,7 +87,7 @@ class Prior(nn.Module):
 
     def __init__(self, codes, values, width, depth, heads, dropout, causal, tables):
         super().__init__()
-        self.L, self.V, self.causal, self.tables = codes, values, causal, tables
+        self.L, self.V, self.causal = codes, values, causal
         hidden = swiglu_hidden(width)
         self.wte = nn.Parameter(torch.randn((codes if tables == "position" else 1) * (values + 1), width) * 0.1)
         self.wpe = nn.Parameter(torch.randn(codes, width) * 0.05)

@@ -505,8 +505,8 @@ def reference_statistics(net, stages, args, run, most=10_000):
             total, square, kept, start = 0.0, 0.0, [], 0
             for chunk in chunks:  # one after the other: those of ImageNet do not fit in memory together
                 part = np.load(chunk)["features"]
-                double = torch.from_numpy(part).double().to(run.device) if run.device.type == "cuda" else torch.from_numpy(part).double()
-                total, square = total + double.sum(0).cpu(), square + (double.T @ double).cpu()
+                double = torch.from_numpy(part).double()
+                total, square = total + double.sum(0), square + double.T @ double
                 kept.append(part[chosen[(chosen >= start) & (chosen < start + len(part))] - start])
                 start += len(part)
             mean = total / len(rows)
@@ -521,20 +521,21 @@ def inception_scores(stages, args, run):
     """FID, Inception Score, precision and recall of --count samples with codes of the prior --kind, and with true codes of training
     images. Processes share the samples, each a function of (seed, index); a stopped run goes on. Returns the dict on the first process."""
     net = Inception(args.inception, run.device)
+    stages.generator(), stages.prior(args.kind)  # what is missing is said now, not after hours
+    files = [data.file_checksum(path) for path in (run.folder / "generator.pt", run.folder / f"prior-{args.kind}.pt", args.inception)]
+    settings = {k: v for k, v in vars(args).items() if k not in ("workers", "device", "out", "data_dir")}
     reference = reference_statistics(net, stages, args, run)
     train, result = np.array(stages.dataset.splits["train"]), {}
+    shuffled = np.random.default_rng(args.seed).permutation(max(len(train), args.count)) % len(train)
     for name in (f"codes of prior-{args.kind}", "true codes"):
         def work(rows):
             if name == "true codes":
-                pick = train[np.random.default_rng(args.seed).permutation(max(len(train), args.count))[rows.start:rows.stop] % len(train)]
-                codes = torch.from_numpy(stages.codes[0][pick, 0].astype(np.int64))
+                codes = torch.from_numpy(stages.codes[0][train[shuffled[rows.start:rows.stop]], 0].astype(np.int64))
             else:
                 codes, _ = stages.sample_codes(args.kind, len(rows), args.seed, rows.start)
             return net(stages.draw(codes, args.seed + 1, rows.start))
 
-        files = [run.folder / f"{stage}.pt" for stage in ("generator", f"prior-{args.kind}")] + [args.inception]
-        settings = {k: v for k, v in vars(args).items() if k not in ("workers", "device", "out", "data_dir")}
-        key = data.checksum([name, settings, *map(data.file_checksum, files)])[:16]
+        key = data.checksum([name, settings, files])[:16]
         chunks = data.in_chunks(run.folder / f".samples-{key}", args.count, run, work, size=prior.BATCH)
         if run.main:
             made, classes = (np.concatenate([np.load(path)[part] for path in chunks]) for part in ("features", "classes"))

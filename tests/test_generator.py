@@ -207,9 +207,9 @@ def test_latents_hold_both_flips_and_come_back_as_the_images(vae, run, tmp_path)
     args = argparse.Namespace(vae=str(vae), image_size=32, dataset="shapes", out=str(tmp_path), seed=0, workers=0)
     run.folder, dataset = data.run_folder(args), data.load_dataset(args)
     run.asked, run.wait = lambda: False, lambda: None
-    latents = generator.open_latents(args, dataset, run)
+    model = generator.VAE(vae, generator.read_vae(vae), run.device)
+    latents = generator.open_latents(args, model, dataset, run)
     assert latents.shape == (len(dataset), 2, 12, 16, 16) and latents.dtype == np.float16 and isinstance(latents, np.memmap)
-    model = generator.VAE(vae, run.device)
     for flip in (0, 1):
         images = dataset.pixels(range(5), torch.full((5,), bool(flip)))
         x = model.decode(torch.from_numpy(np.array(latents[:5, flip])).float())
@@ -217,7 +217,7 @@ def test_latents_hold_both_flips_and_come_back_as_the_images(vae, run, tmp_path)
         assert torch.allclose(model.encode(data.unit(images)), data.unit(images).unflatten(2, (16, 2)).unflatten(4, (16, 2)).permute(0, 1, 3, 5, 2, 4)
                               .reshape(5, 12, 16, 16), atol=1e-6)  # gain 2 times scale ½: the pixels themselves
     before = (run.folder / "latents.npy").stat().st_mtime_ns
-    generator.open_latents(args, dataset, run)
+    generator.open_latents(args, model, dataset, run)
     assert (run.folder / "latents.npy").stat().st_mtime_ns == before  # made once
     assert not list(run.folder.glob(".latents-*"))
 

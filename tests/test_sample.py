@@ -11,7 +11,7 @@ import pytest
 import sample
 import tokenizer
 import torch
-from conftest import call, refuse
+from conftest import call, link_codes, refuse
 from PIL import Image
 
 
@@ -205,5 +205,8 @@ def test_files_that_are_no_inception_are_refused(trained, tmp_path):
     (tmp_path / "text.pt").write_text("no network")
     refuse("sample", "--score", "--inception", tmp_path / "text.pt", "--out", trained, words=["--inception", "text.pt", "TorchScript"])
     refuse("sample", "--score", "--inception", tmp_path / "missing.pt", "--out", trained, words=["missing.pt"])
+    torch.jit.script(Net()).save(str(tmp_path / "net.pt"))
+    link_codes(trained, tmp_path / "codes")
+    refuse("sample", "--score", "--inception", tmp_path / "net.pt", "--out", tmp_path / "codes", words=["generator.pt", "python generator.py"])
     torch.jit.script(torch.nn.ReLU()).save(str(tmp_path / "relu.pt"))
     refuse("sample", "--score", "--inception", tmp_path / "relu.pt", "--out", trained, words=["--inception", "return_features"])
