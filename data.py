@@ -50,7 +50,7 @@ import torch.utils.checkpoint
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 DATASETS = ("shapes", "cifar10", "imagenet", "folder")
@@ -193,7 +193,7 @@ def load_shapes(args):
         labels.append(factors)
         captions += map(shapes_caption, factors.tolist(), said.tolist())
         splits[split] = range(start, start := start + count)
-    return Dataset("shapes", torch.cat(images), torch.cat(labels), SHAPES, splits, captions)
+    return Dataset("shapes", torch.cat(images), torch.cat(labels), SHAPES, splits, captions, source=SHAPES_COUNTS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,7 +249,8 @@ def load_cifar10(args):
         images = torch.cat([resize(part).round().clamp(0, 255).byte() for part in images.split(1000)])
     splits = {"train": range(0, 45_000), "val": range(45_000, 50_000), "test": range(50_000, 60_000)}
     captions = [f"a photo of {with_article(name)}" for name in CIFAR_CLASSES]
-    return Dataset("cifar10", images, labels, {"class": CIFAR_CLASSES}, splits, [captions[k] for k in labels[:, 0].tolist()])
+    return Dataset("cifar10", images, labels, {"class": CIFAR_CLASSES}, splits, [captions[k] for k in labels[:, 0].tolist()],
+                   source=hashlib.sha256(records.numpy()).hexdigest())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,14 +261,14 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 IN_MEMORY_BYTES = 2 << 30  # a folder whose decoded images exceed this is decoded on the fly by workers
 
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises where a file is not a whole image
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever a file is named: other decoders of Pillow stay out of reach
 
 
 @contextmanager
 def open_image(path, least):
     """An image of any mode as RGB, upright, on white. least(width, height), the same for a lying image: the share of its size at which a
-    JPEG may be decoded, which is faster, without losing anything. Raises UNREADABLE."""
-    with Image.open(path) as image:
+    JPEG may be decoded, which is faster, without losing anything. Raises whatever Pillow does where the file is not a whole image."""
+    with Image.open(path, formats=FORMATS) as image:
         share = least(*image.size)
         image.draft("RGB", tuple(math.ceil(side * share) for side in image.size))
         image = ImageOps.exif_transpose(image)
@@ -286,7 +287,7 @@ def to_tensor(image):
 
 
 def read_image(path, size):
-    """Read an image as (3, size, size) uint8: centre crop, box then bicubic (ADM). Raises UNREADABLE."""
+    """Read an image as (3, size, size) uint8: centre crop, box then bicubic (ADM). Raises as open_image."""
     with open_image(path, lambda width, height: min(1.0, 2 * size / min(width, height))) as image:
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
@@ -299,7 +300,7 @@ def read_image(path, size):
 
 def read_crops(path, views, ratio, u):
     """Random resized crops of an image, cut from the whole of it: views [(size, scale), ...], u (views, 5) uniform, both as crop_boxes
-    → [(3, size, size) uint8, ...]. Raises UNREADABLE."""
+    → [(3, size, size) uint8, ...]. Raises as open_image."""
     boxes = lambda w, h: [crop_boxes(row, scale, ratio, w / h) for row, (_, scale) in zip(u, views)]
 
     least = lambda w, h: min(1.0, max(size / min(box[2] * w, box[3] * h) for box, (size, _) in zip(boxes(w, h), views)))
@@ -329,16 +330,26 @@ class ImageFiles(torch.utils.data.Dataset):
         """how(path) of image k."""
         try:
             return how(self.paths[k])
-        except UNREADABLE as problem:
+        except Exception as problem:  # each of Pillow's decoders raises its own kinds
             if self.checking:
                 return None
-            fail(f"{self.paths[k]}: does not open as an image ({problem}); delete OUT/<dataset>/files.json to check all again")
+            fail(f"{self.paths[k]}: does not open as an image any more ({problem}); mend it, or delete OUT/<dataset>/files.json to check all again")
 
 
-def read_captions(folder):
-    """Captions by path below `folder` from each metadata.jsonl in it (lines with file_name, from where the file lies, and text)."""
+def list_files(folder):
+    """Paths below `folder` of all files, sorted; linked folders are walked too, but for a link to a folder that holds it."""
+    paths = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = lambda *names: os.path.join(os.path.realpath(os.path.join(parent, *names)), "")
+        folders[:] = [name for name in folders if not real().startswith(real(name))]
+        paths += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
+    return sorted(path for path in paths if os.path.isfile(folder / path))
+
+
+def read_captions(folder, files):
+    """Captions by path below `folder` from each metadata.jsonl among its `files` (lines with file_name, from where the file lies, and text)."""
     captions = {}
-    for path in sorted(folder.rglob("metadata.jsonl")):
+    for path in (folder / name for name in files if os.path.basename(name) == "metadata.jsonl"):
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as problem:
@@ -376,13 +387,14 @@ def load_folder(args):
     if not folder.is_dir():
         tree = "train/ and val/ with a sub-folder for each class" if args.dataset == "imagenet" else "images, in sub-folders or not"
         fail(f"no folder {folder}: link or copy a tree there ({tree}), or name one with --data-dir")
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    files = list_files(folder)
+    names = [name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
     if not names:
         fail(f"{folder}: no images found ({', '.join(sorted(IMAGE_SUFFIXES))})")
     if args.dataset == "imagenet" and not {"train", "val"} <= {Path(name).parts[0] for name in names}:
         fail(f"{folder}: expected train/ and val/, each with a sub-folder of images for each class, found "
              f"{', '.join(sorted({Path(name).parts[0] for name in names})[:5])}; link or move the parts there")
-    captions = read_captions(folder)
+    captions = read_captions(folder, files)
     names, images = check_folder(folder, names, args)
 
     top = np.array([Path(name).parts[0] for name in names])
@@ -408,7 +420,12 @@ def load_folder(args):
     labels = torch.tensor([[classes.index(c)] for c in folders]) if len(classes) > 1 else torch.zeros(len(names), 0).long()
     of_class = lambda c: f"a photo of {with_article(c.replace('_', ' '))}" if c and len(classes) > 1 else ""
     texts = [captions.get(name, "") if captions else of_class(c) for name, c in zip(names, folders)]
-    return Dataset(args.dataset, images, labels, {"class": classes} if len(classes) > 1 else {}, splits, texts)
+    return Dataset(args.dataset, images, labels, {"class": classes} if len(classes) > 1 else {}, splits, texts, source=name_and_bytes(folder, names))
+
+
+def name_and_bytes(folder, names):
+    """[(name, size in bytes), ...]: what stands for the contents of files that are too many to be read at each start."""
+    return [(name, os.path.getsize(folder / name)) for name in names]
 
 
 def check_folder(folder, names, args):
@@ -416,9 +433,12 @@ def check_folder(folder, names, args):
     Of such files each process checks its part; with pixels each reads all."""
     in_memory = args.dataset != "imagenet" and len(names) * 3 * args.image_size ** 2 <= IN_MEMORY_BYTES
     index = run_folder(args) / "files.json"
-    listed = checksum([str(folder.resolve()), names])
-    known = json.loads(index.read_text()) if index.exists() else {}
-    bad = known["bad"] if known.get("listed") == listed else None
+    key = lambda bad: checksum([str(folder.resolve()), name_and_bytes(folder, names), bad])
+    try:
+        known = json.loads(index.read_text())
+        bad = known["bad"] if known["checksum"] == key(known["bad"]) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        bad = None  # none yet, or not whole: all are checked again
     if bad is None or in_memory:
         share = dist.is_initialized() and not in_memory
         mine = names[dist.get_rank()::dist.get_world_size()] if share else names
@@ -436,7 +456,7 @@ def check_folder(folder, names, args):
             print(f"{folder}: {len(found)} of {len(names)} files do not open as images and are skipped: {', '.join(found[:10])}"
                   + (", ..." if len(found) > 10 else ""), file=sys.stderr)
         bad = found
-        write_atomic(index, lambda path: Path(path).write_text(json.dumps({"listed": listed, "bad": bad})))
+        write_json(index, {"bad": bad, "checksum": key(bad)})
     good = [name for name in names if name not in set(bad)]
     if not good:
         fail(f"{folder}: none of its {len(names)} files opens as an image")
@@ -451,11 +471,13 @@ class Dataset:
     """Images, labels and captions with their splits.
 
     images (N, 3, S, S) uint8 tensor, or ImageFiles where they do not fit in memory; labels (N, F) long; factors
-    {name: values} in the order of the label columns; splits {name: range of rows}; captions (N,) texts, "" where there is none.
+    {name: values} in the order of the label columns; splits {name: range of rows}; captions (N,) texts, "" where there is none; source:
+    plain values that say which images these are, in which order. `checksum` is that of source and splits: codes hold for no other images.
     """
 
-    def __init__(self, name, images, labels, factors, splits, captions):
+    def __init__(self, name, images, labels, factors, splits, captions, source):
         self.name, self.images, self.labels, self.factors, self.splits, self.captions = name, images, labels, factors, splits, captions
+        self.checksum = checksum([name, source, {split: [rows.start, rows.stop] for split, rows in splits.items()}])
 
     def __len__(self):
         return len(self.images)
@@ -664,12 +686,13 @@ def run_folder(args):
 
 
 def write_atomic(path, write):
-    """Call write(temporary path), then move the file into place, so that a kill at any moment leaves old or new, whole."""
+    """Call write(binary file) on a temporary file, then move it into place, so that a kill at any moment leaves old or new, whole."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.tmp")  # processes of one run may write the same
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
+        with open(temporary, "wb+") as file:
+            write(file)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
@@ -678,6 +701,11 @@ def write_atomic(path, write):
     except (OSError, RuntimeError) as problem:  # torch.save turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
         fail(f"cannot write {path}: {problem}; the previous file is intact, make room and run the same command again")
+
+
+def write_json(path, value):
+    """Write a plain value as JSON."""
+    write_atomic(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
 def file_checksum(path):
@@ -693,7 +721,7 @@ def checksum(value):
 
 def save_checkpoint(path, **state):
     """Write a dict of plain values and tensors."""
-    write_atomic(path, lambda temporary: torch.save(state, temporary))
+    write_atomic(path, lambda file: torch.save(state, file))
 
 
 def in_chunks(folder, count, run, work, size=2000):
@@ -712,25 +740,37 @@ def in_chunks(folder, count, run, work, size=2000):
                   file=sys.stderr)
             raise SystemExit(143)
         arrays = work(range(starts[k], min(count, starts[k] + size)))
-        write_atomic(paths[k], lambda path: np.savez(open(path, "wb"), **arrays))
-    while not all(path.exists() for path in paths):  # of the other processes; where one dies, torchrun ends all
-        time.sleep(0.1)
+        write_atomic(paths[k], lambda file: np.savez(file, **arrays))
+    left, since = None, time.time()
+    while left != []:  # chunks of the other processes; where one dies, torchrun ends all
+        left, before = [path for path in paths if not path.exists()], left
+        since = since if left == before else time.time()
+        if time.time() - since > TIMEOUT:
+            fail(f"{left[0]}: no other process has finished a part for {TIMEOUT} seconds; the same command goes on from those that are there")
+        time.sleep(0.1 * bool(left))
     run.wait()  # nobody still looks for the files when the first process removes them
     return paths
 
 
+def read_chunk(path):
+    """{name: array} of a chunk's file. A damaged one is removed, so that the same command makes it again."""
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in file.files}  # the zip's checksums are compared
+    except Exception as problem:  # numpy and zipfile raise many kinds
+        path.unlink(missing_ok=True)
+        fail(f"{path}: a damaged part ({type(problem).__name__}), removed; the same command makes it again and goes on")
+
+
 def join_chunks(paths, name, count, target):
     """Write the arrays `name` of all chunks, `count` rows in all, as one file `target` (.npy) that may be larger than the memory."""
-    def write(temporary):
-        whole, at = None, 0
-        for path in paths:
-            with np.load(path) as chunk:
-                part = chunk[name]
-            if whole is None:
-                whole = np.lib.format.open_memmap(temporary, "w+", part.dtype, (count, *part.shape[1:]))
-            whole[at:at + len(part)] = part
-            at += len(part)
-        whole.flush()
+    def write(file):  # row after row: a memory-mapped file on a full disk would end the process without a word
+        for k, path in enumerate(paths):
+            part = read_chunk(path)[name]
+            if k == 0:
+                about = {"descr": np.lib.format.dtype_to_descr(part.dtype), "fortran_order": False, "shape": (count, *part.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, about)
+            file.write(part.tobytes())
 
     write_atomic(target, write)
 
@@ -761,7 +801,7 @@ def read_weights(path):
         fail(f"{path}: not a readable file of weights ({type(problem).__name__}: {str(problem).splitlines()[0][:200]})")
     for inside in ("teacher", "model"):
         state = state.get(inside, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         fail(f"{path}: expected tensors by name, found {type(state).__name__}")
     return {re.sub(r"^((_orig_mod|module|backbone)\.)+", "", name): value for name, value in state.items()}
 
@@ -778,40 +818,45 @@ def check_weights(path, state, model_state):
                  "other weights")
 
 
-def save_shards(path, model, optimizers, run, step, **state):
-    """As save_checkpoint, for a model of Run.shard: weights and optimizer as parts, written by all processes at once, into a folder beside
-    `path` (torch's distributed checkpoint), and then the file, which names it and holds the whole averages in state["ema"]."""
-    from torch.distributed import checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-    shards = path.with_name(f"{path.stem}-{step:09d}.dcp")
-    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizers.parts)))
-    if run.main:
-        shutil.rmtree(shards, ignore_errors=True)  # of a run that was killed here
+def save_shards(path, model, optimizers, run, **state):
+    """As save_checkpoint, for a model of Run.shard: each process writes its part of weights and optimizer to a file beside `path`, then
+    the first one `path`, which names these files and holds the whole averages."""
+    local = functools.partial(tree_map, lambda value: value.to_local() if hasattr(value, "to_local") else value)
+    names = [f"{path.stem}-{state['step']:09d}-{rank + 1}of{run.world}.pt" for rank in range(run.world)]
+    whole = {name: value.full_tensor().cpu() for name, value in state.pop("ema").items()}  # all take part in each
+    save_checkpoint(path.with_name(names[run.rank]), model=local(model.state_dict()), optimizer=local(optimizers.state_dict()), **state)
     run.wait()
-    dcp.save(parts, checkpoint_id=shards)
-    state["ema"] = {name: value.full_tensor().cpu() for name, value in state["ema"].items()}  # all take part in each
     if run.main:
-        save_checkpoint(path, step=step, shards=shards.name, **state)
-        for old in path.parent.glob(f"{path.stem}-*.dcp"):
-            if old != shards:
-                shutil.rmtree(old)
+        save_checkpoint(path, shards=names, ema=whole, **state)
+        for old in path.parent.glob(f"{path.stem}-*of*.pt"):
+            if old.name not in names:
+                old.unlink()
     run.wait()
 
 
-def load_shards(path, state, model, optimizers, ema):
+def load_shards(path, state, args, model, optimizers, ema):
     """Inverse of save_shards, on any number of processes; state: that of load_checkpoint."""
-    from torch.distributed import checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     from torch.distributed.tensor import distribute_tensor
-    shards = path.with_name(state["shards"])
-    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizers.parts)))
-    try:
-        dcp.load(parts, checkpoint_id=shards)
-    except Exception as problem:  # whatever torch raises
-        fail(f"{shards}: not a readable checkpoint ({type(problem).__name__}); --restart trains again")
-    set_state_dict(model, optimizers.parts, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
-    ema.load_state_dict({name: distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-                         for (name, value), p in zip(state["ema"].items(), model.parameters())})
+    parts = [load_checkpoint(path.with_name(name), state["stage"], args, mmap=True) for name in state["shards"]]
+    for name, part in zip(state["shards"], parts):
+        if (part["step"], part["config"], part["trained_on"]) != (state["step"], state["config"], state["trained_on"]):
+            fail(f"{path.with_name(name)}: not a part of {path}; --restart trains again")
+
+    def spread(values, like):
+        """One tensor of all processes' parts of it, in the shares of the processes there are now."""
+        if not hasattr(like, "placements"):
+            return values[0]
+        return distribute_tensor(torch.cat(values).to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+    own = dict(model.named_parameters())
+    model.load_state_dict({name: spread([part["model"][name] for part in parts], p) for name, p in own.items()})
+    for k, optimizer in enumerate(optimizers.parts):
+        shape = [p for group in optimizer.param_groups for p in group["params"]]
+        states = [part["optimizer"][k] for part in parts]
+        optimizer.load_state_dict({**states[0], "state": {
+            at: {name: spread([other["state"][at][name] for other in states], shape[at] if value.ndim else None) for name, value in first.items()}
+            for at, first in states[0]["state"].items()}})
+    ema.load_state_dict({name: spread([state["ema"][name]], p) for name, p in own.items()})
 
 
 STAGE_COMMANDS = {"tokenizer": "tokenizer.py", "generator": "generator.py", "generator-early": "generator.py",
@@ -825,17 +870,21 @@ def stage_command(stage, args):
     return " ".join(words + (["--data-dir", str(args.data_dir)] if args.dataset != "shapes" else []))
 
 
-def load_checkpoint(path, stage, args):
-    """Read the checkpoint of `stage`, refusing anything missing, damaged, unfinished in writing, or of another stage or dataset."""
+KEYS = {"stage": str, "config": dict, "trained_on": dict, "step": int}  # what every checkpoint holds
+
+
+def load_checkpoint(path, stage, args, mmap=False):
+    """Read the checkpoint of `stage`, refusing anything missing, damaged, unfinished in writing, or of another stage or dataset; mmap: its
+    tensors are read when they are used."""
     if not Path(path).exists():
         fail(f"no {path}: train it with {stage_command(stage, args)}")
-    again = "delete it and train again"
+    again = f"train it again with {stage_command(stage, args)} --restart" if stage != "judge" else "delete it, it is made again"
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not check these sums
             damaged = archive.testzip()
         if damaged:
             fail(f"{path}: damaged (checksum of {damaged}); {again}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except SystemExit:
         raise
     except Exception as problem:  # zipfile, pickle and torch each raise their own kinds
@@ -843,18 +892,28 @@ def load_checkpoint(path, stage, args):
     if not isinstance(state, dict) or state.get("stage") != stage:
         found = state.get("stage") if isinstance(state, dict) else type(state).__name__
         fail(f"{path}: expected a checkpoint of {stage}, found {found}; {again}")
-    if state["config"]["dataset"] != args.dataset:
-        fail(f"{path}: trained on {state['config']['dataset']}, expected {args.dataset}; choose another --out")
+    for key, kind in KEYS.items():
+        if not isinstance(state.get(key), kind):
+            fail(f"{path}: lacks {key}, it is of another version of this program; {again}")
+    if state["config"].get("dataset") != args.dataset:
+        fail(f"{path}: trained on {state['config'].get('dataset')}, expected {args.dataset}; choose another --out")
     return state
 
 
-def load_stage(stage, args):
-    """The finished checkpoint of `stage` in OUT/<dataset>, as load_checkpoint; refuses one trained on other codes than those there."""
+def load_stage(stage, args, build):
+    """(model, state): build(config) with the averaged weights of the finished checkpoint of `stage` in OUT/<dataset>, which is refused as by
+    load_checkpoint, and where it was trained on other codes than those there."""
     path = run_folder(args) / f"{stage}.pt"
     state = load_checkpoint(path, stage, args)
-    if state["trained_on"] and state["trained_on"] != open_codes(args)[1]["sha256"]:
+    if state["trained_on"].get("codes") and state["trained_on"]["codes"] != open_codes(args)[1]["sha256"]:
         fail(f"{path}: trained on other codes than {path.parent / 'codes.npy'}; train it again with {stage_command(stage, args)} --restart")
-    return state
+    try:
+        model = build(state)
+        check_weights(path, state["ema"], model.state_dict())
+    except (KeyError, TypeError) as problem:
+        fail(f"{path}: lacks {problem}, it is of another version of this program; train it again with {stage_command(stage, args)} --restart")
+    model.load_state_dict(state["ema"])
+    return model, state
 
 
 NOT_SETTINGS = {"out", "data_dir", "device", "workers", "compile", "grad_checkpoint", "dry_run", "restart", "tensorboard", "save_every"}  # or how to run it
@@ -864,8 +923,9 @@ NOT_SETTINGS |= {"size", "vae", "init"}  # nor the name of what other settings, 
 NOT_SETTINGS |= {"window"}  # nor what follows from the captions, whose own checksum is compared
 
 
-def resume(path, stage, args, trained_on):
-    """The checkpoint to go on from, or None. Fails when its settings differ, naming them; with --restart there is none."""
+def resume(path, stage, args, **trained_on):
+    """The checkpoint to go on from, or None. Fails when its settings or what it was trained on (checksums by name) differ, naming them;
+    with --restart there is none."""
     if args.restart or not Path(path).exists():
         return None
     state = load_checkpoint(path, stage, args)
@@ -873,8 +933,9 @@ def resume(path, stage, args, trained_on):
     differ = [f"{k} {state['config'].get(k)} → {v}" for k, v in now.items() if state["config"].get(k) != v]
     if differ:
         fail(f"{path}: trained with other settings ({', '.join(differ)}); use those, --restart to begin anew, or another --out")
-    if state["trained_on"] != trained_on:
-        fail(f"{path}: trained on other codes than {Path(path).parent / 'codes.npy'}; --restart to train again")
+    others = [name for name, value in trained_on.items() if state["trained_on"].get(name) != value]
+    if others:
+        fail(f"{path}: trained on other {' and '.join(others)} than are there now; bring those back, --restart to begin anew, or choose another --out")
     if state["step"] >= args.steps:
         print(f"{path} is finished ({state['step']} steps); --restart trains it again")
     return state
@@ -885,12 +946,12 @@ def code_type(values):
     return np.uint8 if values < 256 else np.uint16
 
 
-def write_codes(folder, codes, values, splits):
+def write_codes(folder, codes, values, dataset):
     """Write codes (N, 2 flips, L) and what is needed to trust them: OUT/<dataset>/codes.npy and codes.json."""
-    write_atomic(folder / "codes.npy", lambda path: np.save(open(path, "wb"), codes.astype(code_type(values))))
-    about = {"L": codes.shape[2], "V": values, "count": len(codes), "splits": {k: [r.start, r.stop] for k, r in splits.items()},
-             "sha256": file_checksum(folder / "codes.npy"), "tokenizer": file_checksum(folder / "tokenizer.pt")}
-    write_atomic(folder / "codes.json", lambda path: path.write_text(json.dumps(about)))
+    write_atomic(folder / "codes.npy", lambda file: np.save(file, codes.astype(code_type(values))))
+    about = {"L": codes.shape[2], "V": values, "count": len(codes), "splits": {k: [r.start, r.stop] for k, r in dataset.splits.items()},
+             "sha256": file_checksum(folder / "codes.npy"), "tokenizer": file_checksum(folder / "tokenizer.pt"), "images": dataset.checksum}
+    write_json(folder / "codes.json", {**about, "checksum": checksum(about)})
 
 
 def open_codes(args):
@@ -903,11 +964,14 @@ def open_codes(args):
     again = f"make it again with {stage_command('tokenizer', args)}"
     if not path.exists() or not about_path.exists():
         fail(f"no {path if not path.exists() else about_path}: {again}")
+    about = read_json(about_path, again)
     try:
-        codes, about = np.load(path, mmap_mode="r"), json.loads(about_path.read_text())
+        if about.pop("checksum") != checksum(about):
+            fail(f"{about_path}: changed since it was written; {again}")
         L, V, count = about["L"], about["V"], about["count"]
         about["splits"] = {k: range(*r) for k, r in about["splits"].items()}
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as problem:
+        codes = np.load(path, mmap_mode="r")
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as problem:
         fail(f"{path}: not a readable code file ({problem}); {again}")
     if codes.shape != (count, 2, L) or codes.dtype != code_type(V):
         fail(f"{path}: holds {codes.shape} {codes.dtype}, codes.json says {(count, 2, L)} {np.dtype(code_type(V))}; {again}")
@@ -920,26 +984,60 @@ def open_codes(args):
     return codes, about
 
 
-class Log:
-    """JSON lines in OUT/<dataset>/<stage>.jsonl, one a call; the first process writes, the others do nothing."""
+def check_images(about, dataset, args):
+    """Fail where the codes that open_codes tells `about` are not those of the dataset's images."""
+    if about["images"] != dataset.checksum:
+        fail(f"{Path(args.out) / args.dataset / 'codes.npy'}: codes of other images ({about['count']:,}) than {args.data_dir} holds now ({len(dataset):,}; other "
+             f"names, sizes, order or parts); make it again with {stage_command('tokenizer', args)}")
 
-    def __init__(self, run, stage, tensorboard=False):
-        self.file = open(run.folder / f"{stage}.jsonl", "a", encoding="utf-8") if run.main else None
-        self.writer = None
-        if run.main and tensorboard:
+
+def read_json(path, again):
+    """The value in a JSON file of ours; one line with what to do `again` where it is not readable."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        fail(f"{path}: not readable as JSON ({problem}); {again}")
+
+
+class Log:
+    """JSON lines in OUT/<dataset>/<stage>.jsonl, one a call; the first process writes, the others do nothing. Going on from step `start`,
+    lines of later steps, which a killed run left, are dropped: they will come again."""
+
+    def __init__(self, run, stage, start=0, tensorboard=False):
+        self.path, self.file, self.writer = run.folder / f"{stage}.jsonl", None, None
+        if not run.main:
+            return
+        try:
+            kept = [line for line in self.path.read_bytes().split(b"\n") if self._until(line, start)] if self.path.exists() else []
+        except OSError as problem:
+            fail(f"cannot read {self.path}: {problem}; move it away")
+        write_atomic(self.path, lambda file: file.writelines(line + b"\n" for line in kept))
+        self.file = open(self.path, "ab", buffering=0)
+        if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 fail("--tensorboard needs its package: pip install tensorboard")
             self.writer = SummaryWriter(run.folder / "tensorboard" / stage)
 
+    @staticmethod
+    def _until(line, start):
+        try:
+            record = json.loads(line)
+            return record["step"] < start or (record["step"] == start and "loss" in record)  # what is measured at the end comes again
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False  # cut where the run was killed
+
     def write(self, step, **values):
         """Append one line of numbers."""
-        if self.file:
-            self.file.write(json.dumps({"step": step, **values, "time": round(time.time(), 1)}) + "\n")
-            self.file.flush()
-            for k, v in values.items() if self.writer else ():
-                self.writer.add_scalar(k, v, step) if isinstance(v, (int, float)) else None
+        if not self.file:
+            return
+        try:
+            self.file.write((json.dumps({"step": step, **values, "time": round(time.time(), 1)}) + "\n").encode())
+        except OSError as problem:
+            fail(f"cannot write {self.path}: {problem}; the last checkpoint is intact, make room and run the same command again")
+        for k, v in values.items() if self.writer else ():
+            self.writer.add_scalar(k, v, step) if isinstance(v, (int, float)) else None
 
 
 def save_grid(path, images, columns, titles=(), lines=(), settings=None, scale=None):
@@ -961,37 +1059,55 @@ def save_grid(path, images, columns, titles=(), lines=(), settings=None, scale=N
         draw.text((3, 1 + head + k * step), " ".join(line.split()), fill="black")
     info = PngImagePlugin.PngInfo()
     info.add_text("settings", json.dumps(settings or {}, default=str))
-    write_atomic(path, lambda temporary: canvas.save(temporary, format="PNG", pnginfo=info))
+    write_atomic(path, lambda file: canvas.save(file, format="PNG", pnginfo=info))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # flags, start-up, optimizer, EMA, schedule
 # ---------------------------------------------------------------------------------------------------------------------
 
-def positive(text):
-    """argparse type: a whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+def whole(text, least=0):
+    """argparse type: a whole number from 0 to 2⁶³ − 1."""
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) < 2 ** 63):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text[:40]!r}")
     return int(text)
 
 
-def non_negative(text):
-    """argparse type: a finite number of at least 0."""
+def positive(text):
+    """argparse type: a whole number from 1 to 2⁶³ − 1."""
+    return whole(text, 1)
+
+
+def number(text):
+    """argparse type: a finite number."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text[:40]!r}")
     return value
+
+
+def non_negative(text):
+    """argparse type: a finite number of at least 0."""
+    if number(text) < 0:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text[:40]!r}")
+    return number(text)
+
+
+def above_zero(text):
+    """argparse type: a finite number above 0."""
+    if number(text) <= 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text[:40]!r}")
+    return number(text)
 
 
 def share(text):
     """argparse type: a number from 0 to 1."""
-    value = non_negative(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
-    return value
+    if not 0 <= number(text) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text[:40]!r}")
+    return number(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1009,10 +1125,10 @@ def make_parser(doc):
     group.add_argument("--data-dir", help="where the images are (default: data/<dataset>)")
     group.add_argument("--out", default="out", help="results go to OUT/<dataset> (default: out)")
     group.add_argument("--image-size", type=positive, default=32, help="side of the images in pixels (shapes: 32)")
-    group.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    group.add_argument("--seed", type=whole, default=0, help="seed of everything random (default: 0)")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where the device has it")
-    group.add_argument("--workers", type=int, default=2, help="processes that decode images of folders")
+    group.add_argument("--workers", type=whole, default=2, help="processes that decode images of folders")
     return parser
 
 
@@ -1026,7 +1142,7 @@ def add_training_flags(parser, steps, batch_size, lr, lr_matrix, warmup, ema=0.9
     group.add_argument("--lr-matrix", type=non_negative, default=lr_matrix,
                        help="learning rate of Muon for the blocks' matrices; 0: AdamW for all")
     group.add_argument("--lr-final", type=share, default=0.05, help="share of the learning rate left at the end (cosine); 1: constant")
-    group.add_argument("--warmup", type=int, default=warmup, help="steps of linear warm-up")
+    group.add_argument("--warmup", type=whole, default=warmup, help="steps of linear warm-up")
     group.add_argument("--weight-decay", type=non_negative, default=0.0, help="decoupled weight decay")
     group.add_argument("--clip", type=non_negative, default=3.0, help="largest gradient norm")
     if ema is not None:
@@ -1055,26 +1171,27 @@ def parse(parser, presets, argv=None, sizes=None):
     args.data_dir = args.data_dir or f"data/{args.dataset}"
     if args.dataset == "shapes" and args.image_size % 32:
         parser.error(f"argument --image-size: shapes are drawn at multiples of 32, got {args.image_size}")
-    if args.workers < 0 or args.seed < 0:
-        parser.error("arguments --workers and --seed: expected at least 0")
     if getattr(args, "batch_size", 1) % getattr(args, "accumulate", 1):
         parser.error(f"argument --accumulate: {args.accumulate} does not divide --batch-size {args.batch_size}")
     return args
+
+
+TIMEOUT = 1800  # seconds that processes wait for one of them that does not answer, before they stop
 
 
 class Run:
     """One process of a run: device, dtype, its rank among `world` processes, and the output folder.
 
     Works the same on a CPU, one GPU, or under torchrun. SIGTERM and Ctrl-C set a flag that the loop reads through
-    `stopping`, so that the step is finished and saved.
+    `stopping`, so that the step is finished and saved; before the loop is reached there is nothing to save, and they end the process.
     """
 
     def __init__(self, args, lock=None):
         try:
             self.device = torch.device(args.device)
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as problem:
-            fail(f"--device {args.device}: not available here ({str(problem).splitlines()[0]})")
+            torch.zeros(1, device=self.device).item()  # "meta" can be made, not read
+        except (RuntimeError, AssertionError, NotImplementedError, ImportError) as problem:
+            fail(f"--device {args.device}: not available here ({str(problem).splitlines()[0][:200]}); expected cpu, cuda, cuda:1 or mps")
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main, self.sharded = self.rank == 0, False
         self.bar = self.main and sys.stderr.isatty()  # progress bars only for people
@@ -1089,11 +1206,11 @@ class Run:
             if size % self.world:
                 fail(f"--batch-size {args.batch_size}: does not divide over {self.world} processes (and --accumulate parts)")
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(seconds=TIMEOUT))
         native = self.device.type == "cuda" or (self.device.type == "cpu" and (
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
         self.dtype = torch.bfloat16 if args.dtype == "bfloat16" or (args.dtype == "auto" and native) else torch.float32
-        self.folder, self._lock, self._handlers, self._asked = run_folder(args), None, {}, []
+        self.folder, self._lock, self._handlers, self._asked, self._looks = run_folder(args), None, {}, [], [self.world > 1]
         if lock and self.main:
             self._lock = open(self.folder / f".{lock}.lock", "w")  # released by the system when the process ends
             try:
@@ -1101,14 +1218,16 @@ class Run:
             except OSError:
                 fail(f"{self.folder}: another run is at work on {lock} there; wait for it or choose another --out")
         if lock:
-            def on_signal(number, frame, asked=self._asked):  # holds no reference to the run, so that a failed one lets go of its lock
+            def on_signal(number, frame, asked=self._asked, looks=self._looks):  # no reference to the run: a failed one lets go of its lock
+                if not looks[0] or (asked and number == signal.SIGINT):  # nobody will look, or a second Ctrl-C
+                    raise KeyboardInterrupt
                 asked.append(number)
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
 
             self._handlers = {name: signal.signal(name, on_signal) for name in (signal.SIGTERM, signal.SIGINT)}
 
     def asked(self):
         """Whether this process was asked to stop."""
+        self._looks[0] = True
         return bool(self._asked)
 
     def wait(self):
@@ -1229,16 +1348,19 @@ class Optimizers:
         if muon:
             self.parts.append(torch.optim.Muon(muon, lr=args.lr_matrix, weight_decay=args.weight_decay, momentum=0.95))
         self.peaks = [args.lr] * len(groups) + [args.lr_matrix]
-        self.parameters, self.clip = [p for _, p in parameters], args.clip
+        self.names, self.parameters, self.clip = [n for n, _ in parameters], [p for _, p in parameters], args.clip
 
-    def step(self, factor, step, weight_decay=None):
+    def step(self, factor, step, loss, weight_decay=None):
         """One update with all learning rates at `factor` of their peak and, where given, another weight decay (of those that have one).
-        Fails before it when a gradient is not finite."""
+        Fails before it, in all processes, when the loss (of any of them) or a gradient is not finite."""
+        wrong = "" if math.isfinite(loss) else f"the loss is {float(loss)}"
         try:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf, error_if_nonfinite=True)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf, error_if_nonfinite=not wrong)
         except RuntimeError:
-            fail(f"step {step}: a gradient is not finite, stopped before the update; the last checkpoint is intact. "
-                 "Lower --lr or --lr-matrix, or try --dtype float32")
+            wrong = "the gradient of " + next((n for n, p in zip(self.names, self.parameters) if p.grad is not None and not p.grad.isfinite().all()), "all") \
+                    + " is not finite"
+        if wrong:
+            fail(f"step {step}: {wrong}; stopped before the update, the last checkpoint is intact. Lower --lr or --lr-matrix, or try --dtype float32")
         groups = [group for part in self.parts for group in part.param_groups]
         for group, peak, scale, decayed in zip(groups, self.peaks, self.scales, self.decayed):
             group["lr"] = peak * factor * scale
@@ -1348,8 +1470,6 @@ class Meter:
         if done % self.every and done != self.args.steps:
             return
         values = {k: self.run.average(torch.as_tensor(v, device=self.run.device).detach().float().clone()).item() for k, v in values.items()}
-        if not math.isfinite(values["loss"]):
-            fail(f"step {step}: the loss is {values['loss']}; the last checkpoint is intact. Lower --lr or --lr-matrix, or try --dtype float32")
         if self.run.main:
             now = time.perf_counter()
             seconds, self.last, self.at = (now - self.last) / (done - self.at), now, done
@@ -1428,6 +1548,19 @@ def describe(args, build, loss, flops, run):
           f"peak of a step, in each process: {peak / 2 ** 30:.2f} GiB of tensors, about {(peak * SLACK + own) / 2 ** 30:.2f} GiB in all".replace("torch.", ""))
 
 
+def command(main):
+    """Run the main function of a script; Ctrl-C, SIGTERM and a lack of memory end it with one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped; what was saved is kept, the same command goes on from there", file=sys.stderr)
+        raise SystemExit(143)
+    except (RuntimeError, MemoryError) as problem:  # torch's name for it differs by device
+        if not isinstance(problem, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(problem):
+            raise
+        fail(f"out of memory ({str(problem).splitlines()[0][:200]}); lower --batch-size or raise --accumulate or the number of processes; --dry-run says what is needed")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 PRESETS = {"imagenet": {"image_size": 256}}
@@ -1454,4 +1587,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

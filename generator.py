@@ -343,7 +343,7 @@ def open_latents(args, vae, dataset, run, batch=25):
     if run.main:
         path.with_suffix(".json").unlink(missing_ok=True)
         data.join_chunks(chunks, "latents", len(dataset), path)
-        data.write_atomic(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(about)))
+        data.write_json(path.with_suffix(".json"), about)
         shutil.rmtree(folder)
     run.wait()
     return np.load(path, mmap_mode="r")
@@ -361,10 +361,8 @@ def build_generator(config):
 
 def load_generator(args, device, stage="generator"):
     """The trained model with averaged weights from OUT/<dataset>/<stage>.pt; refuses one trained on other codes, or with another VAE."""
-    state = data.load_stage(stage, args)
+    model, state = data.load_stage(stage, args, lambda state: build_generator(state["config"]))
     config = state["config"]
-    model = build_generator(config)
-    model.load_state_dict(state["ema"])
     if config.get("vae_sha256"):
         path = args.vae or config["vae"]
         about = read_vae(path)
@@ -405,7 +403,7 @@ def add_flags(parser):
     g.add_argument("--size", choices=SIZES, help=  # data.parse takes it for a preset
                    "width, depth and heads by the name of DiT's size (default: as the dataset's preset says)")
     g.add_argument("--patch", type=data.positive, default=8, help="patch side in pixels, or in latents")
-    g.add_argument("--stem", type=int, default=2, help="halving convolutions before the patches, mirrored after; 0: plain patches")
+    g.add_argument("--stem", type=data.whole, default=2, help="halving convolutions before the patches, mirrored after; 0: plain patches")
     g.add_argument("--width", type=data.positive, default=192, help="D, width of the tokens")
     g.add_argument("--depth", type=data.positive, default=4, help="transformer blocks")
     g.add_argument("--heads", type=data.positive, default=2, help="attention heads")
@@ -414,7 +412,7 @@ def add_flags(parser):
     g.add_argument("--groups", type=data.positive, default=4, help="G, in-context code tokens")
     g = parser.add_argument_group("flow")
     g.add_argument("--predict", choices=("x", "v"), help="what the network outputs; the loss is on v in both cases (default: x in pixels, v in latents)")
-    g.add_argument("--t-mean", type=float, default=-0.4, help="mu of equation (1)")
+    g.add_argument("--t-mean", type=data.number, default=-0.4, help="mu of equation (1)")
     g.add_argument("--t-std", type=data.non_negative, default=1.0, help="sigma of equation (1)")
     g.add_argument("--drop", type=data.share, default=0.1, help="probability of training without the code")
     g.add_argument("--early", type=data.share, default=0.25, help="share of the steps after which generator-early.pt is kept")
@@ -430,7 +428,7 @@ def check_flags(parser, args):
                      f"{args.image_size}")
     if args.factors and (args.dataset != "shapes" or args.condition == "none"):
         parser.error("argument --factors: only shapes has known factors, and --condition must read them")
-    if args.stem < 0 or args.patch % (1 << args.stem):
+    if args.stem > 30 or args.patch % (1 << args.stem):
         parser.error(f"argument --stem: {args.stem} halvings do not fit in --patch {args.patch}")
 
 
@@ -459,16 +457,16 @@ def main(argv=None):
 
         return data.describe(args, lambda: build_generator(vars(args)), loss, flops, run)
     dataset = data.load_dataset(args)
-    if codes is not None and len(codes) != len(dataset):
-        data.fail(f"{run.folder / 'codes.npy'}: codes of {len(codes)} images, {args.dataset} has {len(dataset)}; make it again with "
-                  + data.stage_command("tokenizer", args))
+    if "images" in about:
+        data.check_images(about, dataset, args)
     vae = VAE(args.vae, about_x, run.device) if args.vae else None
     latents = open_latents(args, vae, dataset, run) if vae else None
     torch.manual_seed(args.seed)
     model = build_generator(vars(args)).to(run.device)
     model.vae = vae
     optimizers, ema = data.Optimizers(model, args), data.EMA(model, args.ema)
-    state = data.resume(path, stage, args, about["sha256"])
+    trained_on = {"images": dataset.checksum, "codes": about["sha256"]}
+    state = data.resume(path, stage, args, **trained_on)
     if state:
         model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), optimizers.load_state_dict(state["optimizer"])
 
@@ -476,7 +474,7 @@ def main(argv=None):
         if run.main:
             whole = {} if name == "generator-early" else dict(model=model.state_dict(), optimizer=optimizers.state_dict())
             data.save_checkpoint(run.folder / f"{name}.pt", stage=name, config=vars(args), step=step, ema=ema.state_dict(),
-                                 trained_on=about["sha256"], **whole)
+                                 trained_on=trained_on, **whole)
 
     def show(step):
         rows = list(dataset.splits["val"])[:16]
@@ -488,7 +486,7 @@ def main(argv=None):
 
     start = state["step"] if state else 0
     trained = run.wrap(model, args)
-    log, meter = data.Log(run, stage, args.tensorboard), data.Meter(run, args, flops, start, args.batch_size)
+    log, meter = data.Log(run, stage, start, args.tensorboard), data.Meter(run, args, flops, start, args.batch_size)
     batches = data.image_batches(dataset, run, args, start) if latents is None else data.row_batches(dataset, args, start)
     for step, rows, images in batches:
         run.seed_step(args.seed, step)
@@ -510,7 +508,8 @@ def main(argv=None):
                 part_loss = flow_loss(trained, x, c, draws, args, run) / args.accumulate
                 part_loss.backward()
             loss = loss + part_loss.detach()
-        norm = optimizers.step(data.warmup_cosine(step, args), step)
+        loss = run.average(loss)
+        norm = optimizers.step(data.warmup_cosine(step, args), step, loss)
         ema.update(step)
         meter.tick(step, log, loss=loss, norm=norm)
         stopping = run.stopping()
@@ -526,4 +525,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    data.command(main)

@@ -377,10 +377,7 @@ def build_prior(config):
 
 def load_prior(args, kind, device):
     """The trained prior with averaged weights from OUT/<dataset>/prior-<kind>.pt; refuses one trained on other codes."""
-    state = data.load_stage(f"prior-{kind}", args)
-    model = build_prior(state["config"])
-    model.load_state_dict(state["ema"])
-    return model.to(device).eval()
+    return data.load_stage(f"prior-{kind}", args, lambda state: build_prior(state["config"]))[0].to(device).eval()
 
 
 def block_flops(tokens, width, hidden):
@@ -438,12 +435,12 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = build_prior(vars(args)).to(run.device)
     optimizers, ema = data.Optimizers(model, args), data.EMA(model, args.ema)
-    state = data.resume(path, stage, args, about["sha256"])
+    state = data.resume(path, stage, args, codes=about["sha256"])
     if state:
         model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), optimizers.load_state_dict(state["optimizer"])
     start = state["step"] if state else 0
     trained = run.wrap(model, args)
-    log, meter = data.Log(run, stage, args.tensorboard), data.Meter(run, args, flops, start, args.batch_size * args.codes, "tokens")
+    log, meter = data.Log(run, stage, start, args.tensorboard), data.Meter(run, args, flops, start, args.batch_size * args.codes, "tokens")
     for step in range(start, args.steps):
         run.seed_step(args.seed, step)
         rows = data.batch_rows(about["splits"]["train"], args.batch_size, args.seed, step)[run.share(args.batch_size)]
@@ -456,13 +453,14 @@ def main(argv=None):
                 part_loss = nll_of(trained, c, draws).mean() / args.accumulate
                 part_loss.backward()
             loss = loss + part_loss.detach()
-        norm = optimizers.step(data.warmup_cosine(step, args), step)
+        loss = run.average(loss)
+        norm = optimizers.step(data.warmup_cosine(step, args), step, loss)
         ema.update(step)
         meter.tick(step, log, loss=loss, norm=norm)
         stopping = run.stopping()
         if run.main and ((step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping):
             data.save_checkpoint(path, stage=stage, config=vars(args), step=step + 1, model=model.state_dict(), ema=ema.state_dict(),
-                                 optimizer=optimizers.state_dict(), trained_on=about["sha256"])
+                                 optimizer=optimizers.state_dict(), trained_on={"codes": about["sha256"]})
         if stopping:
             return data.stopped(path, step + 1, args, run)
     if run.main:
@@ -479,4 +477,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    data.command(main)

@@ -21,7 +21,6 @@ blend of two); the Fréchet distance is taken in its features:
     FD² = |m₁ − m₂|² + Tr(C₁ + C₂ − 2 (C₁ C₂)^½)                                                                        (1)
 With --inception they are those of the literature instead, FID, Inception Score, precision and recall, in OUT/<dataset>/inception.json.
 """
-import json
 import shutil
 import signal
 import subprocess
@@ -199,7 +198,10 @@ def judge_batch(dataset, args, step, size=128):
     return a.to(torch.uint8), labels, blends.round().to(torch.uint8)
 
 
-def train_judge(dataset, args, run, steps=600):
+JUDGE_STEPS = 600
+
+
+def train_judge(dataset, args, run, steps=JUDGE_STEPS):
     """Train the judge (seed 0 always: all runs are judged alike) and return it in evaluation mode."""
     torch.manual_seed(0)
     judge = Judge([len(v) for v in dataset.factors.values()], args.image_size).to(run.device)
@@ -223,15 +225,13 @@ def train_judge(dataset, args, run, steps=600):
 
 def load_judge(dataset, args, run):
     """The judge of OUT/<dataset>/judge.pt, trained and kept there on first use."""
-    path, sizes = run.folder / "judge.pt", [len(v) for v in dataset.factors.values()]
+    path, trained_on = run.folder / "judge.pt", {"images": dataset.checksum, "image size": args.image_size}
     if path.exists():
-        state = data.load_checkpoint(path, "judge", args)
-        if state.get("sizes") == sizes and state["config"]["image_size"] == args.image_size:  # else of other classes or images
-            judge = Judge(sizes, args.image_size).to(run.device)
-            judge.load_state_dict(state["model"])
-            return judge.eval()
+        build = lambda state: Judge([len(v) for v in dataset.factors.values()], args.image_size)
+        if data.load_checkpoint(path, "judge", args)["trained_on"] == trained_on:
+            return data.load_stage("judge", args, build)[0].to(run.device).eval()
     judge = train_judge(dataset, args, run)
-    data.save_checkpoint(path, stage="judge", config=vars(args), sizes=sizes, model=judge.state_dict())
+    data.save_checkpoint(path, stage="judge", config=vars(args), step=JUDGE_STEPS, trained_on=trained_on, ema=judge.state_dict())
     return judge
 
 
@@ -278,6 +278,7 @@ class Scores:
     def __init__(self, stages, args, run):
         self.stages, self.args, self.run, self.n = stages, args, run, args.count
         self.dataset, self.names = stages.dataset, list(stages.dataset.factors)
+        data.check_images(stages.codes[1], self.dataset, args)
         self.judge = load_judge(self.dataset, args, run) if self.names else None
         test, train = self.dataset.splits["test"], self.dataset.splits["train"]
         self.rows = np.random.default_rng(0).permutation(test)[:self.n]
@@ -316,7 +317,7 @@ class Scores:
         if self.args.dataset == "shapes":
             blends = torch.cat([judge_batch(dataset, self.args, 10 ** 6 + k)[2] for k in range(8)])
             result["blends of two images"] = {"clean": look(self.judge, blends, self.run)[2].double().mean().item()}
-        report = json.loads((self.run.folder / "tokenizer.json").read_text())
+        report = data.read_json(self.run.folder / "tokenizer.json", f"make it again with {data.stage_command('tokenizer', self.args)}")
         result["tokenizer"] = {k: v for k, v in report.items() if not k.endswith("val")}
         images = self.stages.draw(self.codes_of(self.rows), seed)
         looked = self.look(images)
@@ -495,7 +496,7 @@ def reference_statistics(net, stages, args, run, most=10_000):
     """Mean and covariance of the Inception features of all training images, and the features of `most` of them (of all where there are
     fewer), kept in OUT/<dataset>/reference-<checksum>.npz."""
     dataset, rows = stages.dataset, stages.dataset.splits["train"]
-    key = data.checksum([data.file_checksum(args.inception), args.dataset, args.image_size, len(rows)])[:16]
+    key = data.checksum([data.file_checksum(args.inception), dataset.checksum, args.image_size])[:16]
     path, chosen = run.folder / f"reference-{key}.npz", np.random.default_rng(0).permutation(len(rows))[:most]
     if not path.exists():
         work = lambda part: {"features": np.concatenate([net(images)["features"] for images in dataset.batches(
@@ -504,23 +505,24 @@ def reference_statistics(net, stages, args, run, most=10_000):
         if run.main:
             total, square, kept, start = 0.0, 0.0, [], 0
             for chunk in chunks:  # one after the other: those of ImageNet do not fit in memory together
-                part = np.load(chunk)["features"]
+                part = data.read_chunk(chunk)["features"]
                 double = torch.from_numpy(part).double()
                 total, square = total + double.sum(0), square + double.T @ double
                 kept.append(part[chosen[(chosen >= start) & (chosen < start + len(part))] - start])
                 start += len(part)
             mean = total / len(rows)
             cov = (square - len(rows) * torch.outer(mean, mean)) / (len(rows) - 1)
-            data.write_atomic(path, lambda p: np.savez(open(p, "wb"), mean=mean.numpy(), cov=cov.numpy(), features=np.concatenate(kept)))
+            data.write_atomic(path, lambda file: np.savez(file, mean=mean.numpy(), cov=cov.numpy(), features=np.concatenate(kept)))
             shutil.rmtree(chunks[0].parent)
         run.wait()
-    return dict(np.load(path))
+    return data.read_chunk(path)
 
 
 def inception_scores(stages, args, run):
     """FID, Inception Score, precision and recall of --count samples with codes of the prior --kind, and with true codes of training
     images. Processes share the samples, each a function of (seed, index); a stopped run goes on. Returns the dict on the first process."""
     net = Inception(args.inception, run.device)
+    data.check_images(stages.codes[1], stages.dataset, args)
     stages.generator(), stages.prior(args.kind)  # what is missing is said now, not after hours
     files = [data.file_checksum(path) for path in (run.folder / "generator.pt", run.folder / f"prior-{args.kind}.pt", args.inception)]
     settings = {k: v for k, v in vars(args).items() if k not in ("workers", "device", "out", "data_dir")}
@@ -538,7 +540,7 @@ def inception_scores(stages, args, run):
         key = data.checksum([name, settings, files])[:16]
         chunks = data.in_chunks(run.folder / f".samples-{key}", args.count, run, work, size=prior.BATCH)
         if run.main:
-            made, classes = (np.concatenate([np.load(path)[part] for path in chunks]) for part in ("features", "classes"))
+            made, classes = (np.concatenate([data.read_chunk(path)[part] for path in chunks]) for part in ("features", "classes"))
             double = torch.from_numpy(made).double()
             score, deviation = inception_score(classes)
             precision, recall = precision_recall(reference["features"], made, run.device)
@@ -601,8 +603,8 @@ def input_images(paths, stages, args, least):
     for path in paths:
         try:
             images.append(data.read_image(path, args.image_size))
-        except (OSError, ValueError, SyntaxError, data.Image.DecompressionBombError) as problem:
-            data.fail(f"{path}: does not open as an image ({problem})")
+        except Exception as problem:  # each of Pillow's decoders raises its own kinds
+            data.fail(f"{path}: does not open as an image ({problem}); expected one of {', '.join(data.FORMATS)}")
     return torch.stack(images), [Path(path).stem[:10] for path in paths]
 
 
@@ -721,10 +723,10 @@ def parse(argv):
     g.add_argument("--kind", choices=("masked", "ar"), default="masked", help="the prior of unconditional samples")
     g.add_argument("--weights", type=data.non_negative, nargs="+",
                    help="compose: share of positions from each image (default: equal); text: from prompt and --image")
-    g.add_argument("--positions", type=int, nargs="+", help="compose: take these positions from the first image; text: keep these of --image")
+    g.add_argument("--positions", type=data.whole, nargs="+", help="compose: take these positions from the first image; text: keep these of --image")
     g.add_argument("--choose", choices=("prior", "random"), default="prior",
                    help="compose: the masked prior chooses which image each position comes from, or each is drawn on its own")
-    g.add_argument("--rounds", type=int, default=32, help="compose: rounds in which the masked prior chooses again for some positions")
+    g.add_argument("--rounds", type=data.whole, default=32, help="compose: rounds in which the masked prior chooses again for some positions")
     g.add_argument("--round-share", type=data.share, default=0.25, help="compose: share of the positions in a round")
     g.add_argument("--keep", type=data.share, default=0.5,
                    help="share of the positions that is kept (text with --image: exactly, infill: on average)")
@@ -743,8 +745,6 @@ def parse(argv):
         parser.error("argument --inception: only --score reads it")
     if args.count < 4:
         parser.error(f"argument --count: expected at least 4 pictures, got {args.count}")
-    if args.rounds < 0:
-        parser.error(f"argument --rounds: expected at least 0, got {args.rounds}")
     if not (args.command or args.train or args.score):
         parser.error(f"say what to do: {', '.join(COMMANDS)}, --train or --score")
     if args.train and (args.command or args.inputs):
@@ -768,7 +768,7 @@ def main(argv=None):
         scores = inception_scores(stages, args, run)
         if run.main:
             scores |= {"seconds": round(time.time() - start), "settings": vars(args)}
-            data.write_atomic(run.folder / "inception.json", lambda path: path.write_text(json.dumps(scores, indent=1)))
+            data.write_json(run.folder / "inception.json", scores)
             print_scores({k: v for k, v in scores.items() if k != "settings"})
         return run.close()
     if run.world > 1:
@@ -783,9 +783,9 @@ def main(argv=None):
         scores = Scores(stages, args, run).run_all()
         scores["seconds"] = round(time.time() - start)
         scores["settings"] = vars(args)
-        data.write_atomic(run.folder / "scores.json", lambda path: path.write_text(json.dumps(scores, indent=1)))
+        data.write_json(run.folder / "scores.json", scores)
         print_scores({k: v for k, v in scores.items() if k != "settings"})
 
 
 if __name__ == "__main__":
-    main()
+    data.command(main)

@@ -372,16 +372,13 @@ def build_text_prior(config, text):
 
 def load_text_prior(args, device):
     """The trained text prior with averaged weights, its Text and its config; refuses one trained on other codes."""
-    state = data.load_stage("text_prior", args)
-    text = Text(**{**state["text"], "ranks": read_ranks(state["text"]["ranks"], "text_prior.pt")})
-    model = build_text_prior(state["config"], text)
-    model.load_state_dict(state["ema"])
-    return model.to(device).eval(), text, state["config"]
+    text_of = lambda state: Text(**{**state["text"], "ranks": read_ranks(state["text"]["ranks"], "text_prior.pt")})
+    model, state = data.load_stage("text_prior", args, lambda state: build_text_prior(state["config"], text_of(state)))
+    return model.to(device).eval(), text_of(state), state["config"]
 
 
-def read_text(args, run):
-    """The Text of the flags, all captions as token ids (N, T), and the dataset's splits; says how many have none or are cut."""
-    dataset = data.load_dataset(args)
+def read_text(dataset, args, run):
+    """The Text of the flags and all captions of the dataset as token ids (N, T); says how many have none or are cut."""
     captions, train = dataset.captions, dataset.splits["train"]
     missing = captions.count("")
     if missing == len(captions):
@@ -396,7 +393,7 @@ def read_text(args, run):
     if run.main and (missing or cut):
         print(f"{args.dataset}: {missing:,} of {len(captions):,} images have no caption and train without; {cut:,} captions are longer than "
               f"--text-length {args.text_length} tokens and cut", file=sys.stderr)
-    return text, text.rows([ids[:args.text_length] for ids in tokens]), dataset.splits
+    return text, text.rows([ids[:args.text_length] for ids in tokens])
 
 
 def training_flops(args, mask):
@@ -440,10 +437,9 @@ def main(argv=None):
     args.hidden = args.hidden or prior.swiglu_hidden(args.width)
     run = data.Run(args, lock="text_prior")
     codes, about = data.open_codes(args)
-    text, tokens, splits = read_text(args, run)
-    if splits != about["splits"]:
-        data.fail(f"{run.folder / 'codes.npy'}: codes of the splits {about['splits']}, {args.dataset} has {splits}; make it again with "
-                  + data.stage_command("tokenizer", args))
+    dataset, splits = data.load_dataset(args), about["splits"]
+    data.check_images(about, dataset, args)
+    text, tokens = read_text(dataset, args, run)
     args.codes, args.values, args.window = about["L"], about["V"], tokens.shape[1]
     flops, path = training_flops(args, text.mask), run.folder / "text_prior.pt"
 
@@ -463,17 +459,16 @@ def main(argv=None):
     model = build_text_prior(vars(args), text)
     model = run.shard(model) if args.shard else model.to(run.device)
     optimizers, ema = data.Optimizers(model, args), data.EMA(model, args.ema)
-    state = data.resume(path, "text_prior", args, about["sha256"])
-    captions = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    if state and (state["text"], state["captions"]) != (text.state(), captions):
-        data.fail(f"{path}: trained on other captions, or another encoding of them; --restart to train again")
+    captions = data.checksum([text.state(), hashlib.sha256(tokens.numpy()).hexdigest()])
+    trained_on = {"codes": about["sha256"], "captions": captions}
+    state = data.resume(path, "text_prior", args, **trained_on)
     if state and args.shard:
-        data.load_shards(path, state, model, optimizers, ema)
+        data.load_shards(path, state, args, model, optimizers, ema)
     elif state:
         model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), optimizers.load_state_dict(state["optimizer"])
 
     def save(step):
-        what = dict(stage="text_prior", config=vars(args), step=step, ema=ema.state_dict(), trained_on=about["sha256"], text=text.state(), captions=captions)
+        what = dict(stage="text_prior", config=vars(args), step=step, ema=ema.state_dict(), trained_on=trained_on, text=text.state())
         if args.shard:
             data.save_shards(path, model, optimizers, run, **what)
         elif run.main:
@@ -481,7 +476,7 @@ def main(argv=None):
 
     start = state["step"] if state else 0
     trained = run.wrap(model, args)
-    log, meter = data.Log(run, "text_prior", args.tensorboard), data.Meter(run, args, flops, start, args.batch_size * (args.codes + 1 + args.window), "tokens")
+    log, meter = data.Log(run, "text_prior", start, args.tensorboard), data.Meter(run, args, flops, start, args.batch_size * (args.codes + 1 + args.window), "tokens")
     for step in range(start, args.steps):
         run.seed_step(args.seed, step)
         rows = data.batch_rows(splits["train"], args.batch_size, args.seed, step)[run.share(args.batch_size)]
@@ -495,7 +490,8 @@ def main(argv=None):
                 part_loss = nll_of(trained, c, w, draws).mean() / args.accumulate
                 part_loss.backward()
             loss = loss + part_loss.detach()
-        norm = optimizers.step(data.warmup_cosine(step, args), step)
+        loss = run.average(loss)
+        norm = optimizers.step(data.warmup_cosine(step, args), step, loss)
         ema.update(step)
         meter.tick(step, log, loss=loss, norm=norm)
         stopping = run.stopping()
@@ -522,4 +518,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    data.command(main)

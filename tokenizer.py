@@ -362,6 +362,13 @@ def build_backbone(config):
     return ViT(config["global_size"], **{k: config[k] for k in keys if k in config})
 
 
+def build_student(config):
+    """Backbone and head of a dict of settings; the student starts so, the teacher as its copy."""
+    model = Student(build_backbone(config), DINOHead(config["width"], config["head_hidden"], config["bottleneck"], config["prototypes"]))
+    model.backbone.mask_token.requires_grad_(config["ibot"] > 0)  # DDP waits for the gradient of everything that has one
+    return model
+
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that DINOv2 sees, in [0, 1]
 
 
@@ -418,10 +425,8 @@ def lr_scale(args):
 
 def load_tokenizer(args, device):
     """The trained teacher from OUT/<dataset>/tokenizer.pt, ready to encode. Returns (backbone, config)."""
-    state = data.load_checkpoint(data.run_folder(args) / "tokenizer.pt", "tokenizer", args)
-    backbone = build_backbone(state["config"])
-    backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in state["ema"].items() if k.startswith("backbone.")})
-    return backbone.to(device).eval(), state["config"]
+    model, state = data.load_stage("tokenizer", args, lambda state: build_student(state["config"]))
+    return model.backbone.to(device).eval(), state["config"]
 
 
 @torch.no_grad()
@@ -462,7 +467,7 @@ def encode_dataset(backbone, dataset, config, run, batch=500):
         return {"codes": torch.cat(codes).numpy().astype(data.code_type(config["values"])), "features": torch.cat(features).numpy()}
 
     run.wait()  # the first process may still be writing the tokenizer
-    key = data.checksum([data.file_checksum(run.folder / "tokenizer.pt"), dataset.splits])
+    key = data.checksum([data.file_checksum(run.folder / "tokenizer.pt"), dataset.checksum])
     return data.in_chunks(run.folder / f".codes-{key[:16]}", len(dataset), run, work)
 
 
@@ -568,16 +573,16 @@ def add_flags(parser):
     g.add_argument("--heads", type=data.positive, default=2, help="attention heads")
     g.add_argument("--attention", action=argparse.BooleanOptionalAction, default=False,
                    help="patches see each other; without it each patch is encoded on its own (only with --sem-read patches)")
-    g.add_argument("--stem", type=int, default=2, help="halving convolutions before the patch projection; 0: DINOv2's plain patches")
-    g.add_argument("--layer-scale", type=float, default=1.0, help="start of the gains on residual branches")
+    g.add_argument("--stem", type=data.whole, default=2, help="halving convolutions before the patch projection; 0: DINOv2's plain patches")
+    g.add_argument("--layer-scale", type=data.number, default=1.0, help="start of the gains on residual branches")
     g.add_argument("--drop-path", type=data.share, default=0.0, help="probability of dropping a residual branch")
     g.add_argument("--codes", type=data.positive, default=16, help="L, code positions")
     g.add_argument("--values", type=data.positive, default=64, help="V, values per position")
-    g.add_argument("--tau", type=data.non_negative, default=1.0, help="temperature of the SEM's softmax in training")
-    g.add_argument("--registers", type=int, default=0, help="register tokens beside CLS")
+    g.add_argument("--tau", type=data.above_zero, default=1.0, help="temperature of the SEM's softmax in training")
+    g.add_argument("--registers", type=data.whole, default=0, help="register tokens beside CLS")
     g.add_argument("--sem-read", choices=("registers", "patches"), default="patches",
                    help="what the SEM reads: CLS and registers together (the paper), or each patch token its own positions")
-    g.add_argument("--sem-rank", type=int, default=0, help="rank of the SEM's two projections, which may outweigh the ViT; 0: full")
+    g.add_argument("--sem-rank", type=data.whole, default=0, help="rank of the SEM's two projections, which may outweigh the ViT; 0: full")
     g.add_argument("--init", metavar="FILE", help="start from DINOv2's weights (.pth, .safetensors, .index.json)")
     g.add_argument("--centre-codes", action=argparse.BooleanOptionalAction, default=True,
                    help="subtract the mean of z in equation (2); the paper does not")
@@ -585,14 +590,14 @@ def add_flags(parser):
     g.add_argument("--weight-decay-final", type=data.non_negative, help="weight decay at the end, by a cosine (default: constant)")
     g.add_argument("--layer-decay", type=data.share, default=1.0, help="learning rate of a block over that of the next")
     g.add_argument("--patch-lr", type=data.share, default=1.0, help="factor on the learning rate of the patch projection")
-    g.add_argument("--teacher-start", type=float, default=0.04, help="temperature of the teacher's softmax at the start, with --teacher-warmup")
-    g.add_argument("--teacher-warmup", type=int, default=0, help="steps in which it reaches --teacher-temperature")
+    g.add_argument("--teacher-start", type=data.above_zero, default=0.04, help="temperature of the teacher's softmax at the start, with --teacher-warmup")
+    g.add_argument("--teacher-warmup", type=data.whole, default=0, help="steps in which it reaches --teacher-temperature")
     g = parser.add_argument_group("loss")
     g.add_argument("--head-hidden", type=data.positive, default=512, help="hidden width of the DINO head")
     g.add_argument("--bottleneck", type=data.positive, default=128, help="output width of the DINO head")
     g.add_argument("--prototypes", type=data.positive, default=512, help="K, prototypes of the DINO head")
-    g.add_argument("--student-temperature", type=float, default=0.1, help="temperature of the student's softmax")
-    g.add_argument("--teacher-temperature", type=float, default=0.02, help="temperature of the teacher's softmax")
+    g.add_argument("--student-temperature", type=data.above_zero, default=0.1, help="temperature of the student's softmax")
+    g.add_argument("--teacher-temperature", type=data.above_zero, default=0.02, help="temperature of the teacher's softmax")
     g.add_argument("--centering", choices=("sinkhorn", "centre"), default="sinkhorn", help="how the teacher's targets are kept from collapsing")
     g.add_argument("--momentum", type=data.share, default=0.98, help="of the teacher, rising to 1 by a cosine")
     g.add_argument("--ibot", type=data.non_negative, default=0.0, help="weight of the masked-patch loss; 0: none")
@@ -601,7 +606,7 @@ def add_flags(parser):
     g.add_argument("--global-size", type=data.positive, default=32, help="side of global crops in pixels")
     g.add_argument("--global-scale", type=data.share, nargs=2, default=[0.6, 1.0], help="share of the area of a global crop, from and to")
     g.add_argument("--ratio", type=data.share, default=0.9, help="smallest width / height of a crop; the largest is its inverse")
-    g.add_argument("--locals", type=int, default=0, help="local crops per image")
+    g.add_argument("--locals", type=data.whole, default=0, help="local crops per image")
     g.add_argument("--local-size", type=data.positive, default=16, help="side of local crops in pixels")
     g.add_argument("--local-scale", type=data.share, nargs=2, default=[0.2, 0.5], help="share of the area of a local crop")
     g.add_argument("--jitter", type=data.share, nargs=4, default=[0.15, 0.15, 0.0, 0.0],
@@ -617,7 +622,7 @@ def check_flags(parser, args):
     """What argparse cannot see: sizes that must divide."""
     if args.width % args.heads:
         parser.error(f"argument --heads: {args.heads} does not divide --width {args.width}")
-    if args.patch % (1 << args.stem) if args.stem >= 0 else True:
+    if args.stem > 30 or args.patch % (1 << args.stem):
         parser.error(f"argument --stem: {args.stem} halvings do not fit in --patch {args.patch}")
     for name in ("global_size", "local_size"):
         if getattr(args, name) % args.patch:
@@ -627,10 +632,14 @@ def check_flags(parser, args):
         parser.error(f"argument --codes: {args.codes} is no multiple of the {patches} patches that --sem-read patches reads")
     if not args.attention and (args.sem_read == "registers" or args.ibot > 0):
         parser.error("argument --attention: without it nothing sees other patches, which --sem-read registers and --ibot need; add --attention")
-    if args.locals < 0 or not 2 <= args.values < 2 ** 16 or args.tau == 0 or args.student_temperature <= 0 or args.teacher_temperature <= 0:
-        parser.error("arguments --locals, --values, --tau, --student-temperature, --teacher-temperature: expected >= 0, 2 to 65,535, > 0, > 0, > 0")
-    if args.teacher_start <= 0 or args.teacher_warmup < 0 or args.sem_rank < 0:
-        parser.error("arguments --teacher-start, --teacher-warmup, --sem-rank: expected > 0, >= 0, >= 0")
+    if not 2 <= args.values < 2 ** 16:
+        parser.error(f"argument --values: expected 2 to 65,535, got {args.values}")
+    for name in ("global_scale", "local_scale"):
+        low, high = getattr(args, name)
+        if not 0 < low <= high:
+            parser.error(f"argument --{name.replace('_', '-')}: expected two shares above 0, the smaller first, got {low} {high}")
+    if args.ratio == 0:
+        parser.error("argument --ratio: expected a number above 0")
     if args.weight_decay_final is not None and args.weight_decay == 0:
         parser.error("argument --weight-decay-final: only with a --weight-decay above 0 to start from")
     if args.init and args.stem:
@@ -642,10 +651,11 @@ def check_flags(parser, args):
 
 
 def encoded(args, dataset):
-    """Whether the code file and the report are there, whole, of this tokenizer and of as many images."""
+    """Whether the code file and the report are there, whole, of this tokenizer and of these images."""
     try:
-        return len(data.open_codes(args)[0]) == len(dataset) and (data.run_folder(args) / "tokenizer.json").exists()
-    except SystemExit:  # open_codes' way to say what is wrong; here it is mended
+        data.check_images(data.open_codes(args)[1], dataset, args)
+        return bool(data.read_json(data.run_folder(args) / "tokenizer.json", ""))
+    except SystemExit:  # their way to say what is wrong; here it is mended
         return False
 
 
@@ -660,31 +670,27 @@ def main(argv=None):
     dataset = None if args.dry_run else data.load_dataset(args)
     flops, path = training_flops(args), run.folder / "tokenizer.pt"
 
-    def build():
-        """Backbone and head; the student starts so, the teacher as its copy."""
-        model = Student(build_backbone(vars(args)), DINOHead(args.width, args.head_hidden, args.bottleneck, args.prototypes))
-        model.backbone.mask_token.requires_grad_(args.ibot > 0)  # DDP waits for the gradient of everything that has one
-        return model
-
     if args.dry_run:
         def loss(student):  # the moving average stands for the teacher's weights
             images = torch.zeros(args.batch_size // run.world, 3, args.global_size, args.global_size)
             centering = nn.ModuleDict({k: Centering(args.prototypes) for k in ("views", "patches")})
             return step_loss(student, student, centering, images, data.Draws(0, 0, run, args.batch_size), args, run, 0.05)[0]
 
-        return data.describe(args, build, loss, flops, run)
+        return data.describe(args, lambda: build_student(vars(args)), loss, flops, run)
     torch.manual_seed(args.seed)
-    student = build().to(run.device)
+    student = build_student(vars(args)).to(run.device)
     centering = nn.ModuleDict({k: Centering(args.prototypes) for k in ("views", "patches")}).to(run.device)
     optimizers = data.Optimizers(student, args, lr_scale(args))
-    state = data.resume(path, "tokenizer", args, trained_on=None)
+    state = data.resume(path, "tokenizer", args)
+    if state and state["step"] < args.steps and state["trained_on"]["images"] != dataset.checksum:  # a finished one may encode others
+        data.fail(f"{path}: begun on other images than {args.data_dir} holds now; bring those back, --restart to begin anew, or choose another --out")
     if args.init and not state:
         load_init(student.backbone, args.init)
     teacher_average = data.EMA(student, args.momentum)
     if state:
         student.load_state_dict(state["model"])
         optimizers.load_state_dict(state["optimizer"]), centering.load_state_dict(state["centering"])
-    teacher = build().to(run.device)
+    teacher = build_student(vars(args)).to(run.device)
     teacher_average.into(teacher.requires_grad_(False).eval())  # the averages are the teacher's own parameters from here on
     if state:
         teacher.load_state_dict(state["ema"])  # averages and buffers, the centre of the codes among these
@@ -692,11 +698,11 @@ def main(argv=None):
     def save(step):
         if run.main:
             data.save_checkpoint(path, stage="tokenizer", config=vars(args), step=step, model=student.state_dict(), ema=teacher.state_dict(),
-                                 optimizer=optimizers.state_dict(), centering=centering.state_dict(), trained_on=None)
+                                 optimizer=optimizers.state_dict(), centering=centering.state_dict(), trained_on={"images": dataset.checksum})
 
     start = state["step"] if state else 0
     trained = run.wrap(student, args)
-    log, meter = data.Log(run, "tokenizer", args.tensorboard), data.Meter(run, args, flops, start, args.batch_size)
+    log, meter = data.Log(run, "tokenizer", start, args.tensorboard), data.Meter(run, args, flops, start, args.batch_size)
     for step, rows, images in data.image_batches(dataset, run, args, start, view_sizes(args)):
         run.seed_step(args.seed, step)
         draws = data.Draws(args.seed, step, run, args.batch_size)
@@ -704,7 +710,8 @@ def main(argv=None):
         loss, parts = step_loss(trained, teacher, centering, images, draws, args, run, teacher_temperature(step, args))
         loss.backward()
         decay = None if args.weight_decay_final is None else data.cosine(step, args.steps, args.weight_decay, args.weight_decay_final)
-        norm = optimizers.step(data.warmup_cosine(step, args), step, decay)
+        loss = run.average(loss.detach())
+        norm = optimizers.step(data.warmup_cosine(step, args), step, loss, decay)
         teacher_average.decay = data.cosine(step, args.steps, args.momentum, 1.0)
         teacher_average.update(step)
         meter.tick(step, log, loss=loss, norm=norm, **parts)
@@ -719,10 +726,10 @@ def main(argv=None):
     if start < args.steps or not encoded(args, dataset):
         chunks = encode_dataset(teacher.backbone, dataset, vars(args), run)
         if run.main:
-            codes, features = (np.concatenate([np.load(path)[name] for path in chunks]) for name in ("codes", "features"))
+            codes, features = (np.concatenate([data.read_chunk(path)[name] for path in chunks]) for name in ("codes", "features"))
             result = report(dataset, codes, features, args.values, run)
-            data.write_atomic(run.folder / "tokenizer.json", lambda p: p.write_text(json.dumps(result, indent=1)))
-            data.write_codes(run.folder, codes, args.values, dataset.splits)  # last: good codes mean that all is there
+            data.write_json(run.folder / "tokenizer.json", result)
+            data.write_codes(run.folder, codes, args.values, dataset)  # last: good codes mean that all is there
             for folder in run.folder.glob(".codes-*"):
                 shutil.rmtree(folder)
     if run.main:
@@ -733,4 +740,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    data.command(main)

@@ -207,7 +207,7 @@ def test_broken_metadata_is_refused_with_its_line(tmp_path, line, words):
     folder = conftest.make_folder(tmp_path / "in", 4)
     (folder / "metadata.jsonl").write_text('{"file_name": "cats/1.png", "text": "one"}\n' + line)
     with pytest.raises(SystemExit) as problem:
-        data.read_captions(folder)
+        data.read_captions(folder, data.list_files(folder))
     assert all(word in str(problem.value) for word in words)
 
 
@@ -248,10 +248,10 @@ def test_cifar_archive_is_read_when_its_checksum_is_right_and_refused_otherwise(
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
     path = tmp_path / "x.json"
-    data.write_atomic(path, lambda p: p.write_text("old"))
+    data.write_atomic(path, lambda file: file.write(b"old"))
 
-    def half(temporary):
-        temporary.write_text("ha")
+    def half(file):
+        file.write(b"ha")
         raise OSError("disk full")
 
     with pytest.raises(SystemExit, match="x.json.*disk full"):
@@ -263,7 +263,10 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
     args, path = types.SimpleNamespace(dataset="shapes", out=str(tmp_path), data_dir="data/shapes"), tmp_path / "generator.pt"
     with pytest.raises(SystemExit, match="train it with python generator.py"):
         data.load_checkpoint(path, "generator", args)
-    data.save_checkpoint(path, stage="generator", config={"dataset": "shapes"}, weights=torch.arange(1000))
+    with pytest.raises(SystemExit, match="lacks trained_on.*another version"):
+        data.save_checkpoint(path, stage="generator", config={"dataset": "shapes"}, step=1)
+        data.load_checkpoint(path, "generator", args)
+    data.save_checkpoint(path, stage="generator", config={"dataset": "shapes"}, step=1, trained_on={}, weights=torch.arange(1000))
     assert data.load_checkpoint(path, "generator", args)["weights"][999] == 999
     with pytest.raises(SystemExit, match="expected a checkpoint of tokenizer, found generator"):
         data.load_checkpoint(path, "tokenizer", args)
@@ -293,7 +296,8 @@ def test_code_files_are_checked_when_opened(tmp_path):
     folder.mkdir()
     (folder / "tokenizer.pt").write_bytes(b"weights")
     codes = np.random.default_rng(0).integers(0, 7, (20, 2, 5))
-    data.write_codes(folder, codes, 7, {"train": range(0, 15), "test": range(15, 20)})
+    dataset = types.SimpleNamespace(splits={"train": range(0, 15), "test": range(15, 20)}, checksum="those")
+    data.write_codes(folder, codes, 7, dataset)
     stored, about = data.open_codes(args)
     assert np.array_equal(stored, codes) and about["splits"]["test"] == range(15, 20) and stored.dtype == np.uint8
     good, good_about = (folder / "codes.npy").read_bytes(), (folder / "codes.json").read_text()
@@ -308,7 +312,10 @@ def test_code_files_are_checked_when_opened(tmp_path):
     (folder / "codes.npy").write_bytes(b""), refuse("not a readable")
     np.save(folder / "codes.npy", np.full_like(codes, 9).astype(np.uint8)), refuse("less than V = 7")
     np.save(folder / "codes.npy", codes[::-1].astype(np.uint8)), refuse("checksum")
-    (folder / "codes.json").write_text(json.dumps({**json.loads(good_about), "L": 6})), refuse("codes.json says")
+    for key, value in (("L", 6), ("V", 8), ("images", "others"), ("tokenizer", "x")):
+        (folder / "codes.json").write_text(json.dumps({**json.loads(good_about), key: value})), refuse("codes.json: changed")
+    (folder / "codes.json").write_text("[]"), refuse("not a readable")
+    (folder / "codes.json").write_text(good_about[:-9]), refuse("codes.json: not readable as JSON")
     (folder / "tokenizer.pt").write_bytes(b"other weights")
     refuse("another tokenizer")
 

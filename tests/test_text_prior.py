@@ -325,7 +325,8 @@ def test_images_without_a_caption_train_without_and_are_counted_once(tmp_path, c
     (folder / "metadata.jsonl").unlink()
     for path in list(folder.rglob("*.png")):
         path.rename(folder / path.name)  # no class either
-    refuse("text_prior", *TINY["text_prior"], *where[:-1], tmp_path, words=["metadata.jsonl", "no captions"])
+    call("tokenizer", *TINY["tokenizer"], "--patch", "8", "--global-size", "32", "--local-size", "16", *where)  # encodes them under their new names
+    refuse("text_prior", *TINY["text_prior"], *where, words=["metadata.jsonl", "no captions"])
 
 
 def test_prompts_that_cannot_be_drawn_are_one_line_and_others_are_text(trained, tmp_path, capsys):

@@ -199,11 +199,11 @@ def test_learning_rates_fall_with_the_distance_from_the_head():
     before = {n: p.detach().clone() for n, p in student.named_parameters()}
     for p in student.parameters():
         p.grad = torch.ones_like(p)
-    optimizers.step(1.0, 0, weight_decay=0.0)  # Adam's first step moves everything by its learning rate
+    optimizers.step(1.0, 0, torch.tensor(0.0), weight_decay=0.0)  # Adam's first step moves everything by its learning rate
     for n, p in student.named_parameters():
         if p.numel():
             assert abs((before[n] - p).mean().item() / (args.lr * scale(n)) - 1) < 1e-2, n
-    optimizers.step(1.0, 1, weight_decay=0.3)
+    optimizers.step(1.0, 1, torch.tensor(0.0), weight_decay=0.3)
     for group in optimizers.parts[0].param_groups:
         assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] == 0.3}
 
@@ -306,7 +306,7 @@ def test_probes_find_what_is_there_and_nothing_else(run):
     codes = rng.integers(0, 4, (900, 2, 6))
     codes[:, 0, 2] = labels[:, 0]  # factor a is value 2 of the code, factor b is nowhere
     splits = {"train": range(0, 600), "test": range(600, 900)}
-    dataset = data.Dataset("x", torch.zeros(900, 3, 4, 4), labels, {"a": list("0123"), "b": list("0123")}, splits, lambda row: "")
+    dataset = data.Dataset("x", torch.zeros(900, 3, 4, 4), labels, {"a": list("0123"), "b": list("0123")}, splits, lambda row: "", source=None)
     features = torch.cat([F.one_hot(labels[:, 0], 4).float() * 3, torch.randn(900, 4)], 1).numpy()
     result = tokenizer.report(dataset, codes, features, 4, run)
     for name in ("codes", "features"):
@@ -322,7 +322,7 @@ def test_centred_codes_use_values_that_a_constant_preference_would_hide(run):
     with torch.no_grad():
         model.sem_norm.bias.copy_(torch.tensor([9.0, 0, 0, 0, 0]).repeat(model.sem_norm.bias.numel() // 5))  # value 0 always wins
     images = torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8)
-    dataset = data.Dataset("x", images, torch.zeros(200, 0).long(), {}, {"train": range(200)}, None)
+    dataset = data.Dataset("x", images, torch.zeros(200, 0).long(), {}, {"train": range(200)}, None, source=None)
     before = tokenizer.encode_images(model, images, {"global_size": 16}, run)[0]
     tokenizer.centre_codes(model, dataset, {"global_size": 16}, run)
     after = tokenizer.encode_images(model, images, {"global_size": 16}, run)[0]
