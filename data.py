@@ -53,12 +53,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
+PATIENCE = 10  # seconds for an answer from the network
 DATASETS = ("shapes", "cifar10", "imagenet", "folder")
 
 
 def fail(message):
     """Stop with one clear line on stderr and exit code 1."""
-    raise SystemExit("error: " + " ".join(str(message).split()))
+    line = " ".join(str(message).split())
+    raise SystemExit("error: " + (line if len(line) < 2000 else f"{line[:1200]} ... {line[-600:]}"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,7 +214,7 @@ def fetch_cifar(folder):
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "cifar-10-binary.tar.gz"
     try:
-        with urllib.request.urlopen(CIFAR_URL, timeout=20) as response, open(f"{target}.tmp", "wb") as file:
+        with urllib.request.urlopen(CIFAR_URL, timeout=PATIENCE) as response, open(f"{target}.tmp", "wb") as file:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
         os.replace(f"{target}.tmp", target)
@@ -232,8 +234,11 @@ def load_cifar10(args):
             md5 = hashlib.file_digest(file, "md5").hexdigest()
         if md5 != CIFAR_MD5:
             fail(f"{archive}: md5 is {md5}, expected {CIFAR_MD5}; delete it and fetch {CIFAR_URL} again")
-        with tarfile.open(archive) as tar:  # members are read in memory by name, nothing is unpacked to disk
-            parts = [tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in CIFAR_FILES]
+        try:
+            with tarfile.open(archive) as tar:  # members are read in memory by name, nothing is unpacked to disk
+                parts = [tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in CIFAR_FILES]
+        except Exception as problem:  # tarfile and zlib raise many kinds
+            fail(f"{archive}: not the archive of CIFAR-10 ({type(problem).__name__}); fetch {CIFAR_URL} again")
     else:
         fail(f"no CIFAR-10 in {folder}: put {archive.name} (from {CIFAR_URL}) or its .bin files there, "
              "or run python data.py --dataset cifar10 --download")
@@ -443,7 +448,7 @@ def check_folder(folder, names, args):
         share = dist.is_initialized() and not in_memory
         mine = names[dist.get_rank()::dist.get_world_size()] if share else names
         files = ImageFiles([folder / name for name in mine], args.image_size, checking=True)
-        loader = torch.utils.data.DataLoader(files, batch_size=64, num_workers=args.workers, collate_fn=list)
+        loader = torch.utils.data.DataLoader(files, batch_size=64, num_workers=args.workers, collate_fn=list, worker_init_fn=ignore_signals)
         pixels, found = [], []
         progress = tqdm(zip((image for batch in loader for image in batch), mine), "check images", len(mine), disable=not sys.stderr.isatty())
         for image, name in progress:
@@ -493,7 +498,8 @@ class Dataset:
         if torch.is_tensor(self.images):
             yield from self.images[rows.start:rows.stop].split(size)
         else:
-            yield from torch.utils.data.DataLoader(torch.utils.data.Subset(self.images, rows), batch_size=size, num_workers=workers)
+            yield from torch.utils.data.DataLoader(torch.utils.data.Subset(self.images, rows), batch_size=size, num_workers=workers,
+                                                   worker_init_fn=ignore_signals)
 
 
 def load_dataset(args):
@@ -557,20 +563,26 @@ def _permutation(n, seed, epoch):
     return _permutations[n, seed, epoch]
 
 
+def ignore_signals(worker):
+    """Loader workers leave Ctrl-C and SIGTERM, which may reach all processes of a terminal or job, to the process that they serve."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class _StepImages(torch.utils.data.Dataset):
     """Item `step` is this process's share of that step's images (or of their crops), so that loader workers decode whole batches ahead."""
 
-    def __init__(self, dataset, run, args, views):
-        self.dataset, self.run, self.args, self.views = dataset, run, args, views
+    def __init__(self, dataset, mine, args, views):
+        self.images, self.train, self.mine, self.args, self.views = dataset.images, dataset.splits["train"], mine, args, views
 
     def __getitem__(self, step):
-        args = self.args
-        rows = batch_rows(self.dataset.splits["train"], args.batch_size, args.seed, step)
-        mine = self.run.share(len(rows))
+        args, mine = self.args, self.mine
+        rows = batch_rows(self.train, args.batch_size, args.seed, step)
+        if torch.is_tensor(self.images):
+            return rows, self.images[rows[mine]]
         if not self.views:
-            return rows, self.dataset.pixels(rows[mine])
+            return rows, torch.stack([self.images[k] for k in rows[mine].tolist()])
         u = torch.rand(len(rows), len(self.views), 5, generator=step_generator(args.seed, step))[mine]  # whatever the worker
-        crops = [self.dataset.images.read(k, lambda path, u=u: read_crops(path, self.views, args.ratio, u)) for k, u in zip(rows[mine].tolist(), u)]
+        crops = [self.images.read(k, lambda path, u=u: read_crops(path, self.views, args.ratio, u)) for k, u in zip(rows[mine].tolist(), u)]
         return rows, [torch.stack(view) for view in zip(*crops)]
 
 
@@ -581,9 +593,9 @@ def image_batches(dataset, run, args, start, views=None):
     the workers from the whole images. Order and crops are functions of (seed, step), whatever the number of workers.
     """
     in_memory = torch.is_tensor(dataset.images)
-    steps = _StepImages(dataset, run, args, None if in_memory else views)
+    steps = _StepImages(dataset, run.share(args.batch_size), args, views)
     loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, args.steps), pin_memory=run.device.type == "cuda",
-                                         num_workers=0 if in_memory else args.workers)
+                                         num_workers=0 if in_memory else args.workers, worker_init_fn=ignore_signals)
     to = lambda x: x.to(run.device, non_blocking=True)
     for step, (rows, images) in zip(range(start, args.steps), loader):
         yield step, rows, to(images) if torch.is_tensor(images) else [to(view) for view in images]
@@ -798,7 +810,7 @@ def read_weights(path):
     except SystemExit:
         raise
     except Exception as problem:  # json, pickle, torch and safetensors each raise their own kinds
-        fail(f"{path}: not a readable file of weights ({type(problem).__name__}: {str(problem).splitlines()[0][:200]})")
+        fail(f"{path}: not a readable file of weights ({type(problem).__name__}: {str(problem)[:200]})")
     for inside in ("teacher", "model"):
         state = state.get(inside, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not state or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
@@ -909,11 +921,21 @@ def load_stage(stage, args, build):
         fail(f"{path}: trained on other codes than {path.parent / 'codes.npy'}; train it again with {stage_command(stage, args)} --restart")
     try:
         model = build(state)
-        check_weights(path, state["ema"], model.state_dict())
-    except (KeyError, TypeError) as problem:
-        fail(f"{path}: lacks {problem}, it is of another version of this program; train it again with {stage_command(stage, args)} --restart")
-    model.load_state_dict(state["ema"])
+    except Exception as problem:  # whatever settings of another kind lead to
+        fail(f"{path}: no model can be made of its settings ({type(problem).__name__}: {str(problem)[:200]}), it is of another version of this "
+             f"program; train it again with {stage_command(stage, args)} --restart")
+    restore(path, state, ema=model)
     return model, state
+
+
+def restore(path, state, **parts):
+    """Load what the checkpoint holds under each name into the part of that name (a model, optimizers, averages)."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except Exception as problem:  # torch has no kind of its own for what does not fit
+            fail(f"{path}: its {name} does not fit ({type(problem).__name__}: {str(problem)[:300]}), it is of another version of this program; train it "
+                 "again with --restart")
 
 
 NOT_SETTINGS = {"out", "data_dir", "device", "workers", "compile", "grad_checkpoint", "dry_run", "restart", "tensorboard", "save_every"}  # or how to run it
@@ -971,8 +993,8 @@ def open_codes(args):
         L, V, count = about["L"], about["V"], about["count"]
         about["splits"] = {k: range(*r) for k, r in about["splits"].items()}
         codes = np.load(path, mmap_mode="r")
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        fail(f"{path}: not a readable code file ({problem}); {again}")
+    except Exception as problem:  # numpy reads the header of a .npy as Python, which can be wrong in many ways
+        fail(f"{path}: not a readable code file ({type(problem).__name__}: {str(problem)[:200]}); {again}")
     if codes.shape != (count, 2, L) or codes.dtype != code_type(V):
         fail(f"{path}: holds {codes.shape} {codes.dtype}, codes.json says {(count, 2, L)} {np.dtype(code_type(V))}; {again}")
     if count and codes.max() >= V:
@@ -1114,7 +1136,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message):
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {' '.join(message.split())[:500]}; see --help\n")
 
 
 def make_parser(doc):
@@ -1191,7 +1213,7 @@ class Run:
             self.device = torch.device(args.device)
             torch.zeros(1, device=self.device).item()  # "meta" can be made, not read
         except (RuntimeError, AssertionError, NotImplementedError, ImportError) as problem:
-            fail(f"--device {args.device}: not available here ({str(problem).splitlines()[0][:200]}); expected cpu, cuda, cuda:1 or mps")
+            fail(f"--device {args.device}: not available here ({str(problem)[:200]}); expected cpu, cuda, cuda:1 or mps")
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main, self.sharded = self.rank == 0, False
         self.bar = self.main and sys.stderr.isatty()  # progress bars only for people
@@ -1376,8 +1398,8 @@ class Optimizers:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states):
-        """Inverse of state_dict."""
-        for part, state in zip(self.parts, states):
+        """Inverse of state_dict. Raises ValueError where `states` are not those of as many parts."""
+        for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
 
 
@@ -1552,13 +1574,16 @@ def command(main):
     """Run the main function of a script; Ctrl-C, SIGTERM and a lack of memory end it with one line."""
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # where Run takes them for a request to stop, SIGTERM too
         print("stopped; what was saved is kept, the same command goes on from there", file=sys.stderr)
         raise SystemExit(143)
-    except (RuntimeError, MemoryError) as problem:  # torch's name for it differs by device
+    except (RuntimeError, MemoryError) as problem:  # torch has no kinds of its own for most of these
+        if dist.is_initialized() and re.search("timed? ?out|connection|closed by", str(problem), re.I):
+            fail(f"another process of this run died or did not answer for {TIMEOUT} seconds; see its own message, the same command goes on from the "
+                 "last checkpoint")
         if not isinstance(problem, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(problem):
             raise
-        fail(f"out of memory ({str(problem).splitlines()[0][:200]}); lower --batch-size or raise --accumulate or the number of processes; --dry-run says what is needed")
+        fail(f"out of memory ({str(problem)[:200]}); lower --batch-size or raise --accumulate or the number of processes; --dry-run says what is needed")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -286,9 +286,12 @@ def read_vae(path):
         weights = [file for end in ("safetensors", "bin") if (file := path / f"diffusion_pytorch_model.{end}").is_file()]
         if not weights:
             raise ValueError("no diffusion_pytorch_model.safetensors or .bin")
-        return {"channels": config["latent_channels"], "down": 2 ** (len(config["block_out_channels"]) - 1), "scale": config["scaling_factor"],
-                "shift": config.get("shift_factor") or 0.0, "sha256": data.file_checksum(weights[0])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        channels, blocks, scale, shift = (config.get(key) for key in ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor"))
+        if type(channels) is not int or channels < 1 or not isinstance(blocks, list) or not 1 <= len(blocks) < 10 or type(scale) not in (int, float) or \
+                type(shift or 0.0) not in (int, float):
+            raise ValueError(f"latent_channels {channels}, block_out_channels {blocks}, scaling_factor {scale}, shift_factor {shift}")
+        return {"channels": channels, "down": 2 ** (len(blocks) - 1), "scale": scale, "shift": shift or 0.0, "sha256": data.file_checksum(weights[0])}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as problem:
         data.fail(f"--vae {path}: not a folder of diffusers' AutoencoderKL ({problem}); expected config.json and the weights, as in sd-vae-ft-ema")
 
 
@@ -327,8 +330,8 @@ def open_latents(args, vae, dataset, run, batch=25):
         latents = np.load(path, mmap_mode="r")
         if json.loads(path.with_suffix(".json").read_text()) == about and latents.shape == (len(dataset), 2, about["channels"], side, side):
             return latents
-    except (OSError, ValueError, EOFError):
-        pass  # none yet, or not whole: made again
+    except Exception:  # none yet, or not whole (numpy reads the header as Python, which can be wrong in many ways): made again
+        pass
 
     def work(rows):
         parts = []
@@ -468,7 +471,7 @@ def main(argv=None):
     trained_on = {"images": dataset.checksum, "codes": about["sha256"]}
     state = data.resume(path, stage, args, **trained_on)
     if state:
-        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), optimizers.load_state_dict(state["optimizer"])
+        data.restore(path, state, model=model, ema=ema, optimizer=optimizers)
 
     def save(step, name=stage):
         if run.main:

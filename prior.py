@@ -437,7 +437,7 @@ def main(argv=None):
     optimizers, ema = data.Optimizers(model, args), data.EMA(model, args.ema)
     state = data.resume(path, stage, args, codes=about["sha256"])
     if state:
-        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), optimizers.load_state_dict(state["optimizer"])
+        data.restore(path, state, model=model, ema=ema, optimizer=optimizers)
     start = state["step"] if state else 0
     trained = run.wrap(model, args)
     log, meter = data.Log(run, stage, start, args.tensorboard), data.Meter(run, args, flops, start, args.batch_size * args.codes, "tokens")

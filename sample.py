@@ -463,7 +463,7 @@ class Inception:
         try:
             self.net, self.device = torch.jit.load(path, map_location=device).eval(), device
         except (RuntimeError, ValueError, OSError) as problem:
-            data.fail(f"--inception {path}: not a TorchScript file ({str(problem).splitlines()[0][:200]}); expected inception-2015-12-05.pt")
+            data.fail(f"--inception {path}: not a TorchScript file ({str(problem)[:200]}); expected inception-2015-12-05.pt")
 
     @torch.no_grad()
     def __call__(self, images):
@@ -471,7 +471,7 @@ class Inception:
         try:
             features, classes = self.net(images, return_features=True), self.net(images, no_output_bias=True)
         except RuntimeError as problem:
-            data.fail(f"--inception: not the public Inception with return_features and no_output_bias ({str(problem).splitlines()[-1][:200]})")
+            data.fail(f"--inception: not the public Inception with return_features and no_output_bias ({str(problem)[-200:]})")
         return {"features": features.float().cpu().numpy(), "classes": classes.float().cpu().numpy()}
 
 

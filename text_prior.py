@@ -47,7 +47,6 @@ PRESETS = {
 PATTERN = r" ?\w+| ?[^\w\s]+|\s+"  # the pieces inside which bytes are merged: a word or a run of signs, with the space before it
 MERGES = 1024  # learned from the captions at most
 BYTES = {bytes([b]): b for b in range(256)}
-PATIENCE = 6  # seconds for the network
 
 
 def learn_merges(captions, most=MERGES):
@@ -195,9 +194,9 @@ def fetch_encoding(name):
 
     thread = threading.Thread(target=fetch, daemon=True)  # tiktoken itself waits without end
     thread.start()
-    thread.join(PATIENCE)
+    thread.join(data.PATIENCE)
     if not got or isinstance(got[0], Exception):
-        reason = type(got[0]).__name__ if got else f"no answer in {PATIENCE} seconds"
+        reason = type(got[0]).__name__ if got else f"no answer in {data.PATIENCE} seconds"
         data.fail(f"--encoding {name}: cannot be fetched ({reason}); on a machine with network, TIKTOKEN_CACHE_DIR=DIR python -c "
                   f"\"import tiktoken; tiktoken.get_encoding('{name}')\" fills DIR: copy DIR here and set TIKTOKEN_CACHE_DIR to it, "
                   "or name a .tiktoken or tokenizer.json file")
@@ -465,7 +464,7 @@ def main(argv=None):
     if state and args.shard:
         data.load_shards(path, state, args, model, optimizers, ema)
     elif state:
-        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), optimizers.load_state_dict(state["optimizer"])
+        data.restore(path, state, model=model, ema=ema, optimizer=optimizers)
 
     def save(step):
         what = dict(stage="text_prior", config=vars(args), step=step, ema=ema.state_dict(), trained_on=trained_on, text=text.state())

@@ -682,18 +682,17 @@ def main(argv=None):
     centering = nn.ModuleDict({k: Centering(args.prototypes) for k in ("views", "patches")}).to(run.device)
     optimizers = data.Optimizers(student, args, lr_scale(args))
     state = data.resume(path, "tokenizer", args)
-    if state and state["step"] < args.steps and state["trained_on"]["images"] != dataset.checksum:  # a finished one may encode others
+    if state and state["step"] < args.steps and state["trained_on"].get("images") != dataset.checksum:  # a finished one may encode others
         data.fail(f"{path}: begun on other images than {args.data_dir} holds now; bring those back, --restart to begin anew, or choose another --out")
     if args.init and not state:
         load_init(student.backbone, args.init)
     teacher_average = data.EMA(student, args.momentum)
     if state:
-        student.load_state_dict(state["model"])
-        optimizers.load_state_dict(state["optimizer"]), centering.load_state_dict(state["centering"])
+        data.restore(path, state, model=student, optimizer=optimizers, centering=centering)
     teacher = build_student(vars(args)).to(run.device)
     teacher_average.into(teacher.requires_grad_(False).eval())  # the averages are the teacher's own parameters from here on
     if state:
-        teacher.load_state_dict(state["ema"])  # averages and buffers, the centre of the codes among these
+        data.restore(path, state, ema=teacher)  # averages and buffers, the centre of the codes among these
 
     def save(step):
         if run.main:

@@ -2,7 +2,9 @@
 import gc
 import importlib
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import launch  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -46,6 +49,45 @@ def command(name, *flags, launcher=()):
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+FORKS = multiprocessing.get_context("forkserver")  # forks processes that have everything imported: started in milliseconds
+FORKS.set_forkserver_preload(["launch", "sample", "torch._dynamo", "torch.distributed.tensor"])
+
+
+def start(output, name, *flags, **environment):
+    """Start a script as a process of its own, which writes what it says to the file `output`."""
+    words = [str(word) for word in (name, *flags)]
+    process = FORKS.Process(target=launch.child, args=(words, str(output), {k: str(v) for k, v in environment.items()}))
+    process.start()
+    return process
+
+
+def ended(process, output, within=60):
+    """(exit code, what it said) of a process of `start`."""
+    process.join(within)
+    alive = process.is_alive()
+    process.kill()
+    said = Path(output).read_text(errors="replace")
+    assert not alive, f"no end within {within} seconds: {said[-2000:]}"
+    return process.exitcode, said
+
+
+def start_pair(output, name, *flags, **environment):
+    """Two processes of one run, as torchrun would start them: [(process, output), ...]."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": s.getsockname()[1], "WORLD_SIZE": 2}
+    outputs = [Path(f"{output}{rank}") for rank in (0, 1)]
+    return [(start(out, name, *flags, **address, RANK=rank, LOCAL_RANK=rank, **environment), out) for rank, out in enumerate(outputs)]
+
+
+def pytest_addoption(parser):
+    """How long the randomised tests of faults go on; the README has the figures of long runs."""
+    parser.addoption("--kills", type=int, default=3, help="SIGKILLs of each stage")
+    parser.addoption("--mutations", type=int, default=60, help="mutated files for each reader")
+    parser.addoption("--flag-values", type=int, default=60, help="wrong and odd values of flags tried")
+    parser.addoption("--seed", type=int, default=0, help="of kills, mutations and flags")
 
 
 def refuse(name, *flags, words=()):

@@ -11,11 +11,30 @@ import data  # noqa: E402
 SMALL = {"train": 160, "val": 32, "test": 48, "unseen-shape-colour": 16, "unseen-colour-frame": 16}  # of the shapes, instead of 42,000
 
 
+def poison(where, rank, call, what):
+    """Make a loss ("loss") or the gradients alone ("gradient") not a number: in one process, from one call of a function "module.name" on."""
+    module, name = importlib.import_module(where.split(".")[0]), where.split(".")[1]
+    usual, calls = getattr(module, name), []
+
+    def poisoned(model, *args):
+        result, calls[len(calls):] = usual(model, *args), [1]
+        loss = result[0] if isinstance(result, tuple) else result
+        if int(os.environ.get("RANK", 0)) == int(rank) and len(calls) >= int(call):
+            loss = loss * float("nan") if what == "loss" else loss + (sum(p.sum() for p in model.parameters()) * 0).sqrt()  # 0, of slope ∞ · 0
+        return (loss, *result[1:]) if isinstance(result, tuple) else loss
+
+    setattr(module, name, poisoned)
+
+
 def main(words):
-    """Run each script with its flags; with STOP_AFTER=n in the environment each finds after its n-th step that it was asked to stop."""
+    """Run each script with its flags. The environment may ask for faults: STOP_AFTER=n, each finds after its n-th step that it was asked to
+    stop; TIMEOUT=s, processes wait for each other so long; POISON, the words of `poison`."""
     data.SHAPES_COUNTS = SMALL
     if stop := int(os.environ.get("STOP_AFTER", 0)):
         data.Run.stopping = lambda run, asked=[]: asked.append(1) or len(asked) == stop
+    data.TIMEOUT = int(os.environ.get("TIMEOUT", data.TIMEOUT))
+    if "POISON" in os.environ:
+        poison(*os.environ["POISON"].split())
     if "+" in words:  # one process group for all of them
         data.dist.destroy_process_group = lambda: None
     while words:
@@ -24,5 +43,14 @@ def main(words):
         words = words[end + 1:]
 
 
+def child(words, output, environment):
+    """As a process forked from one that has everything imported: `main`, what it says in the file `output`."""
+    os.environ.update(environment)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1), os.dup2(file, 2)
+    data.torch.set_num_threads(1)
+    data.command(lambda: main(words))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    data.command(lambda: main(sys.argv[1:]))
