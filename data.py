@@ -252,7 +252,8 @@ def load_cifar10(args):
     if args.image_size != 32:
         resize = lambda part: F.interpolate(part.float(), size=args.image_size, mode="bicubic", antialias=True)
         images = torch.cat([resize(part).round().clamp(0, 255).byte() for part in images.split(1000)])
-    splits = {"train": range(0, 45_000), "val": range(45_000, 50_000), "test": range(50_000, 60_000)}
+    n = len(images)  # 60,000: 45,000 to train, 5,000 to choose, and the test file
+    splits = {"train": range(0, n * 3 // 4), "val": range(n * 3 // 4, n * 5 // 6), "test": range(n * 5 // 6, n)}
     captions = [f"a photo of {with_article(name)}" for name in CIFAR_CLASSES]
     return Dataset("cifar10", images, labels, {"class": CIFAR_CLASSES}, splits, [captions[k] for k in labels[:, 0].tolist()],
                    source=hashlib.sha256(records.numpy()).hexdigest())
@@ -358,7 +359,7 @@ def read_captions(folder, files):
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as problem:
-            fail(f"{path}: not readable as UTF-8 text ({problem})")
+            fail(f"{path}: not readable as UTF-8 text ({problem}); save it as UTF-8")
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -367,13 +368,13 @@ def read_captions(folder, files):
                 record = json.loads(line)
                 name, text = record["file_name"], record["text"]
             except (ValueError, KeyError, TypeError, RecursionError):
-                fail(f"{where}: expected one JSON object with file_name and text")
+                fail(f"{where}: expected one JSON object, {{\"file_name\": \"a.png\", \"text\": \"what it shows\"}}")
             if not isinstance(name, str) or not isinstance(text, str):
-                fail(f"{where}: file_name and text must be strings")
+                fail(f"{where}: file_name and text must be strings, in quotes")
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 fail(f"{where}: {name} leaves the folder; name files inside {path.parent}")
             if not os.path.isfile(path.parent / name):
-                fail(f"{where}: {name} is not in {path.parent}")
+                fail(f"{where}: {name} is not in {path.parent}; bring it there or remove the line")
             name = str((path.parent / name).relative_to(folder))  # ./a.png is a.png
             if name in captions:
                 fail(f"{where}: {name} has a caption already; keep one line for each image")
@@ -395,7 +396,7 @@ def load_folder(args):
     files = list_files(folder)
     names = [name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
     if not names:
-        fail(f"{folder}: no images found ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        fail(f"{folder}: no images found ({', '.join(sorted(IMAGE_SUFFIXES))}); put some there, or name another folder with --data-dir")
     if args.dataset == "imagenet" and not {"train", "val"} <= {Path(name).parts[0] for name in names}:
         fail(f"{folder}: expected train/ and val/, each with a sub-folder of images for each class, found "
              f"{', '.join(sorted({Path(name).parts[0] for name in names})[:5])}; link or move the parts there")
@@ -464,7 +465,7 @@ def check_folder(folder, names, args):
         write_json(index, {"bad": bad, "checksum": key(bad)})
     good = [name for name in names if name not in set(bad)]
     if not good:
-        fail(f"{folder}: none of its {len(names)} files opens as an image")
+        fail(f"{folder}: none of its {len(names)} files opens as an image; expected {', '.join(FORMATS)}")
     return good, torch.stack(pixels) if in_memory else ImageFiles([folder / name for name in good], args.image_size)
 
 
@@ -507,7 +508,7 @@ def load_dataset(args):
     loaders = {"shapes": load_shapes, "cifar10": load_cifar10, "imagenet": load_folder, "folder": load_folder}
     dataset = loaders[args.dataset](args)
     if "batch_size" in args and len(dataset.splits["train"]) < args.batch_size:
-        fail(f"--batch-size {args.batch_size} is larger than the {len(dataset.splits['train'])} training images of {args.dataset}")
+        fail(f"--batch-size {args.batch_size} is larger than the {len(dataset.splits['train'])} training images of {args.dataset}; lower it")
     return dataset
 
 
@@ -810,7 +811,7 @@ def read_weights(path):
     except SystemExit:
         raise
     except Exception as problem:  # json, pickle, torch and safetensors each raise their own kinds
-        fail(f"{path}: not a readable file of weights ({type(problem).__name__}: {str(problem)[:200]})")
+        fail(f"{path}: not a readable file of weights ({type(problem).__name__}: {str(problem)[:200]}); fetch it again")
     for inside in ("teacher", "model"):
         state = state.get(inside, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not state or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):

@@ -370,7 +370,7 @@ def load_generator(args, device, stage="generator"):
         path = args.vae or config["vae"]
         about = read_vae(path)
         if about["sha256"] != config["vae_sha256"]:
-            data.fail(f"--vae {path}: not the weights that {stage}.pt was trained with")
+            data.fail(f"--vae {path}: not the weights that {stage}.pt was trained with; name the folder of the training")
         model.vae = VAE(path, about, device)
     elif args.vae:
         data.fail(f"--vae {args.vae}: {stage}.pt was trained in pixels; leave the flag away")

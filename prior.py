@@ -412,7 +412,7 @@ def main(argv=None):
     args = data.parse(parser, PRESETS, argv)
     args.steps = args.steps or STEPS[args.kind]
     if args.width % args.heads or args.width // args.heads % 2:
-        parser.error(f"argument --heads: --width {args.width} over {args.heads} heads is no even whole number")
+        parser.error(f"argument --heads: --width {args.width} over {args.heads} heads is no even whole number; choose others")
     stage = f"prior-{args.kind}"
     run = data.Run(args, lock=stage)
     codes, about = data.open_codes(args)
@@ -431,7 +431,7 @@ def main(argv=None):
 
         return data.describe(args, lambda: build_prior(vars(args)), loss, flops, run)
     if args.batch_size > len(about["splits"]["train"]):
-        data.fail(f"--batch-size {args.batch_size} is larger than the {len(about['splits']['train'])} training codes")
+        data.fail(f"--batch-size {args.batch_size} is larger than the {len(about['splits']['train'])} training codes; lower it")
     torch.manual_seed(args.seed)
     model = build_prior(vars(args)).to(run.device)
     optimizers, ema = data.Optimizers(model, args), data.EMA(model, args.ema)

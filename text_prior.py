@@ -214,7 +214,7 @@ def build_text(encoding, captions):
         try:
             return Text(read_ranks(path.read_text(encoding="ascii"), path), PATTERN)
         except (OSError, UnicodeDecodeError) as problem:
-            data.fail(f"{path}: not readable as a .tiktoken file ({problem})")
+            data.fail(f"{path}: not readable as a .tiktoken file ({problem}); expected lines of a token in base64, a space and its rank")
     if encoding not in tiktoken.list_encoding_names():
         data.fail(f"--encoding {encoding}: expected captions, bytes, {', '.join(tiktoken.list_encoding_names())}, "
                   "or a file ending in .tiktoken or .json")
@@ -430,7 +430,7 @@ def main(argv=None):
     if args.shard and args.lr_matrix > 0:
         parser.error("argument --shard: Muon needs whole matrices; add --lr-matrix 0 (AdamW for all)")
     if args.width % args.heads or args.width // args.heads % 2:
-        parser.error(f"argument --heads: --width {args.width} over {args.heads} heads is no even whole number")
+        parser.error(f"argument --heads: --width {args.width} over {args.heads} heads is no even whole number; choose others")
     if sum(args.mix) <= 0:
         parser.error("argument --mix: expected at least one number above 0")
     args.hidden = args.hidden or prior.swiglu_hidden(args.width)

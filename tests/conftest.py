@@ -22,6 +22,8 @@ from PIL import Image  # noqa: E402
 
 torch.set_num_threads(1)
 
+CIFAR_RECORDS = 60  # in each file, instead of 10,000
+
 TINY = {
     "tokenizer": "--steps 6 --batch-size 8 --attention --width 16 --depth 1 --heads 2 --stem 1 --codes 16 --values 4 --prototypes 16 --head-hidden 16 "
                  "--bottleneck 8 --locals 1 --ibot 0.5 --registers 2 --workers 0".split(),
@@ -36,11 +38,9 @@ def call(name, *flags):
     importlib.import_module(name).main([str(flag) for flag in flags])
 
 
-def script(name, *flags, launcher=(), stop_after=0):
-    """Run one of the scripts as a process of its own, on a small set of shapes; returns the finished process with its output.
-    stop_after: the step after which it finds that it was asked to stop."""
-    environment = {**ENVIRONMENT, "STOP_AFTER": str(stop_after)}
-    return subprocess.run(command(name, *flags, launcher=launcher), capture_output=True, text=True, timeout=240, env=environment)
+def script(name, *flags):
+    """Run one of the scripts as a command, on a small set of shapes; returns the finished process with its output."""
+    return subprocess.run(command(name, *flags), capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
 
 
 def command(name, *flags, launcher=()):
@@ -73,6 +73,16 @@ def ended(process, output, within=60):
     return process.exitcode, said
 
 
+def run_pair(output, name, *flags, code=0, **environment):
+    """start_pair to the end, with this exit code; what the first process said and what the second did."""
+    said = []
+    for process, file in start_pair(output, name, *flags, **environment):
+        found, text = ended(process, file)
+        assert found == code, text[-3000:]
+        said.append(text)
+    return said
+
+
 def start_pair(output, name, *flags, **environment):
     """Two processes of one run, as torchrun would start them: [(process, output), ...]."""
     with socket.socket() as s:
@@ -84,7 +94,7 @@ def start_pair(output, name, *flags, **environment):
 
 def pytest_addoption(parser):
     """How long the randomised tests of faults go on; the README has the figures of long runs."""
-    parser.addoption("--kills", type=int, default=3, help="SIGKILLs of each stage")
+    parser.addoption("--kills", type=int, default=2, help="SIGKILLs of each stage")
     parser.addoption("--mutations", type=int, default=60, help="mutated files for each reader")
     parser.addoption("--flag-values", type=int, default=60, help="wrong and odd values of flags tried")
     parser.addoption("--seed", type=int, default=0, help="of kills, mutations and flags")
@@ -104,8 +114,9 @@ def refuse(name, *flags, words=()):
 
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch):
-    """All tests in this process see the small set of shapes."""
+    """All tests in this process see the small set of shapes, and take CIFAR-10 for small."""
     monkeypatch.setattr(data, "SHAPES_COUNTS", SMALL)
+    monkeypatch.setattr(data, "CIFAR_BYTES", CIFAR_RECORDS * 3073)
 
 
 class FakeRun:
@@ -124,7 +135,7 @@ def make_cifar(folder):
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for name in data.CIFAR_FILES:
-        records = rng.integers(0, 256, (10_000, 3073), dtype=np.uint8)
+        records = rng.integers(0, 256, (CIFAR_RECORDS, 3073), dtype=np.uint8)
         records[:, 0] %= 10
         records.tofile(folder / name)
     return folder

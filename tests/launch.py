@@ -1,7 +1,9 @@
 """What the tests start as a process of its own, or by torchrun: scripts by name on a small set of shapes, several with "+" between them."""
 import importlib
+import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,11 +30,15 @@ def poison(where, rank, call, what):
 
 def main(words):
     """Run each script with its flags. The environment may ask for faults: STOP_AFTER=n, each finds after its n-th step that it was asked to
-    stop; TIMEOUT=s, processes wait for each other so long; POISON, the words of `poison`."""
+    stop; TIMEOUT=s and PATIENCE=s, processes wait so long for each other and for the network; POISON, the words of `poison`; SLEEP="module.name s", a function takes so long."""
     data.SHAPES_COUNTS = SMALL
     if stop := int(os.environ.get("STOP_AFTER", 0)):
         data.Run.stopping = lambda run, asked=[]: asked.append(1) or len(asked) == stop
-    data.TIMEOUT = int(os.environ.get("TIMEOUT", data.TIMEOUT))
+    data.TIMEOUT, data.PATIENCE = (int(os.environ.get(name, getattr(data, name))) for name in ("TIMEOUT", "PATIENCE"))
+    if "SLEEP" in os.environ:
+        where, seconds = os.environ["SLEEP"].split()
+        module, name = importlib.import_module(where.split(".")[0]), where.split(".")[1]
+        setattr(module, name, lambda *args: time.sleep(float(seconds)))
     if "POISON" in os.environ:
         poison(*os.environ["POISON"].split())
     if "+" in words:  # one process group for all of them
@@ -49,6 +55,7 @@ def child(words, output, environment):
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1), os.dup2(file, 2)
     data.torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as where users start a script (Linux, before Python 3.14)
     data.command(lambda: main(words))
 
 

@@ -4,17 +4,13 @@ import json
 import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import time
 
 import data
 import numpy as np
 import pytest
 import test_sample
 import torch
-from conftest import ENVIRONMENT, TINY, call, command, flags_of, link_codes, refuse, script, train_all
+from conftest import TINY, call, flags_of, link_codes, refuse, run_pair, script, train_all
 
 STAGES = ("tokenizer", "generator", "prior-masked", "prior-ar", "text_prior")
 
@@ -112,26 +108,6 @@ def test_the_references_leave_the_files_of_the_generator_alone(trained, tmp_path
     assert {path.name for path in (tmp_path / "shapes").glob("generator*.pt")} == {"generator-factors.pt", "generator-uncond.pt"}
 
 
-def test_a_terminated_process_finishes_its_step_saves_and_resumes(trained, tmp_path):
-    folder = link_codes(trained, tmp_path)
-    words = command("prior", "--kind", "ar", *TINY["prior"], "--steps", "100000", "--save-every", "5", "--out", tmp_path)
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    deadline = time.time() + 60
-    while not (folder / "prior-ar.pt").exists() and time.time() < deadline:
-        time.sleep(0.02)
-    refuse("prior", "--kind", "ar", *TINY["prior"], "--out", tmp_path, words=["another run"])  # two runs on one folder do not mix
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 143 and "stopped at step" in said and "Traceback" not in said, said
-    assert weights(tmp_path, "prior-ar")["step"] >= 5
-
-
-def port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def test_two_processes_equal_one(trained, tmp_path):
     """The same global batch on one process and on two (gloo) gives the same weights up to rounding, in every stage."""
     runs = [(stage, "", []) for stage in STAGES] + [("tokenizer", "-no-ibot", ["--ibot", "0"])]
@@ -143,18 +119,13 @@ def test_two_processes_equal_one(trained, tmp_path):
             [link_codes(trained, out) for out in outs]
         call(name, *flags, *extra, *common, "--out", outs[0])
         words += ["+", name, *flags, *extra, *common, "--out", outs[1]]
-    done = script(*words[1:], launcher=torchrun())
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_pair(tmp_path / "said", *words[1:])
     for stage, suffix, _ in runs:
         one, two = (weights(tmp_path / f"{part}-{stage}{suffix}", stage) for part in ("one", "two"))
         assert one["model"].keys() == two["model"].keys() and one["step"] == two["step"] == 3
         assert any(not torch.equal(one["model"][k], one["ema"].get(k, one["model"][k])) for k in one["model"])  # it did move
         for k, value in one["model"].items():  # Adam moves a weight by about lr a step whatever its gradient: rounding of a tiny one shows as a part of 3e-4
             assert (value - two["model"][k]).abs().max() < 1e-4, (stage, k)
-
-
-def torchrun():
-    return ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port())]
 
 
 def test_a_run_goes_on_with_another_number_of_processes(trained, tmp_path, monkeypatch):
@@ -167,8 +138,7 @@ def test_a_run_goes_on_with_another_number_of_processes(trained, tmp_path, monke
         patch.setattr(data.Run, "stopping", lambda run, asked=[]: asked.append(1) or len(asked) == 3)
         with pytest.raises(SystemExit):
             call("prior", *flags, "--out", tmp_path / "changed")
-    done = script("prior", *flags, "--out", tmp_path / "changed", launcher=torchrun())
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_pair(tmp_path / "said", "prior", *flags, "--out", tmp_path / "changed")
     one, changed = (weights(tmp_path / part, "prior-masked") for part in ("one", "changed"))
     assert one["step"] == changed["step"] == 6 and all((v - changed["model"][k]).abs().max() < 1e-4 for k, v in one["model"].items())
 
@@ -180,12 +150,10 @@ def test_a_sharded_text_prior_equals_a_whole_one_and_resumes(trained, tmp_path):
         link_codes(trained, tmp_path / part)
     call("text_prior", *flags, "--out", tmp_path / "one")
     refuse("text_prior", *flags, "--shard", "--out", tmp_path / "cut", words=["--shard", "torchrun"])
-    done = script("text_prior", *flags, "--shard", "--out", tmp_path / "two", launcher=torchrun())
-    assert done.returncode == 0 and done.stdout.count("test: bits per token") == 1, done.stderr[-3000:]
-    stop = script("text_prior", *flags, "--shard", "--out", tmp_path / "cut", launcher=torchrun(), stop_after=4)
-    assert stop.returncode != 0 and "stopped at step 4 of 6" in stop.stderr, stop.stderr[-3000:]
-    done = script("text_prior", *flags, "--shard", "--out", tmp_path / "cut", launcher=torchrun())
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = run_pair(tmp_path / "said", "text_prior", *flags, "--shard", "--out", tmp_path / "two")
+    assert "".join(said).count("test: bits per token") == 1
+    assert "stopped at step 4 of 6" in run_pair(tmp_path / "said", "text_prior", *flags, "--shard", "--out", tmp_path / "cut", code=143, STOP_AFTER=4)[0]
+    run_pair(tmp_path / "said", "text_prior", *flags, "--shard", "--out", tmp_path / "cut")
     one, two, cut = (weights(tmp_path / part, "text_prior") for part in ("one", "two", "cut"))
     assert one["ema"].keys() == two["ema"].keys() and two["step"] == cut["step"] == 6
     assert all((v - two["ema"][k]).abs().max() < 1e-4 for k, v in one["ema"].items())
@@ -201,9 +169,9 @@ def test_two_processes_check_encode_and_crop_an_imagenet_tree_as_one(places, tmp
     (tree / "train" / "cats" / "broken.png").write_bytes(b"no picture")
     flags = [*tiny, "--dataset", "imagenet", "--data-dir", tree, "--image-size", "32", "--steps", "2", "--dtype", "float32", "--workers", "1", "--lr", "1e-5"]
     call("tokenizer", *flags, "--out", tmp_path / "one")
-    done = script("tokenizer", *flags, "--out", tmp_path / "two", launcher=torchrun())
-    for said in (capsys.readouterr().err, done.stderr):
-        assert done.returncode == 0 and said.count("1 of 33 files do not open") == 1 and "broken.png" in said, said[-3000:]
+    both = run_pair(tmp_path / "said", "tokenizer", *flags, "--out", tmp_path / "two")
+    for said in (capsys.readouterr().err, "".join(both)):
+        assert said.count("1 of 33 files do not open") == 1 and "broken.png" in said, said[-3000:]
     one, two = (np.load(tmp_path / part / "imagenet" / "codes.npy") for part in ("one", "two"))
     assert one.shape == two.shape == (32, 2, 16) and (one == two).mean() > 0.98  # rounding may turn a tie
 
@@ -216,8 +184,7 @@ def test_scores_by_inception_are_the_same_on_two_processes(trained, tmp_path):
         if processes == 1:
             call("sample", *flags)
         else:
-            done = script("sample", *flags, launcher=torchrun())
-            assert done.returncode == 0, done.stderr[-3000:]
+            run_pair(tmp_path / "said", "sample", *flags)
         results.append(json.loads((trained / "shapes" / "inception.json").read_text()))
     for name in ("codes of prior-masked", "true codes"):
         assert results[0][name] == results[1][name] and results[0][name]["samples"] == 1100

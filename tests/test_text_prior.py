@@ -12,7 +12,7 @@ import pytest
 import sample
 import text_prior
 import torch
-from conftest import ENVIRONMENT, TINY, call, link_codes, make_folder, refuse, script
+from conftest import TINY, call, link_codes, make_folder, ended, refuse, start
 
 L, V, T = 4, 3, 5
 CAPTIONS = ["a small red ring", "a large red bar", "a small blue bar", "a large blue ring"] * 3
@@ -112,18 +112,20 @@ def test_encodings_that_cannot_be_read_are_refused_with_one_line(tmp_path):
         text_prior.build_text("gpt3", [])
 
 
-def test_a_server_that_never_answers_ends_in_one_line(trained, tmp_path, monkeypatch):
+def test_a_server_that_never_answers_ends_in_one_line(trained, tmp_path):
     link_codes(trained, tmp_path)
+    proxies = {}
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
         for name in ("HTTPS_PROXY", "https_proxy"):
-            monkeypatch.setitem(ENVIRONMENT, name, f"http://127.0.0.1:{server.getsockname()[1]}")
-        monkeypatch.setitem(ENVIRONMENT, "TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-        start = time.time()
-        done = script("text_prior", *TINY["text_prior"], "--encoding", "gpt2", "--out", tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith("error: --encoding gpt2") and done.stderr.count("\n") == 1, done.stderr
-    assert "TIKTOKEN_CACHE_DIR" in done.stderr and time.time() - start < 30  # 6 seconds of patience and the start of Python
+            proxies[name] = f"http://127.0.0.1:{server.getsockname()[1]}"
+        begun = time.time()
+        process = start(tmp_path / "said", "text_prior", *TINY["text_prior"], "--encoding", "gpt2", "--out", tmp_path, PATIENCE=1,
+                        TIKTOKEN_CACHE_DIR=tmp_path / "cache", **proxies)
+        code, said = ended(process, tmp_path / "said")
+    assert code == 1 and said.startswith("error: --encoding gpt2") and said.count("\n") == 1, said
+    assert "TIKTOKEN_CACHE_DIR" in said and time.time() - begun < 20
 
 
 # --- model and loss ---------------------------------------------------------------------------------------------------
