@@ -16,7 +16,7 @@ import ctypes
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: two processes on the same cores do not fight,
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # but only after a moment: waking them costs a fifth of a small step
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # but only after a moment: waking them costs a fifth of a small step
 _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's allocator would give freed tensors back to the system and
 if _mallopt and _mallopt(-3, 1 << 25):  # fault them in again in every step, up to a quarter of a small one: M_MMAP_THRESHOLD,
     _mallopt(-1, 2 ** 31 - 1)  # 32 MiB is the most it takes, and M_TRIM_THRESHOLD: keep them

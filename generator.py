@@ -322,13 +322,13 @@ class VAE:
 
 def open_latents(args, vae, dataset, run, batch=25):
     """Latents (N, 2 flips, C, S, S) float16 of the whole dataset, memory-mapped from OUT/<dataset>/latents.npy; made there by a VAE, once,
-    beside latents.json (what is known of the VAE, image size, splits)."""
+    beside latents.json (what is known of the VAE, image size and images, and the checksum of the latents)."""
     path = run.folder / "latents.npy"
-    about = {**vae.about, "image_size": args.image_size, "count": len(dataset), "splits": {k: [r.start, r.stop] for k, r in dataset.splits.items()}}
-    side = args.image_size // about["down"]
+    about = {**vae.about, "image_size": args.image_size, "images": dataset.checksum}
     try:
         latents = np.load(path, mmap_mode="r")
-        if json.loads(path.with_suffix(".json").read_text()) == about and latents.shape == (len(dataset), 2, about["channels"], side, side):
+        known = json.loads(path.with_suffix(".json").read_text())
+        if known == {**about, "latents": known["latents"]} and known["latents"] == data.file_checksum(path):
             return latents
     except Exception:  # none yet, or not whole (numpy reads the header as Python, which can be wrong in many ways): made again
         pass
@@ -346,7 +346,7 @@ def open_latents(args, vae, dataset, run, batch=25):
     if run.main:
         path.with_suffix(".json").unlink(missing_ok=True)
         data.join_chunks(chunks, "latents", len(dataset), path)
-        data.write_json(path.with_suffix(".json"), about)
+        data.write_json(path.with_suffix(".json"), {**about, "latents": data.file_checksum(path)})
         shutil.rmtree(folder)
     run.wait()
     return np.load(path, mmap_mode="r")

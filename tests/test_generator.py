@@ -219,6 +219,14 @@ def test_latents_hold_both_flips_and_come_back_as_the_images(vae, run, tmp_path)
     before = (run.folder / "latents.npy").stat().st_mtime_ns
     generator.open_latents(args, model, dataset, run)
     assert (run.folder / "latents.npy").stat().st_mtime_ns == before  # made once
+    whole = (run.folder / "latents.npy").read_bytes()
+    for broken in (whole[:-9], whole[:-9] + bytes(9), b"x" + whole[1:]):
+        (run.folder / "latents.npy").write_bytes(broken)
+        generator.open_latents(args, model, dataset, run)
+        assert (run.folder / "latents.npy").read_bytes() == whole  # made again
+    dataset.checksum = "of other images"
+    latents = generator.open_latents(args, model, dataset, run)
+    assert json.loads((run.folder / "latents.json").read_text())["images"] == "of other images"
     assert not list(run.folder.glob(".latents-*"))
 
 
