@@ -25,6 +25,7 @@ import argparse
 import fcntl
 import functools
 import hashlib
+import http.client
 import json
 import math
 import re
@@ -218,7 +219,8 @@ def fetch_cifar(folder):
             while chunk := response.read(1 << 20):
                 file.write(chunk)
         os.replace(f"{target}.tmp", target)
-    except OSError as problem:
+    except (OSError, http.client.HTTPException) as problem:
+        Path(f"{target}.tmp").unlink(missing_ok=True)
         fail(f"cannot download {CIFAR_URL} ({problem}); get it on another machine and put it at {target}")
 
 
@@ -564,8 +566,8 @@ def _permutation(n, seed, epoch):
     return _permutations[n, seed, epoch]
 
 
-def ignore_signals(worker):
-    """Loader workers leave Ctrl-C and SIGTERM, which may reach all processes of a terminal or job, to the process that they serve."""
+def ignore_signals(worker=None):
+    """Be deaf to Ctrl-C and SIGTERM. Loader workers are: these may reach all processes of a terminal or job, and are for the one they serve."""
     signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -1243,6 +1245,7 @@ class Run:
         if lock:
             def on_signal(number, frame, asked=self._asked, looks=self._looks):  # no reference to the run: a failed one lets go of its lock
                 if not looks[0] or (asked and number == signal.SIGINT):  # nobody will look, or a second Ctrl-C
+                    ignore_signals()  # one is enough
                     raise KeyboardInterrupt
                 asked.append(number)
 

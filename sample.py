@@ -584,7 +584,8 @@ def train_missing(args):
         usual = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # asked to stop: the stage saves, then both end
         try:
             failed = process.wait()
-        except KeyboardInterrupt:  # the stage got the Ctrl-C too
+        except KeyboardInterrupt:  # the stage got a Ctrl-C of the terminal too, but not one for this process alone
+            process.terminate()
             failed = process.wait()
         signal.signal(signal.SIGTERM, usual)
         if failed:

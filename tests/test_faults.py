@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import types
 
@@ -756,6 +757,17 @@ def test_a_download_that_never_ends_ends_in_one_line(tmp_path, monkeypatch):
         began = time.time()
         refuse("data", "--dataset", "cifar10", "--download", "--data-dir", tmp_path / "c", "--out", tmp_path, words=["cannot download", tmp_path / "c" / "cifar"])
         assert time.time() - began < 10
+
+        def half():
+            with server.accept()[0], server.accept()[0] as connection:  # the first is that of the call above
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\nhalf an archive")
+                time.sleep(3)
+
+        thread = threading.Thread(target=half)
+        thread.start()
+        refuse("data", "--dataset", "cifar10", "--download", "--data-dir", tmp_path / "c", "--out", tmp_path, words=["cannot download", "timed out"])
+        thread.join()
     assert not any((tmp_path / "c").iterdir())
 
 
