@@ -1215,7 +1215,7 @@ class Run:
         try:
             self.device = torch.device(args.device)
             torch.zeros(1, device=self.device).item()  # "meta" can be made, not read
-        except (RuntimeError, AssertionError, NotImplementedError, ImportError) as problem:
+        except (RuntimeError, AssertionError, ImportError) as problem:
             fail(f"--device {args.device}: not available here ({str(problem)[:200]}); expected cpu, cuda, cuda:1 or mps")
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main, self.sharded = self.rank == 0, False

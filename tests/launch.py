@@ -19,7 +19,8 @@ def poison(where, rank, call, what):
     usual, calls = getattr(module, name), []
 
     def poisoned(model, *args):
-        result, calls[len(calls):] = usual(model, *args), [1]
+        result = usual(model, *args)
+        calls.append(1)
         loss = result[0] if isinstance(result, tuple) else result
         if int(os.environ.get("RANK", 0)) == int(rank) and len(calls) >= int(call):
             loss = loss * float("nan") if what == "loss" else loss + (sum(p.sum() for p in model.parameters()) * 0).sqrt()  # 0, of slope ∞ · 0
