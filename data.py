@@ -1322,10 +1322,8 @@ class Run:
         return value
 
     def close(self):
-        """Leave the process group, release the folder and give the signals back."""
+        """Wait for the others, release the folder and give the signals back. `command` leaves the process group."""
         self.wait()  # the first process may still be writing its report
-        if self.world > 1:
-            dist.destroy_process_group()
         if self._lock:
             self._lock.close()
         for name, handler in self._handlers.items():
@@ -1578,6 +1576,8 @@ def command(main):
     """Run the main function of a script; Ctrl-C, SIGTERM and a lack of memory end it with one line."""
     try:
         main()
+        if dist.is_initialized():  # not before main has let go of DDP: as the last owner of the group it would end gloo's threads while it holds
+            dist.destroy_process_group()  # Python's lock, for which one of them may be waiting
     except KeyboardInterrupt:  # where Run takes them for a request to stop, SIGTERM too
         print("stopped; what was saved is kept, the same command goes on from there", file=sys.stderr)
         raise SystemExit(143)

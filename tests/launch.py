@@ -42,8 +42,6 @@ def main(words):
         setattr(module, name, lambda *args: time.sleep(float(seconds)))
     if "POISON" in os.environ:
         poison(*os.environ["POISON"].split())
-    if "+" in words:  # one process group for all of them
-        data.dist.destroy_process_group = lambda: None
     while words:
         end = words.index("+") if "+" in words else len(words)
         importlib.import_module(words[0]).main(words[1:end])
