@@ -16,7 +16,7 @@ import ctypes
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: two processes on the same cores do not fight,
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # but only after a moment: waking them costs a fifth of a small step
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # but only after a moment: waking them costs a fifth of a small step
 _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's allocator would give freed tensors back to the system and
 if _mallopt and _mallopt(-3, 1 << 25):  # fault them in again in every step, up to a quarter of a small one: M_MMAP_THRESHOLD,
     _mallopt(-1, 2 ** 31 - 1)  # 32 MiB is the most it takes, and M_TRIM_THRESHOLD: keep them
@@ -54,6 +54,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()  # those this process may use (Linux)
 PATIENCE = 10  # seconds for an answer from the network
 DATASETS = ("shapes", "cifar10", "imagenet", "folder")
 
@@ -323,10 +324,10 @@ def read_crops(path, views, ratio, u):
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Images decoded when asked for: item k is (3, S, S) uint8, or, while checking, None for a broken file."""
+    """Images decoded when asked for: item k is (3, S, S) uint8."""
 
-    def __init__(self, paths, size, checking=False):
-        self.paths, self.size, self.checking = paths, size, checking
+    def __init__(self, paths, size):
+        self.paths, self.size = paths, size
 
     def __len__(self):
         return len(self.paths)
@@ -339,9 +340,18 @@ class ImageFiles(torch.utils.data.Dataset):
         try:
             return how(self.paths[k])
         except Exception as problem:  # each of Pillow's decoders raises its own kinds
-            if self.checking:
-                return None
-            fail(f"{self.paths[k]}: does not open as an image any more ({problem}); mend it, or delete OUT/<dataset>/files.json to check all again")
+            fail(f"{self.paths[k]}: does not open as an image any more ({problem}); bring it back as it was, or delete OUT/<dataset>/files.json "
+                 "to check all files again")
+
+
+class CheckedFiles(ImageFiles):
+    """As ImageFiles; item k is (SHA-256 of the file, its image), or None for a broken file."""
+
+    def __getitem__(self, k):
+        try:
+            return file_checksum(self.paths[k]), read_image(self.paths[k], self.size)
+        except Exception:  # each of Pillow's decoders raises its own kinds
+            return None
 
 
 def list_files(folder):
@@ -403,7 +413,7 @@ def load_folder(args):
         fail(f"{folder}: expected train/ and val/, each with a sub-folder of images for each class, found "
              f"{', '.join(sorted({Path(name).parts[0] for name in names})[:5])}; link or move the parts there")
     captions = read_captions(folder, files)
-    names, images = check_folder(folder, names, args)
+    names, images, contents = check_folder(folder, names, args)
 
     top = np.array([Path(name).parts[0] for name in names])
     held_out = [part for part in ("test", "val", "valid", "validation") if part in top]
@@ -428,47 +438,51 @@ def load_folder(args):
     labels = torch.tensor([[classes.index(c)] for c in folders]) if len(classes) > 1 else torch.zeros(len(names), 0).long()
     of_class = lambda c: f"a photo of {with_article(c.replace('_', ' '))}" if c and len(classes) > 1 else ""
     texts = [captions.get(name, "") if captions else of_class(c) for name, c in zip(names, folders)]
-    return Dataset(args.dataset, images, labels, {"class": classes} if len(classes) > 1 else {}, splits, texts, source=name_and_bytes(folder, names))
-
-
-def name_and_bytes(folder, names):
-    """[(name, size in bytes), ...]: what stands for the contents of files that are too many to be read at each start."""
-    return [(name, os.path.getsize(folder / name)) for name in names]
+    return Dataset(args.dataset, images, labels, {"class": classes} if len(classes) > 1 else {}, splits, texts, source=[names, contents])
 
 
 def check_folder(folder, names, args):
-    """Decode every file once: the good names, and their pixels as one tensor or (ImageNet, and a large tree) files to decode on demand.
-    Of such files each process checks its part; with pixels each reads all."""
+    """Decode every file once. Returns the names of the good ones, their pixels as one tensor or (ImageNet, and a large tree) files to decode
+    on demand, and a checksum of their contents.
+
+    Pixels are read by each process at each start. Files to decode on demand are shared by the processes and checked once: their names,
+    sizes and times of change, kept in files.json, say that they are the same ones.
+    """
     in_memory = args.dataset != "imagenet" and len(names) * 3 * args.image_size ** 2 <= IN_MEMORY_BYTES
-    index = run_folder(args) / "files.json"
-    key = lambda bad: checksum([str(folder.resolve()), name_and_bytes(folder, names), bad])
+    index, stats = run_folder(args) / "files.json", [os.stat(folder / name) for name in names]
+    tree = [str(folder.resolve()), [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)]]
     try:
         known = json.loads(index.read_text())
-        bad = known["bad"] if known["checksum"] == key(known["bad"]) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        bad = None  # none yet, or not whole: all are checked again
-    if bad is None or in_memory:
+        known = known if known.pop("checksum") == checksum([tree, known]) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        known = None  # none yet, or not whole: all are checked again
+    pixels, before = [], known
+    if known is None or in_memory:
         share = dist.is_initialized() and not in_memory
         mine = names[dist.get_rank()::dist.get_world_size()] if share else names
-        files = ImageFiles([folder / name for name in mine], args.image_size, checking=True)
-        loader = torch.utils.data.DataLoader(files, batch_size=64, num_workers=args.workers, collate_fn=list, worker_init_fn=ignore_signals)
-        pixels, found = [], []
-        progress = tqdm(zip((image for batch in loader for image in batch), mine), "check images", len(mine), disable=not sys.stderr.isatty())
-        for image, name in progress:
-            found.append(name) if image is None else pixels.append(image if in_memory else None)
+        files = CheckedFiles([folder / name for name in mine], args.image_size)
+        loader = torch.utils.data.DataLoader(files, batch_size=64, num_workers=args.workers, collate_fn=list, worker_init_fn=begin_worker)
+        found = {}  # name: checksum, None of a broken file
+        progress = tqdm(zip((file for batch in loader for file in batch), mine), "check images", len(mine), disable=not sys.stderr.isatty())
+        for file, name in progress:
+            found[name], image = file or (None, None)
+            if file and in_memory:
+                pixels.append(image)
         if share:
             parts = [None] * dist.get_world_size()
             dist.all_gather_object(parts, found)
-            found = sorted(sum(parts, []))
-        if bad is None and found and int(os.environ.get("RANK", 0)) == 0:
-            print(f"{folder}: {len(found)} of {len(names)} files do not open as images and are skipped: {', '.join(found[:10])}"
-                  + (", ..." if len(found) > 10 else ""), file=sys.stderr)
-        bad = found
-        write_json(index, {"bad": bad, "checksum": key(bad)})
-    good = [name for name in names if name not in set(bad)]
+            found = {name: value for part in parts for name, value in part.items()}
+        known = {"bad": [name for name in names if not found[name]], "contents": checksum([found[name] for name in names if found[name]])}
+        write_json(index, {**known, "checksum": checksum([tree, known])})
+    bad = set(known["bad"])
+    if bad and not before and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{folder}: {len(bad)} of {len(names)} files do not open as images and are skipped: {', '.join(known['bad'][:10])}"
+              + (", ..." if len(bad) > 10 else ""), file=sys.stderr)
+    good = [name for name in names if name not in bad]
     if not good:
         fail(f"{folder}: none of its {len(names)} files opens as an image; expected {', '.join(FORMATS)}")
-    return good, torch.stack(pixels) if in_memory else ImageFiles([folder / name for name in good], args.image_size)
+    images = torch.stack(pixels) if in_memory else ImageFiles([folder / name for name in good], args.image_size)
+    return good, images, known["contents"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -502,7 +516,7 @@ class Dataset:
             yield from self.images[rows.start:rows.stop].split(size)
         else:
             yield from torch.utils.data.DataLoader(torch.utils.data.Subset(self.images, rows), batch_size=size, num_workers=workers,
-                                                   worker_init_fn=ignore_signals)
+                                                   worker_init_fn=begin_worker)
 
 
 def load_dataset(args):
@@ -566,9 +580,18 @@ def _permutation(n, seed, epoch):
     return _permutations[n, seed, epoch]
 
 
-def ignore_signals(worker=None):
-    """Be deaf to Ctrl-C and SIGTERM. Loader workers are: these may reach all processes of a terminal or job, and are for the one they serve."""
+def ignore_signals():
+    """Be deaf to Ctrl-C and SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _begin_worker(cores, worker):
+    ignore_signals()  # they may reach all processes of a terminal or job, and are for the one that the worker serves
+    if cores:
+        os.sched_setaffinity(0, cores)  # not only the one core of the thread that started it
+
+
+begin_worker = functools.partial(_begin_worker, CORES)  # worker_init_fn of all loaders; the cores go along where workers are not forked
 
 
 class _StepImages(torch.utils.data.Dataset):
@@ -598,7 +621,7 @@ def image_batches(dataset, run, args, start, views=None):
     in_memory = torch.is_tensor(dataset.images)
     steps = _StepImages(dataset, run.share(args.batch_size), args, views)
     loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, args.steps), pin_memory=run.device.type == "cuda",
-                                         num_workers=0 if in_memory else args.workers, worker_init_fn=ignore_signals)
+                                         num_workers=0 if in_memory else args.workers, worker_init_fn=begin_worker)
     to = lambda x: x.to(run.device, non_blocking=True)
     for step, (rows, images) in zip(range(start, args.steps), loader):
         yield step, rows, to(images) if torch.is_tensor(images) else [to(view) for view in images]
@@ -916,18 +939,25 @@ def load_checkpoint(path, stage, args, mmap=False):
 
 
 def load_stage(stage, args, build):
-    """(model, state): build(config) with the averaged weights of the finished checkpoint of `stage` in OUT/<dataset>, which is refused as by
-    load_checkpoint, and where it was trained on other codes than those there."""
+    """(model, state): build(state) with the averaged weights of the checkpoint of `stage` in OUT/<dataset>, which is refused as by
+    load_checkpoint, and where it was trained on other codes or images than those there; says so where it is not finished."""
     path = run_folder(args) / f"{stage}.pt"
     state = load_checkpoint(path, stage, args)
-    if state["trained_on"].get("codes") and state["trained_on"]["codes"] != open_codes(args)[1]["sha256"]:
-        fail(f"{path}: trained on other codes than {path.parent / 'codes.npy'}; train it again with {stage_command(stage, args)} --restart")
+    again = f"train it again with {stage_command(stage, args)} --restart"
+    if stage not in ("tokenizer", "judge"):  # these read no codes
+        about = open_codes(args)[1]
+        for what, now in (("codes", about["sha256"]), ("images", about["images"])):
+            if state["trained_on"].get(what) not in (None, now):
+                fail(f"{path}: trained on other {what} than those of {path.parent / 'codes.npy'}; {again}")
     try:
-        model = build(state)
+        model, steps = build(state), state["config"].get("steps", 0)
+        unfinished = state["step"] < steps and stage != "generator-early"  # that one is of a step on the way
     except Exception as problem:  # whatever settings of another kind lead to
         fail(f"{path}: no model can be made of its settings ({type(problem).__name__}: {str(problem)[:200]}), it is of another version of this "
-             f"program; train it again with {stage_command(stage, args)} --restart")
+             f"program; {again}")
     restore(path, state, ema=model)
+    if unfinished:
+        print(f"note: {path} is not finished (step {state['step']} of {steps}); {stage_command(stage, args)} goes on with it", file=sys.stderr)
     return model, state
 
 
@@ -1013,7 +1043,7 @@ def check_images(about, dataset, args):
     """Fail where the codes that open_codes tells `about` are not those of the dataset's images."""
     if about["images"] != dataset.checksum:
         fail(f"{Path(args.out) / args.dataset / 'codes.npy'}: codes of other images ({about['count']:,}) than {args.data_dir} holds now ({len(dataset):,}; other "
-             f"names, sizes, order or parts); make it again with {stage_command('tokenizer', args)}")
+             f"names, contents, order or parts); make it again with {stage_command('tokenizer', args)}")
 
 
 def read_json(path, again):
@@ -1201,6 +1231,21 @@ def parse(parser, presets, argv=None, sizes=None):
     return args
 
 
+def pin_threads():
+    """Give each of torch's threads a core of its own, where there are as many threads as cores (Linux). Beside another run the scheduler
+    would let the threads of one run, which wait for each other in each of hundreds of small operations, take turns on one core."""
+    if not 1 < torch.get_num_threads() == len(CORES):
+        return
+    try:
+        before = os.listdir("/proc/self/task")
+        torch.ones(1 << 20).exp_()  # starts them
+        started = set(os.listdir("/proc/self/task")).difference(before)
+        for thread, core in zip([0, *sorted(map(int, started))], sorted(CORES)):  # 0: the one that asks
+            os.sched_setaffinity(thread, {core})
+    except OSError:  # a system that does not let us: nothing but speed is lost
+        pass
+
+
 TIMEOUT = 1800  # seconds that processes wait for one of them that does not answer, before they stop
 
 
@@ -1227,6 +1272,8 @@ class Run:
         elif self.device.type == "cpu":  # on a CPU the plain formula beats the flash kernel 4 times at these lengths
             torch.backends.cuda.enable_flash_sdp(False)
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+            if self.world == 1 and not getattr(args, "compile", False):  # a compiler's processes would share the one core
+                pin_threads()
         for size in (getattr(args, "batch_size", self.world), getattr(args, "batch_size", self.world) // getattr(args, "accumulate", 1)):
             if size % self.world:
                 fail(f"--batch-size {args.batch_size}: does not divide over {self.world} processes (and --accumulate parts)")

@@ -472,6 +472,8 @@ def main(argv=None):
     state = data.resume(path, stage, args, **trained_on)
     if state:
         data.restore(path, state, model=model, ema=ema, optimizer=optimizers)
+    elif run.main and stage == "generator":  # no longer an earlier self of what is trained now
+        (run.folder / "generator-early.pt").unlink(missing_ok=True)
 
     def save(step, name=stage):
         if run.main:

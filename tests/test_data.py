@@ -185,6 +185,12 @@ def test_a_tree_too_large_for_memory_is_read_on_demand_and_is_the_same(tmp_path,
     later = data.load_folder(folder_args(tmp_path / "in", tmp_path / "out"))
     assert not torch.is_tensor(later.images) and len(later) == len(at_once) == 40
     assert torch.equal(later.pixels(range(40)), at_once.images) and torch.equal(later.labels, at_once.labels)
+    sums = [at_once.checksum, later.checksum]
+    for change in (lambda path: path.touch(), lambda path: (tmp_path / "out" / "folder" / "files.json").unlink(),  # the same pictures
+                   lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x81")):  # another byte, after the end of the picture
+        change(tmp_path / "in" / "cats" / "1.png")
+        sums.append(data.load_folder(folder_args(tmp_path / "in", tmp_path / "out")).checksum)
+    assert len(set(sums[:4])) == 1 and sums[4] != sums[0]
 
 
 def test_broken_images_are_named_once_and_skipped_every_time(tmp_path, capsys):

@@ -235,6 +235,19 @@ def test_waiting_for_the_chunks_of_another_process_has_an_end(tmp_path, monkeypa
         data.in_chunks(tmp_path / ".parts", 4, run, lambda rows: {"x": np.arange(len(rows))}, size=2)
 
 
+def test_pictures_of_an_unfinished_stage_say_so(trained, tmp_path):
+    """The generator stopped after 4 of 9 steps is used with a note; one begun anew has no earlier self of before."""
+    folder, (name, flags), said = link_codes(trained, tmp_path), flags_of("generator"), tmp_path / "said"
+    call(name, *flags, "--out", tmp_path)
+    assert (folder / "generator-early.pt").exists()
+    words = [name, *flags, "--steps", "9", "--early", "1", "--out", tmp_path]
+    assert ended(start(said, *words, "--restart", STOP_AFTER=4), said)[0] == 143 and not (folder / "generator-early.pt").exists()
+    for note in (True, False):
+        code, text = ended(start(said, "sample", "reconstruct", "--rows", "1", "--sample-steps", "1", "--out", tmp_path), said)
+        assert code == 0 and ("generator.pt is not finished (step 4 of 9)" in text) == note, text
+        call(*words)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_second_run_on_the_same_folder_is_refused(trained, tmp_path, stage):
     folder, name, flags = prepare(trained, tmp_path, stage)
@@ -251,6 +264,27 @@ def test_waiting_threads_are_told_to_sleep_before_torch_starts_them():
     for name in ("data", "tokenizer", "generator", "prior", "text_prior", "sample"):
         done = subprocess.run([sys.executable, "-c", code.format(name)], capture_output=True, text=True, cwd=ROOT, env=environment)
         assert done.stdout == "PASSIVE\n", (name, done.stdout, done.stderr)
+
+
+CORES_OF = """
+import os, sys, torch, data
+args = data.parse(data.make_parser(""), {}, ["--out", sys.argv[1]])
+run, cores = data.Run(args), lambda thread=0: sorted(os.sched_getaffinity(int(thread)))
+class Item(torch.utils.data.Dataset):
+    __len__, __getitem__ = lambda self: 1, lambda self, k: cores()
+threads = {thread: cores(thread) for thread in os.listdir("/proc/self/task")}
+print(torch.get_num_threads(), sorted(own[0] for own in threads.values() if len(own) == 1),
+      next(iter(torch.utils.data.DataLoader(Item(), batch_size=None, num_workers=1, worker_init_fn=data.begin_worker))))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two cores")
+def test_two_runs_share_every_core_and_workers_are_free(tmp_path):
+    """Each thread of a run with as many threads as cores is held on a core of its own; with fewer threads none is; loader workers use all cores."""
+    cores = sorted(os.sched_getaffinity(0))
+    for threads in (len(cores), 1):
+        done = subprocess.run([sys.executable, "-c", CORES_OF, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, env={**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)})
+        assert done.stdout == f"{threads} {cores if threads > 1 else []} {cores}\n", done.stderr
 
 
 def test_compiling_without_a_compiler_is_said_and_left_out(trained, tmp_path):
@@ -479,12 +513,19 @@ def test_checkpoints_of_another_version_are_refused(trained, tmp_path, stage, re
 
 
 def test_codes_of_changed_images_are_refused(tmp_path):
-    """A picture renamed, added, removed or exchanged after the codes were made: no stage pairs old codes with other images."""
+    """A picture renamed, exchanged or repainted after the codes were made: no stage pairs old codes with other images."""
     folder = conftest.make_folder(tmp_path / "pictures")
     where = ["--dataset", "folder", "--data-dir", folder, "--image-size", "32", "--out", tmp_path]
     train = ["tokenizer", *TINY["tokenizer"], "--patch", "8", "--global-size", "32", "--local-size", "16", *where]
+    Image.new("RGB", (40, 40)).save(folder / "cats" / "9.png", compress_level=0)
+    size = (folder / "cats" / "9.png").stat().st_size
     call(*train)
-    for change in (lambda: (folder / "cats" / "1.png").rename(folder / "cats" / "100.png"),
+
+    def repaint():
+        Image.fromarray(np.full((40, 40, 3), 200, np.uint8)).save(folder / "cats" / "9.png", compress_level=0)
+        assert (folder / "cats" / "9.png").stat().st_size == size
+
+    for change in (lambda: (folder / "cats" / "1.png").rename(folder / "cats" / "100.png"), repaint,
                    lambda: shutil.copy(folder / "cats" / "3.png", folder / "cats" / "5.png")):
         change()
         lines = [json.dumps({"file_name": str(p.relative_to(folder)), "text": "x"}) for p in sorted(folder.rglob("*.png"))]
