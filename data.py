@@ -14,7 +14,12 @@ Letters used everywhere: B batch, N images or tokens, S image side, F factors, L
 """
 import ctypes
 import os
+import signal
+import threading
 
+_on_ctrl_c = signal.getsignal(signal.SIGINT)
+if threading.current_thread() is threading.main_thread():  # Ctrl-C in the seconds that torch takes to be imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: two processes on the same cores do not fight,
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # but only after a moment: waking them costs a fifth of a small step
 _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's allocator would give freed tensors back to the system and
@@ -22,16 +27,18 @@ if _mallopt and _mallopt(-3, 1 << 25):  # fault them in again in every step, up 
     _mallopt(-1, 2 ** 31 - 1)  # 32 MiB is the most it takes, and M_TRIM_THRESHOLD: keep them
 
 import argparse
+import errno
 import fcntl
 import functools
 import hashlib
 import http.client
 import json
 import math
+import multiprocessing
 import re
 import resource
 import shutil
-import signal
+import socket
 import sys
 import tarfile
 import tempfile
@@ -54,6 +61,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, _on_ctrl_c)
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()  # those this process may use (Linux)
 PATIENCE = 10  # seconds for an answer from the network
 DATASETS = ("shapes", "cifar10", "imagenet", "folder")
@@ -228,11 +237,11 @@ def fetch_cifar(folder):
 def load_cifar10(args):
     """CIFAR-10 from `--data-dir`: the archive cifar-10-binary.tar.gz, or its .bin files. No pickle is read."""
     folder = Path(args.data_dir)
-    found = {path.name: path for path in folder.rglob("*.bin")} if folder.is_dir() else {}
+    found = {path.name: path for path in folder.rglob("*.bin") if path.is_file()} if folder.is_dir() else {}
     archive = folder / "cifar-10-binary.tar.gz"
     if all(name in found for name in CIFAR_FILES):
         parts = [found[name].read_bytes() for name in CIFAR_FILES]
-    elif archive.exists():
+    elif archive.is_file():
         with open(archive, "rb") as file:
             md5 = hashlib.file_digest(file, "md5").hexdigest()
         if md5 != CIFAR_MD5:
@@ -281,9 +290,13 @@ def open_image(path, least):
         share = least(*image.size)
         image.draft("RGB", tuple(math.ceil(side * share) for side in image.size))
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):  # 16 and 32 bits: scale to a byte, Pillow would clip
+        if image.mode.startswith(("I", "F")):  # 16 and 32 bits, floats: scale to a byte, Pillow would clip
             values = np.asarray(image, dtype=np.float64)
-            image = Image.fromarray((values * (255 / max(65535.0 if values.max() > 255 else 255.0, values.max()))).astype(np.uint8))
+            if not np.isfinite(values).all():
+                raise ValueError("values that are not finite")
+            whites = (65535,) if image.mode.startswith("I;16") else (255, 65535) if image.mode == "I" else (1, 255, 65535)
+            white = next((white for white in whites if values.max() <= white), values.max())  # the least of the usual ones
+            image = Image.fromarray((values.clip(min=0) * (255 / white)).astype(np.uint8))
         if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -323,6 +336,13 @@ def read_crops(path, views, ratio, u):
     return crops
 
 
+class Unreadable(Exception):
+    """An image that opened before and does not any more. A loader hands on what happens in its workers as a long text: the last line counts."""
+
+    def __init__(self, text):
+        super().__init__(text.strip().rsplit("Unreadable: ")[-1])
+
+
 class ImageFiles(torch.utils.data.Dataset):
     """Images decoded when asked for: item k is (3, S, S) uint8."""
 
@@ -336,12 +356,12 @@ class ImageFiles(torch.utils.data.Dataset):
         return self.read(k, lambda path: read_image(path, self.size))
 
     def read(self, k, how):
-        """how(path) of image k."""
+        """how(path) of image k. Raises Unreadable."""
         try:
             return how(self.paths[k])
         except Exception as problem:  # each of Pillow's decoders raises its own kinds
-            fail(f"{self.paths[k]}: does not open as an image any more ({problem}); bring it back as it was, or delete OUT/<dataset>/files.json "
-                 "to check all files again")
+            raise Unreadable(f"{self.paths[k]}: does not open as an image any more ({' '.join(str(problem).split())}); bring it back as it was, or "
+                             "delete OUT/<dataset>/files.json to check all files again") from None
 
 
 class CheckedFiles(ImageFiles):
@@ -354,12 +374,13 @@ class CheckedFiles(ImageFiles):
             return None
 
 
-def list_files(folder):
-    """Paths below `folder` of all files, sorted; linked folders are walked too, but for a link to a folder that holds it."""
-    paths = []
+def list_files(folder, out=None):
+    """Paths below `folder` of all files, sorted, but for those below `out`; linked folders are walked too, but for a link to a folder
+    that holds it."""
+    paths, out = [], out and os.path.join(os.path.realpath(out), "")
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = lambda *names: os.path.join(os.path.realpath(os.path.join(parent, *names)), "")
-        folders[:] = [name for name in folders if not real().startswith(real(name))]
+        folders[:] = [name for name in folders if not real().startswith(real(name)) and real(name) != out]
         paths += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
     return sorted(path for path in paths if os.path.isfile(folder / path))
 
@@ -405,7 +426,7 @@ def load_folder(args):
     if not folder.is_dir():
         tree = "train/ and val/ with a sub-folder for each class" if args.dataset == "imagenet" else "images, in sub-folders or not"
         fail(f"no folder {folder}: link or copy a tree there ({tree}), or name one with --data-dir")
-    files = list_files(folder)
+    files = list_files(folder, args.out)
     names = [name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
     if not names:
         fail(f"{folder}: no images found ({', '.join(sorted(IMAGE_SUFFIXES))}); put some there, or name another folder with --data-dir")
@@ -419,13 +440,13 @@ def load_folder(args):
     held_out = [part for part in ("test", "val", "valid", "validation") if part in top]
     if held_out and "train" in top:  # ready-made splits
         class_part, train = 1, np.random.default_rng(0).permutation(np.flatnonzero(top == "train"))
-        test, few = np.flatnonzero(top == held_out[0]), min(len(train) // 20, 10_000)
+        test, few = np.flatnonzero(top == held_out[0]), max(2, min(len(train) // 20, 10_000))
         val, train = (np.flatnonzero(top == held_out[1]), train) if len(held_out) > 1 else (train[:few], train[few:])
     else:
-        class_part, few = 0, len(names) // 20
+        class_part, few = int(set(top) == {"train"}), max(2, len(names) // 20)
         test, val, train = np.split(np.random.default_rng(0).permutation(len(names)), [few, 2 * few])
-    if not (len(test) and len(val)):
-        fail(f"{folder}: {len(names)} images are too few to split (90 % train, 5 % val, 5 % test); bring at least 20")
+    if min(len(test), len(val)) < 2 or len(names) < 20:
+        fail(f"{folder}: {len(names)} images are too few, or too few of them to report on ({len(test)}); bring at least 20 in all, 2 in test/ and val/")
     parts = {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}
     order, splits, start = np.concatenate(list(parts.values())), {}, 0
     for split, rows in parts.items():
@@ -475,7 +496,7 @@ def check_folder(folder, names, args):
         known = {"bad": [name for name in names if not found[name]], "contents": checksum([found[name] for name in names if found[name]])}
         write_json(index, {**known, "checksum": checksum([tree, known])})
     bad = set(known["bad"])
-    if bad and not before and int(os.environ.get("RANK", 0)) == 0:
+    if bad and (not before or before["bad"] != known["bad"]) and int(os.environ.get("RANK", 0)) == 0:
         print(f"{folder}: {len(bad)} of {len(names)} files do not open as images and are skipped: {', '.join(known['bad'][:10])}"
               + (", ..." if len(bad) > 10 else ""), file=sys.stderr)
     good = [name for name in names if name not in bad]
@@ -723,11 +744,27 @@ def run_folder(args):
     return folder
 
 
+CANNOT_WRITE = "Make room, or see to who may write there, and run the same command again"
+
+
+def _is_alive(pid):
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
+
+
 def write_atomic(path, write):
     """Call write(binary file) on a temporary file, then move it into place, so that a kill at any moment leaves old or new, whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.tmp")  # processes of one run may write the same
+    path, host = Path(path), socket.gethostname()
+    temporary = path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")  # its own: other processes and runs may write the same
     try:
+        for left in path.parent.glob(f".{path.name}.{host}.*.tmp"):  # by a process that was killed
+            if not _is_alive(left.suffixes[-2][1:]):
+                left.unlink(missing_ok=True)
         with open(temporary, "wb+") as file:
             write(file)
             file.flush()
@@ -738,7 +775,7 @@ def write_atomic(path, write):
         os.close(folder)
     except (OSError, RuntimeError) as problem:  # torch.save turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {problem}; the previous file is intact, make room and run the same command again")
+        fail(f"cannot write {path}: {problem}; what was there is as it was. {CANNOT_WRITE}")
 
 
 def write_json(path, value):
@@ -778,12 +815,12 @@ def in_chunks(folder, count, run, work, size=2000):
                   file=sys.stderr)
             raise SystemExit(143)
         arrays = work(range(starts[k], min(count, starts[k] + size)))
-        write_atomic(paths[k], lambda file: np.savez(file, **arrays))
-    left, since = None, time.time()
+        write_atomic(paths[k], lambda file: np.savez(file, part=k, **arrays))
+    left, since = None, time.monotonic()
     while left != []:  # chunks of the other processes; where one dies, torchrun ends all
         left, before = [path for path in paths if not path.exists()], left
-        since = since if left == before else time.time()
-        if time.time() - since > TIMEOUT:
+        since = since if left == before else time.monotonic()
+        if time.monotonic() - since > TIMEOUT:
             fail(f"{left[0]}: no other process has finished a part for {TIMEOUT} seconds; the same command goes on from those that are there")
         time.sleep(0.1 * bool(left))
     run.wait()  # nobody still looks for the files when the first process removes them
@@ -791,10 +828,13 @@ def in_chunks(folder, count, run, work, size=2000):
 
 
 def read_chunk(path):
-    """{name: array} of a chunk's file. A damaged one is removed, so that the same command makes it again."""
+    """{name: array} of a chunk's file. A damaged one, or one of another name, is removed, so that the same command makes it again."""
     try:
         with np.load(path) as file:
-            return {name: file[name] for name in file.files}  # the zip's checksums are compared
+            arrays = {name: file[name] for name in file.files}  # the zip's checksums are compared
+        if path.stem.isdigit() and arrays.pop("part") != int(path.stem):
+            raise ValueError("of another name")
+        return arrays
     except Exception as problem:  # numpy and zipfile raise many kinds
         path.unlink(missing_ok=True)
         fail(f"{path}: a damaged part ({type(problem).__name__}), removed; the same command makes it again and goes on")
@@ -915,7 +955,7 @@ def load_checkpoint(path, stage, args, mmap=False):
     """Read the checkpoint of `stage`, refusing anything missing, damaged, unfinished in writing, or of another stage or dataset; mmap: its
     tensors are read when they are used."""
     if not Path(path).exists():
-        fail(f"no {path}: train it with {stage_command(stage, args)}")
+        fail(f"no {path}: train it with {stage_command(stage, args)}{' --restart' if stage == 'generator-early' else ''}")  # on the way there
     again = f"train it again with {stage_command(stage, args)} --restart" if stage != "judge" else "delete it, it is made again"
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not check these sums
@@ -925,6 +965,8 @@ def load_checkpoint(path, stage, args, mmap=False):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except SystemExit:
         raise
+    except PermissionError:
+        fail(f"{path}: no permission to read it; see to who may")
     except Exception as problem:  # zipfile, pickle and torch each raise their own kinds
         fail(f"{path}: not a readable checkpoint ({type(problem).__name__}); {again}")
     if not isinstance(state, dict) or state.get("stage") != stage:
@@ -978,13 +1020,27 @@ NOT_SETTINGS |= {"size", "vae", "init"}  # nor the name of what other settings, 
 NOT_SETTINGS |= {"window"}  # nor what follows from the captions, whose own checksum is compared
 
 
+def agree(**values):
+    """Fail, in all processes of this run, where they do not have the same plain values, naming what differs."""
+    if not dist.is_initialized():
+        return
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, values)
+    differ = [f"{name} {mine} and {other.get(name)}" for other in everywhere for name, mine in everywhere[0].items() if other.get(name) != mine]
+    if differ:
+        fail(f"the processes of this run differ ({', '.join(dict.fromkeys(differ))}); start all with the same command, on the same files")
+
+
 def resume(path, stage, args, **trained_on):
     """The checkpoint to go on from, or None. Fails when its settings or what it was trained on (checksums by name) differ, naming them;
     with --restart there is none."""
-    if args.restart or not Path(path).exists():
-        return None
-    state = load_checkpoint(path, stage, args)
+    if Path(path).is_dir():
+        fail(f"{path}: is a folder, expected a checkpoint or nothing; move it away")
     now = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
+    state = None if args.restart or not Path(path).exists() else load_checkpoint(path, stage, args)
+    agree(**now, **{f"checksum of the {name}": value for name, value in trained_on.items()}, **{f"step in {Path(path).name}": state["step"] if state else 0})
+    if state is None:
+        return None
     differ = [f"{k} {state['config'].get(k)} → {v}" for k, v in now.items() if state["config"].get(k) != v]
     if differ:
         fail(f"{path}: trained with other settings ({', '.join(differ)}); use those, --restart to begin anew, or another --out")
@@ -1001,11 +1057,14 @@ def code_type(values):
     return np.uint8 if values < 256 else np.uint16
 
 
-def write_codes(folder, codes, values, dataset):
-    """Write codes (N, 2 flips, L) and what is needed to trust them: OUT/<dataset>/codes.npy and codes.json."""
+def write_codes(folder, codes, values, dataset, report):
+    """Write codes (N, 2 flips, L), the tokenizer's report on them and what is needed to trust both: OUT/<dataset>/codes.npy, tokenizer.json
+    and codes.json."""
+    write_json(folder / "tokenizer.json", report)
     write_atomic(folder / "codes.npy", lambda file: np.save(file, codes.astype(code_type(values))))
     about = {"L": codes.shape[2], "V": values, "count": len(codes), "splits": {k: [r.start, r.stop] for k, r in dataset.splits.items()},
-             "sha256": file_checksum(folder / "codes.npy"), "tokenizer": file_checksum(folder / "tokenizer.pt"), "images": dataset.checksum}
+             "sha256": file_checksum(folder / "codes.npy"), "tokenizer": file_checksum(folder / "tokenizer.pt"), "images": dataset.checksum,
+             "report": checksum(report)}
     write_json(folder / "codes.json", {**about, "checksum": checksum(about)})
 
 
@@ -1026,6 +1085,8 @@ def open_codes(args):
         L, V, count = about["L"], about["V"], about["count"]
         about["splits"] = {k: range(*r) for k, r in about["splits"].items()}
         codes = np.load(path, mmap_mode="r")
+    except PermissionError:
+        fail(f"{path}: no permission to read it; see to who may")
     except Exception as problem:  # numpy reads the header of a .npy as Python, which can be wrong in many ways
         fail(f"{path}: not a readable code file ({type(problem).__name__}: {str(problem)[:200]}); {again}")
     if codes.shape != (count, 2, L) or codes.dtype != code_type(V):
@@ -1044,6 +1105,15 @@ def check_images(about, dataset, args):
     if about["images"] != dataset.checksum:
         fail(f"{Path(args.out) / args.dataset / 'codes.npy'}: codes of other images ({about['count']:,}) than {args.data_dir} holds now ({len(dataset):,}; other "
              f"names, contents, order or parts); make it again with {stage_command('tokenizer', args)}")
+
+
+def read_report(about, args):
+    """The tokenizer's report of OUT/<dataset>/tokenizer.json, refused where it is not the one on the codes that open_codes tells `about`."""
+    path, again = Path(args.out) / args.dataset / "tokenizer.json", f"make it again with {stage_command('tokenizer', args)}"
+    report = read_json(path, again)
+    if checksum(report) != about.get("report"):
+        fail(f"{path}: not the report on the codes beside it; {again}")
+    return report
 
 
 def read_json(path, again):
@@ -1090,7 +1160,7 @@ class Log:
         try:
             self.file.write((json.dumps({"step": step, **values, "time": round(time.time(), 1)}) + "\n").encode())
         except OSError as problem:
-            fail(f"cannot write {self.path}: {problem}; the last checkpoint is intact, make room and run the same command again")
+            fail(f"cannot write {self.path}: {problem}; the last checkpoint is as it was. {CANNOT_WRITE}")
         for k, v in values.items() if self.writer else ():
             self.writer.add_scalar(k, v, step) if isinstance(v, (int, float)) else None
 
@@ -1121,16 +1191,21 @@ def save_grid(path, images, columns, titles=(), lines=(), settings=None, scale=N
 # flags, start-up, optimizer, EMA, schedule
 # ---------------------------------------------------------------------------------------------------------------------
 
-def whole(text, least=0):
-    """argparse type: a whole number from 0 to 2⁶³ − 1."""
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) < 2 ** 63):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text[:40]!r}")
+def whole(text, least=0, most=10 ** 9):
+    """argparse type: a whole number from 0 to a thousand million."""
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most:,}, got {text[:40]!r}")
     return int(text)
 
 
 def positive(text):
-    """argparse type: a whole number from 1 to 2⁶³ − 1."""
+    """argparse type: a whole number from 1 to a thousand million."""
     return whole(text, 1)
+
+
+def any_seed(text):
+    """argparse type: a whole number from 0 to 2⁶³ − 1."""
+    return whole(text, 0, 2 ** 63 - 1)
 
 
 def number(text):
@@ -1180,7 +1255,7 @@ def make_parser(doc):
     group.add_argument("--data-dir", help="where the images are (default: data/<dataset>)")
     group.add_argument("--out", default="out", help="results go to OUT/<dataset> (default: out)")
     group.add_argument("--image-size", type=positive, default=32, help="side of the images in pixels (shapes: 32)")
-    group.add_argument("--seed", type=whole, default=0, help="seed of everything random (default: 0)")
+    group.add_argument("--seed", type=any_seed, default=0, help="seed of everything random (default: 0)")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where it is faster")
     group.add_argument("--workers", type=whole, default=2, help="processes that decode images of folders")
@@ -1259,6 +1334,17 @@ def bfloat16_is_faster(device):
 TIMEOUT = 1800  # seconds that processes wait for one of them that does not answer, before they stop
 
 
+def place():
+    """(rank, world) of this process, as torchrun says."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    rank, world = (int(text) if text.isdecimal() else -1 for text in (found.get("RANK", "0"), found.get("WORLD_SIZE", "1")))
+    if not 0 <= rank < world or (world > 1 and len(found) < len(names)):
+        fail(f"the environment says {', '.join(f'{name}={value}' for name, value in found.items())}, expected {', '.join(names)} as torchrun sets them, or none; "
+             "start several processes with torchrun, or unset these")
+    return rank, world
+
+
 class Run:
     """One process of a run: device, dtype, its rank among `world` processes, and the output folder.
 
@@ -1272,7 +1358,7 @@ class Run:
             torch.zeros(1, device=self.device).item()  # "meta" can be made, not read
         except (RuntimeError, AssertionError, ImportError) as problem:
             fail(f"--device {args.device}: not available here ({str(problem)[:200]}); expected cpu, cuda, cuda:1 or mps")
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = place()
         self.main, self.sharded = self.rank == 0, False
         self.bar = self.main and sys.stderr.isatty()  # progress bars only for people
         if self.device.type == "cuda":
@@ -1286,17 +1372,23 @@ class Run:
                 pin_threads()
         for size in (getattr(args, "batch_size", self.world), getattr(args, "batch_size", self.world) // getattr(args, "accumulate", 1)):
             if size % self.world:
-                fail(f"--batch-size {args.batch_size}: does not divide over {self.world} processes (and --accumulate parts)")
+                fail(f"--batch-size {args.batch_size}: does not divide over {self.world} processes (and --accumulate parts); choose a multiple of "
+                     f"{self.world * getattr(args, 'accumulate', 1)}")
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(seconds=TIMEOUT))
         self.dtype = torch.bfloat16 if args.dtype == "bfloat16" or (args.dtype == "auto" and bfloat16_is_faster(self.device)) else torch.float32
         self.folder, self._lock, self._handlers, self._asked, self._looks = run_folder(args), None, {}, [], [self.world > 1]
         if lock and self.main:
-            self._lock = open(self.folder / f".{lock}.lock", "w")  # released by the system when the process ends
+            path = self.folder / f".{lock}.lock"
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                fail(f"{self.folder}: another run is at work on {lock} there; wait for it or choose another --out")
+                self._lock = open(path, "w")
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system when this process ends, whatever its workers do
+            except OSError as problem:
+                if self._lock and problem.errno in (errno.EACCES, errno.EAGAIN):
+                    fail(f"{self.folder}: another run is at work on {lock} there; wait for it or choose another --out")
+                if not self._lock:
+                    fail(f"cannot write {path}: {problem.strerror}; see to who may write there, or choose another --out")
+                print(f"note: {path} cannot be locked ({problem.strerror}); see to it that no second run works there", file=sys.stderr)
         if lock:
             def on_signal(number, frame, asked=self._asked, looks=self._looks):  # no reference to the run: a failed one lets go of its lock
                 if not looks[0] or (asked and number == signal.SIGINT):  # nobody will look, or a second Ctrl-C
@@ -1435,7 +1527,9 @@ class Optimizers:
         wrong = "" if math.isfinite(loss) else f"the loss is {float(loss)}"
         try:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf, error_if_nonfinite=not wrong)
-        except RuntimeError:
+        except RuntimeError as problem:
+            if "non-finite" not in str(problem):  # something else, or of a loader's worker
+                raise
             wrong = "the gradient of " + next((n for n, p in zip(self.names, self.parameters) if p.grad is not None and not p.grad.isfinite().all()), "all") \
                     + " is not finite"
         if wrong:
@@ -1541,7 +1635,7 @@ class Meter:
         self.run, self.args, self.flops, self.every, self.count, self.unit = run, args, flops, every, count, unit
         self.bar = tqdm(total=args.steps, initial=start, disable=not run.bar, dynamic_ncols=True)
         self.peak, self.source = peak_flops(run) if run.main and start < args.steps else (0, "")
-        self.last, self.at, self.began = time.perf_counter(), start, time.perf_counter()
+        self.last, self.at, self.began, self.summary = time.perf_counter(), start, time.perf_counter(), ""
 
     def tick(self, step, log, **values):
         """After each step; every 50 steps the values are averaged over processes, shown and logged."""
@@ -1558,16 +1652,21 @@ class Meter:
             self.bar.set_postfix({k: f"{v:.3f}" for k, v in values.items()} | {f"{self.unit}/s": f"{rate:,.0f}", "mfu": f"{mfu:.2f}"})
             log.write(done, **{k: round(v, 5) for k, v in values.items()}, ms=round(seconds * 1e3, 1), mfu=round(mfu, 3),
                       **{f"{self.unit} per second": round(rate, 1)})
-            if done == self.args.steps:
-                self.bar.close()
-                print(f"{done} steps, {now - self.began:.0f} s in this run, last {seconds * 1e3:.0f} ms a step, {rate:,.0f} {self.unit}/s, "
-                      f"{values['loss']:.4f} loss, MFU {mfu:.2f} of {self.peak / 1e12:.2f} TFLOP/s ({self.source})")
+            self.summary = (f"{done} steps, {now - self.began:.0f} s in this run, last {seconds * 1e3:.0f} ms a step, {rate:,.0f} {self.unit}/s, "
+                            f"{values['loss']:.4f} loss, MFU {mfu:.2f} of {self.peak / 1e12:.2f} TFLOP/s ({self.source})")
+
+    def close(self):
+        """After the last step and its checkpoint: say how it went."""
+        self.bar.close()
+        if self.summary:
+            print(self.summary)
 
 
 def stopped(path, step, args, run):
     """Say that the run was asked to stop and is safe; exit code 143, so that no script takes it for finished."""
     if run.main:
-        print(f"stopped at step {step} of {args.steps}, saved {path}; the same command goes on from there", file=sys.stderr)
+        how = "the same command without --restart" if args.restart else "the same command"
+        print(f"stopped at step {step} of {args.steps}, saved {path}; {how} goes on from there", file=sys.stderr)
     run.close()
     raise SystemExit(143)
 
@@ -1629,21 +1728,43 @@ def describe(args, build, loss, flops, run):
 
 
 def command(main):
-    """Run the main function of a script; Ctrl-C, SIGTERM and a lack of memory end it with one line."""
+    """Run the main function of a script; Ctrl-C, SIGTERM, a lack of memory and what the system refuses end it with one line."""
+    while (unused := os.open(os.devnull, os.O_RDWR)) < 3:  # where a standard stream is closed, no other file may take its place
+        pass
+    os.close(unused)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):  # captions and paths where the terminal's encoding lacks their characters
+        stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Run takes both for a request to stop
     try:
         main()
         if dist.is_initialized():  # not before main has let go of DDP: as the last owner of the group it would end gloo's threads while it holds
             dist.destroy_process_group()  # Python's lock, for which one of them may be waiting
-    except KeyboardInterrupt:  # where Run takes them for a request to stop, SIGTERM too
-        print("stopped; what was saved is kept, the same command goes on from there", file=sys.stderr)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stopped; what was saved before is kept", file=sys.stderr)
         raise SystemExit(143)
+    except Unreadable as problem:
+        fail(problem)
+    except OSError as problem:
+        if isinstance(problem, BrokenPipeError):
+            sys.stdout = open(os.devnull, "w")  # or Python says so once more at the end
+        fail(f"{problem.filename or 'the output'}: {problem.strerror or problem}; see to it and run the same command again")
     except (RuntimeError, MemoryError) as problem:  # torch has no kinds of its own for most of these
         if dist.is_initialized() and re.search("timed? ?out|connection|closed by", str(problem), re.I):
             fail(f"another process of this run died or did not answer for {TIMEOUT} seconds; see its own message, the same command goes on from the "
                  "last checkpoint")
+        if "DataLoader worker" in str(problem):
+            fail(f"a process that decodes images was ended from outside ({' '.join(str(problem).split())[:200]}); the same command goes on from the last "
+                 "checkpoint, --workers 0 does without such processes")
         if not isinstance(problem, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(problem):
             raise
-        fail(f"out of memory ({str(problem)[:200]}); lower --batch-size or raise --accumulate or the number of processes; --dry-run says what is needed")
+        fail(f"out of memory ({str(problem)[:200]}); lower --batch-size or the sizes asked for, raise --accumulate or the number of processes; --dry-run of "
+             "a stage says what it needs")
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader's handler would take the end of its workers for a fault
+        for worker in multiprocessing.active_children():  # deaf to the signal by which Python would end them
+            worker.kill()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -251,6 +251,8 @@ def generate(model, codes, count, sampler, run, seed=0, weak=None, first=0, batc
         c = None if codes is None else codes[start:start + n].to(run.device)
         field = guided_field(model, c, sampler["guidance"], sampler["interval"], run, weak)
         x = integrate(field, noise.to(run.device), sampler["steps"], sampler["method"])  # (n, C, S, S)
+        if not x.isfinite().all():
+            data.fail(f"images that are not finite were drawn; lower --guidance ({sampler['guidance']:g}) or try --dtype float32")
         images.append(data.to_bytes((model.vae.decode(x) if model.vae else x).clamp(-1, 1)).cpu())
     return torch.cat(images)
 
@@ -363,9 +365,15 @@ def build_generator(config):
 
 
 def load_generator(args, device, stage="generator"):
-    """The trained model with averaged weights from OUT/<dataset>/<stage>.pt; refuses one trained on other codes, or with another VAE."""
+    """The trained model with averaged weights from OUT/<dataset>/<stage>.pt; refuses one trained on other codes, or with another VAE, and an
+    earlier self of another generator."""
     model, state = data.load_stage(stage, args, lambda state: build_generator(state["config"]))
     config = state["config"]
+    if stage == "generator-early":
+        now = data.load_checkpoint(data.run_folder(args) / "generator.pt", "generator", args)["config"]
+        if others := [name for name in now if name not in data.NOT_SETTINGS and now[name] != config.get(name)]:
+            data.fail(f"{stage}.pt is not an earlier self of generator.pt: it has another {', '.join(others)}; train both again with "
+                      f"{data.stage_command('generator', args)} --restart")
     if config.get("vae_sha256"):
         path = args.vae or config["vae"]
         about = read_vae(path)
@@ -472,8 +480,6 @@ def main(argv=None):
     state = data.resume(path, stage, args, **trained_on)
     if state:
         data.restore(path, state, model=model, ema=ema, optimizer=optimizers)
-    elif run.main and stage == "generator":  # no longer an earlier self of what is trained now
-        (run.folder / "generator-early.pt").unlink(missing_ok=True)
 
     def save(step, name=stage):
         if run.main:
@@ -481,12 +487,14 @@ def main(argv=None):
             data.save_checkpoint(run.folder / f"{name}.pt", stage=name, config=vars(args), step=step, ema=ema.state_dict(),
                                  trained_on=trained_on, **whole)
 
+    grid = lambda step: run.folder / "samples" / f"{stage}-{step:06d}.png"
+
     def show(step):
         rows = list(dataset.splits["val"])[:16]
         c = None if codes is None else torch.from_numpy(codes[rows, 0].astype(np.int64))
         with data.evaluating(model), ema.applied():
             samples = generate(model, c, len(rows), sampler_settings(args), run)
-        data.save_grid(run.folder / "samples" / f"{stage}-{step:06d}.png", torch.cat([dataset.pixels(rows), samples]), 16,
+        data.save_grid(grid(step), torch.cat([dataset.pixels(rows), samples]), 16,
                        settings={**vars(args), "rows": "real, generated"})
 
     start = state["step"] if state else 0
@@ -526,6 +534,9 @@ def main(argv=None):
                 show(step + 1)
         if stopping:
             return data.stopped(path, step + 1, args, run)
+    meter.close()
+    if run.main and not grid(args.steps).exists():  # killed between the last checkpoint and its samples
+        show(args.steps)
     run.close()
 
 

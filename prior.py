@@ -463,6 +463,7 @@ def main(argv=None):
                                  optimizer=optimizers.state_dict(), trained_on={"codes": about["sha256"]})
         if stopping:
             return data.stopped(path, step + 1, args, run)
+    meter.close()
     if run.main:
         with data.evaluating(model), ema.applied():
             for split in ("val", "test"):

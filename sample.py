@@ -282,7 +282,11 @@ class Scores:
         self.judge = load_judge(self.dataset, args, run) if self.names else None
         test, train = self.dataset.splits["test"], self.dataset.splits["train"]
         self.rows = np.random.default_rng(0).permutation(test)[:self.n]
-        self.texts = (run.folder / "text_prior.pt").exists() and bool(stages.text_prior)  # or it stops here, not after minutes
+        self.texts = (run.folder / "text_prior.pt").exists()
+        if self.texts and stages.text_prior[2]["captions"] != data.checksum(self.dataset.captions):  # or it stops here, not after minutes
+            data.fail(f"{run.folder / 'text_prior.pt'}: trained on other captions than {args.data_dir} holds now; bring those back, or train it again "
+                      f"with {data.stage_command('text_prior', args)} --restart")
+        self.report = data.read_report(stages.codes[1], args)
         self.reference = self.look(self.dataset.pixels(np.random.default_rng(1).permutation(train)[:10_000]))[0]
         self.result = {}
 
@@ -317,8 +321,7 @@ class Scores:
         if self.args.dataset == "shapes":
             blends = torch.cat([judge_batch(dataset, self.args, 10 ** 6 + k)[2] for k in range(8)])
             result["blends of two images"] = {"clean": look(self.judge, blends, self.run)[2].double().mean().item()}
-        report = data.read_json(self.run.folder / "tokenizer.json", f"make it again with {data.stage_command('tokenizer', self.args)}")
-        result["tokenizer"] = {k: v for k, v in report.items() if not k.endswith("val")}
+        result["tokenizer"] = {k: v for k, v in self.report.items() if not k.endswith("val")}
         images = self.stages.draw(self.codes_of(self.rows), seed)
         looked = self.look(images)
         result["reconstruct"], seen_usual = self.pictures(images, dataset.labels[self.rows], looked), looked[1]
@@ -469,10 +472,13 @@ class Inception:
     def __call__(self, images):
         images = images.to(self.device)
         try:
-            features, classes = self.net(images, return_features=True), self.net(images, no_output_bias=True)
-        except RuntimeError as problem:
+            found = {"features": self.net(images, return_features=True), "classes": self.net(images, no_output_bias=True)}
+            found = {name: value.float().cpu().numpy() for name, value in found.items()}
+        except (RuntimeError, AttributeError) as problem:
             data.fail(f"--inception: not the public Inception with return_features and no_output_bias ({str(problem)[-200:]})")
-        return {"features": features.float().cpu().numpy(), "classes": classes.float().cpu().numpy()}
+        if not all(np.isfinite(value).all() for value in found.values()):
+            data.fail("--inception: it says of pictures what is not finite; expected the public Inception, inception-2015-12-05.pt")
+        return found
 
 
 def inception_score(classes, parts=10):
@@ -524,8 +530,10 @@ def inception_scores(stages, args, run):
     net = Inception(args.inception, run.device)
     data.check_images(stages.codes[1], stages.dataset, args)
     stages.generator(), stages.prior(args.kind)  # what is missing is said now, not after hours
-    files = [data.file_checksum(path) for path in (run.folder / "generator.pt", run.folder / f"prior-{args.kind}.pt", args.inception)]
+    files = ["generator.pt", f"prior-{args.kind}.pt"] + ["generator-early.pt"] * (args.guide == "early")
+    files = [data.file_checksum(path) for path in (*(run.folder / name for name in files), args.inception)]
     settings = {k: v for k, v in vars(args).items() if k not in ("workers", "device", "out", "data_dir")}
+    data.agree(**settings, **{"checksums of the checkpoints": files})
     reference = reference_statistics(net, stages, args, run)
     train, result = np.array(stages.dataset.splits["train"]), {}
     shuffled = np.random.default_rng(args.seed).permutation(max(len(train), args.count)) % len(train)
@@ -760,7 +768,8 @@ def parse(argv):
 def main(argv=None):
     """Train what is missing, make pictures, print scores."""
     args, start = parse(argv), time.time()
-    sys.stdout.reconfigure(errors="backslashreplace")  # captions and paths where the terminal's encoding lacks their characters
+    if data.place()[1] > 1 and not args.inception:
+        data.fail("sample.py: several processes share --score --inception alone; start it without torchrun")
     if args.train:
         train_missing(args)
     run = data.Run(args, lock="sample" if args.inception else None)  # with a lock it can be stopped and goes on
@@ -772,8 +781,6 @@ def main(argv=None):
             data.write_json(run.folder / "inception.json", scores)
             print_scores({k: v for k, v in scores.items() if k != "settings"})
         return run.close()
-    if run.world > 1:
-        data.fail("sample.py: several processes share --score --inception alone; start it without torchrun")
     commands = [args.command] if args.command else []
     if args.train:
         captioned = (run.folder / "text_prior.pt").exists() and stages.prompts(stages.dataset.splits["test"])[1]
@@ -782,6 +789,8 @@ def main(argv=None):
         make_pictures(command, stages, args, run)
     if args.train or args.score:
         scores = Scores(stages, args, run).run_all()
+        if data.open_codes(args)[1] != stages.codes[1]:  # stages are loaded when they are first used
+            data.fail(f"{run.folder}: the codes changed while the scores were taken; wait for what trains there and run the same command again")
         scores["seconds"] = round(time.time() - start)
         scores["settings"] = vars(args)
         data.write_json(run.folder / "scores.json", scores)

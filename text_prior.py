@@ -15,7 +15,6 @@ Reads OUT/<dataset>/codes.npy and the captions; writes OUT/<dataset>/text_prior.
     torchrun --nproc-per-node 8 text_prior.py --dataset imagenet --encoding gpt2
 """
 import base64
-import hashlib
 import json
 import math
 import re
@@ -370,10 +369,11 @@ def build_text_prior(config, text):
 
 
 def load_text_prior(args, device):
-    """The trained text prior with averaged weights, its Text and its config; refuses one trained on other codes."""
+    """The trained text prior with averaged weights, its Text, and its config with the checksum of its captions; refuses one trained on
+    other codes."""
     text_of = lambda state: Text(**{**state["text"], "ranks": read_ranks(state["text"]["ranks"], "text_prior.pt")})
     model, state = data.load_stage("text_prior", args, lambda state: build_text_prior(state["config"], text_of(state)))
-    return model.to(device).eval(), text_of(state), state["config"]
+    return model.to(device).eval(), text_of(state), {**state["config"], "captions": state["trained_on"].get("captions")}
 
 
 def read_text(dataset, args, run):
@@ -458,8 +458,7 @@ def main(argv=None):
     model = build_text_prior(vars(args), text)
     model = run.shard(model) if args.shard else model.to(run.device)
     optimizers, ema = data.Optimizers(model, args), data.EMA(model, args.ema)
-    captions = data.checksum([text.state(), hashlib.sha256(tokens.numpy()).hexdigest()])
-    trained_on = {"codes": about["sha256"], "captions": captions}
+    trained_on = {"codes": about["sha256"], "captions": data.checksum(dataset.captions), "encoding": data.checksum(text.state())}
     state = data.resume(path, "text_prior", args, **trained_on)
     if state and args.shard:
         data.load_shards(path, state, args, model, optimizers, ema)
@@ -498,6 +497,7 @@ def main(argv=None):
             save(step + 1)
         if stopping:
             return data.stopped(path, step + 1, args, run)
+    meter.close()
     if run.main or args.shard:  # a sharded model is evaluated by all processes together
         with data.evaluating(model), ema.applied():
             for split in ("val", "test"):

@@ -12,7 +12,6 @@ Reads images; writes OUT/<dataset>/tokenizer.pt, codes.npy (N, 2 flips, L), code
     torchrun --nproc-per-node 8 tokenizer.py --dataset imagenet                # a node
 """
 import argparse
-import json
 import math
 import shutil
 
@@ -653,8 +652,9 @@ def check_flags(parser, args):
 def encoded(args, dataset):
     """Whether the code file and the report are there, whole, of this tokenizer and of these images."""
     try:
-        data.check_images(data.open_codes(args)[1], dataset, args)
-        return bool(data.read_json(data.run_folder(args) / "tokenizer.json", ""))
+        about = data.open_codes(args)[1]
+        data.check_images(about, dataset, args)
+        return bool(data.read_report(about, args))
     except SystemExit:  # their way to say what is wrong; here it is mended
         return False
 
@@ -682,6 +682,7 @@ def main(argv=None):
     centering = nn.ModuleDict({k: Centering(args.prototypes) for k in ("views", "patches")}).to(run.device)
     optimizers = data.Optimizers(student, args, lr_scale(args))
     state = data.resume(path, "tokenizer", args)
+    data.agree(**{"checksum of the images": dataset.checksum})
     if state and state["step"] < args.steps and state["trained_on"].get("images") != dataset.checksum:  # a finished one may encode others
         data.fail(f"{path}: begun on other images than {args.data_dir} holds now; bring those back, --restart to begin anew, or choose another --out")
     if args.init and not state:
@@ -721,18 +722,17 @@ def main(argv=None):
             save(step + 1)
         if stopping:
             return data.stopped(path, step + 1, args, run)
+    meter.close()
 
     if start < args.steps or not encoded(args, dataset):
         chunks = encode_dataset(teacher.backbone, dataset, vars(args), run)
         if run.main:
             codes, features = (np.concatenate([data.read_chunk(path)[name] for path in chunks]) for name in ("codes", "features"))
-            result = report(dataset, codes, features, args.values, run)
-            data.write_json(run.folder / "tokenizer.json", result)
-            data.write_codes(run.folder, codes, args.values, dataset)  # last: good codes mean that all is there
+            data.write_codes(run.folder, codes, args.values, dataset, report(dataset, codes, features, args.values, run))
             for folder in run.folder.glob(".codes-*"):
                 shutil.rmtree(folder)
     if run.main:
-        for name, value in json.loads((run.folder / "tokenizer.json").read_text()).items():
+        for name, value in data.read_report(data.open_codes(args)[1], args).items():
             line = " ".join(f"{k} {v:.3f}" for k, v in value.items()) if isinstance(value, dict) else f"{value:.3f}"
             print(f"{name:44} {line}")
     run.close()

@@ -149,6 +149,30 @@ def test_images_of_every_mode_are_read_right(tmp_path):
     assert (data.read_image(tmp_path / "h.png", 16) == 77).all()
 
 
+def test_deep_and_float_pictures_keep_their_tones(tmp_path):
+    """16 bits are a share of 65,535 however dark the picture; floats lie from 0 to 1, 255 or 65,535; what is below 0 is black, NaN is no picture."""
+    ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    cases = {"a.png": ((ramp * 200).astype(np.uint16), ramp * 200 / 257), "b.png": ((ramp * 60_000).astype(np.uint16), ramp * 60_000 / 257), "c.tif": (ramp, ramp * 255),
+             "d.tif": (ramp * 255, ramp * 255), "e.tif": (ramp - 3, ramp * 0), "f.tif": ((ramp * 1000).astype(np.int32), ramp * 1000 / 257)}
+    for name, (values, expected) in cases.items():
+        Image.fromarray(values).save(tmp_path / name)
+        assert np.abs(data.read_image(tmp_path / name, 8)[0].numpy() - expected).max() <= 1, name
+    Image.fromarray(np.where(ramp > 0.5, np.nan, ramp)).save(tmp_path / "nan.tif")
+    with pytest.raises(ValueError, match="not finite"):
+        data.read_image(tmp_path / "nan.tif", 8)
+
+
+def test_results_inside_the_folder_of_pictures_are_not_pictures_of_it(tmp_path):
+    """Nor is a folder of train/ alone a single class."""
+    folder = conftest.make_folder(tmp_path / "train", 24)
+    (folder / "metadata.jsonl").unlink()
+    args = folder_args(tmp_path, tmp_path / "out")
+    first = data.load_folder(args)
+    Image.new("RGB", (20, 20)).save(data.run_folder(args) / "samples" / "data.png")
+    assert data.load_folder(args).checksum == first.checksum and len(first) == 24
+    assert first.factors == {"class": ["big dögs", "cats"]} and len(first.splits["val"]) == len(first.splits["test"]) == 2
+
+
 def test_centre_crop_keeps_the_middle(tmp_path):
     wide = np.zeros((30, 90, 3), dtype=np.uint8)
     wide[:, 30:60] = 255
@@ -174,7 +198,7 @@ def test_ready_made_splits_are_kept(tmp_path):
     sizes = lambda: {k: len(v) for k, v in data.load_folder(folder_args(tmp_path / "in", tmp_path / "out")).splits.items()}
     assert sizes() == {"train": 24, "val": 4, "test": 6}
     shutil.rmtree(tmp_path / "in" / "test")  # then val/ is for reporting, and a slice of train/ for choosing
-    assert sizes() == {"train": 23, "val": 1, "test": 4}
+    assert sizes() == {"train": 22, "val": 2, "test": 4}
 
 
 def test_a_tree_too_large_for_memory_is_read_on_demand_and_is_the_same(tmp_path, monkeypatch):
@@ -304,7 +328,7 @@ def test_code_files_are_checked_when_opened(tmp_path):
     (folder / "tokenizer.pt").write_bytes(b"weights")
     codes = np.random.default_rng(0).integers(0, 7, (20, 2, 5))
     dataset = types.SimpleNamespace(splits={"train": range(0, 15), "test": range(15, 20)}, checksum="those")
-    data.write_codes(folder, codes, 7, dataset)
+    data.write_codes(folder, codes, 7, dataset, {})
     stored, about = data.open_codes(args)
     assert np.array_equal(stored, codes) and about["splits"]["test"] == range(15, 20) and stored.dtype == np.uint8
     good, good_about = (folder / "codes.npy").read_bytes(), (folder / "codes.json").read_text()

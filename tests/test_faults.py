@@ -121,12 +121,13 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(trained, tmp_pa
 
 
 def test_what_a_kill_leaves_is_never_read(trained, tmp_path):
-    """Half a temporary file: overwritten, and gone after the run."""
+    """Half a temporary file of a process that has ended is gone after the next run; one of a living process is left alone."""
     folder, name, flags = prepare(trained, tmp_path, "prior-ar")
-    left = folder / ".prior-ar.pt.0.tmp"
-    left.write_bytes(b"half a checkpoint")
+    ended_before = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout.strip()
+    left, alive = (folder / f".prior-ar.pt.{socket.gethostname()}.{pid}.tmp" for pid in (ended_before, os.getppid()))
+    left.write_bytes(b"half a checkpoint"), alive.write_bytes(b"of a run that is writing it")
     call(name, *flags, "--out", tmp_path)
-    assert not left.exists() and weights(tmp_path, "prior-ar")["step"] == 6
+    assert not left.exists() and alive.exists() and weights(tmp_path, "prior-ar")["step"] == 6
 
 
 def test_crops_resume_on_any_number_of_workers(places, tmp_path):
@@ -237,12 +238,13 @@ def test_waiting_for_the_chunks_of_another_process_has_an_end(tmp_path, monkeypa
 
 
 def test_pictures_of_an_unfinished_stage_say_so(trained, tmp_path):
-    """The generator stopped after 4 of 9 steps is used with a note; one begun anew has no earlier self of before."""
+    """The generator stopped after 4 of 9 steps is used with a note; the early checkpoint of the one before it is not its earlier self."""
     folder, (name, flags), said = link_codes(trained, tmp_path), flags_of("generator"), tmp_path / "said"
     call(name, *flags, "--out", tmp_path)
     assert (folder / "generator-early.pt").exists()
     words = [name, *flags, "--steps", "9", "--early", "1", "--out", tmp_path]
-    assert ended(start(said, *words, "--restart", STOP_AFTER=4), said)[0] == 143 and not (folder / "generator-early.pt").exists()
+    assert ended(start(said, *words, "--restart", STOP_AFTER=4), said)[0] == 143
+    refuse("sample", "reconstruct", "--guide", "early", "--out", tmp_path, words=["generator-early.pt is not an earlier self", "steps, early", "--restart"])
     for note in (True, False):
         code, text = ended(start(said, "sample", "reconstruct", "--rows", "1", "--sample-steps", "1", "--out", tmp_path), said)
         assert code == 0 and ("generator.pt is not finished (step 4 of 9)" in text) == note, text
@@ -253,8 +255,9 @@ def test_pictures_of_an_unfinished_stage_say_so(trained, tmp_path):
 def test_a_second_run_on_the_same_folder_is_refused(trained, tmp_path, stage):
     folder, name, flags = prepare(trained, tmp_path, stage)
     with open(folder / f".{stage}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        refuse(name, *flags, "--out", tmp_path, words=["another run", stage, "--out"])
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        code, said = ended(start(tmp_path / "said", name, *flags, "--out", tmp_path), tmp_path / "said")
+        assert code == 1 and all(word in one_line(said) for word in ("another run", stage, "--out")), said
     call(name, *flags, "--out", tmp_path)
 
 
@@ -353,7 +356,7 @@ def test_a_full_disk_costs_nothing(trained, tmp_path, disk, stage):
     for leave in (0, 8192):
         fill(disk, leave)
         code, text = ended(start(said, name, *flags), said)
-        assert code == 1 and str(folder) in one_line(text) and "make room" in text, text
+        assert code == 1 and str(folder) in one_line(text) and "Make room" in text, text
         assert {path.name: path.read_bytes() for path in folder.glob("*.*") if path.suffix != ".jsonl"} == before
         (disk / "filler").unlink()
     code, text = ended(start(said, name, *flags), said)
@@ -599,7 +602,10 @@ def picture_readers(folder):
 
     def read(path):
         files = data.ImageFiles([path], 16)
-        crops = files.read(0, lambda path: data.read_crops(path, [(8, (0.3, 1.0))], 0.75, torch.full((1, 5), 0.5)))
+        try:
+            crops = files.read(0, lambda path: data.read_crops(path, [(8, (0.3, 1.0))], 0.75, torch.full((1, 5), 0.5)))
+        except data.Unreadable as problem:  # as data.command ends
+            data.fail(problem)
         assert files[0].shape == (3, 16, 16) and crops[0].shape == (3, 8, 8)
 
     return {name: (folder / name, read) for name in modes}
@@ -792,6 +798,84 @@ def test_nothing_on_the_default_path_needs_a_network_nor_plain_paths(tmp_path):
     done = subprocess.run(["unshare", "-n", *command("data", "--dataset", "cifar10", "--download", "--data-dir", tmp_path / "c", "--out", out)], capture_output=True,
                           text=True, env=ENVIRONMENT, timeout=60)
     assert done.returncode == 1 and str(tmp_path / "c" / "cifar-10-binary.tar.gz") in one_line(done.stderr)
+
+
+@pytest.mark.parametrize("signal_sent", [False, True])
+def test_a_picture_or_a_worker_that_vanishes_ends_the_run_with_one_line(tmp_path, signal_sent):
+    """A file is removed while workers decode, or one of these is killed: no traceback, no hang, and the lock is free at once."""
+    folder, said = conftest.make_folder(tmp_path / "tree" / "train", 24), tmp_path / "said"
+    conftest.make_folder(tmp_path / "tree" / "val", 8)
+    words = ["tokenizer", *TINY["tokenizer"], *"--patch 8 --global-size 32 --local-size 16 --sem-read patches --dataset imagenet --image-size 32 --workers 2 "
+             "--save-every 3 --steps 100000 --data-dir".split(), tmp_path / "tree", "--out", tmp_path / "out"]
+    process = start(said, *words)
+    wait_for((tmp_path / "out" / "imagenet" / "tokenizer.pt").exists)
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        workers = [int(pid) for pid in file.read().split()]
+    os.kill(workers[0], signal.SIGKILL) if signal_sent else (folder / "cats" / "1.png").unlink()
+    code, text = ended(process, said)
+    assert code == 1 and ("decodes images" if signal_sent else "1.png: does not open") in one_line(text) and text.count("\n") <= 2, text
+    process = start(said, *words, "--steps", "100001")  # other settings: the lock comes first
+    assert "steps 100000 → 100001" in one_line(ended(process, said)[1]) or not signal_sent
+    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers))
+
+
+def test_processes_that_were_started_differently_stop_before_the_first_step(trained, tmp_path):
+    """Another flag, another seed, other codes, another checkpoint in one of two processes: both name it."""
+    for name in ("one", "two"):
+        link_codes(trained, tmp_path / name)
+    ran = start_pair(tmp_path / "said", "prior", "--kind", "ar", *TINY["prior"], "--out", tmp_path / "one")
+    assert [ended(*process)[0] for process in ran] == [0, 0]
+    address = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": 2}
+    for change, word in ((["--lr", "0.3"], "lr 0.01 and 0.3"), (["--seed", "9"], "seed 0 and 9"), (["--out", tmp_path / "one"], "prior-ar.pt")):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            address["MASTER_PORT"] = s.getsockname()[1]
+        flags = ["--kind", "ar", *TINY["prior"], "--out", tmp_path / "two"]
+        pair = [start(tmp_path / f"said{rank}", "prior", *flags, *(change if rank else []), **address, RANK=rank, LOCAL_RANK=rank) for rank in (0, 1)]
+        for rank, process in enumerate(pair):
+            code, said = ended(process, tmp_path / f"said{rank}")
+            assert code == 1 and "processes of this run differ" in one_line(said) and word in said, said
+    assert not (tmp_path / "two" / "shapes" / "prior-ar.pt").exists()
+    for odd in ({"WORLD_SIZE": "2"}, {"RANK": "x"}, {"WORLD_SIZE": "0"}, {"RANK": "1"}):
+        process = start(tmp_path / "said", "prior", *flags, **odd)
+        assert "torchrun" in one_line(ended(process, tmp_path / "said")[1])
+
+
+def test_what_belongs_to_other_codes_or_captions_is_not_scored(trained, tmp_path):
+    """A report, captions, a part of a stopped encoding that lie where others should: refused, or made again."""
+    folder = link_all(trained, tmp_path)
+    report = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").unlink(), (folder / "tokenizer.json").write_text(json.dumps({**report, "values used": 0.5}))
+    refuse("sample", "--score", "--count", "8", "--out", tmp_path, words=["tokenizer.json", "not the report", "python tokenizer.py"])
+    call("tokenizer", *TINY["tokenizer"], "--out", tmp_path)
+    assert json.loads((folder / "tokenizer.json").read_text()) == report
+    state = weights(tmp_path, "text_prior")
+    (folder / "text_prior.pt").unlink(), torch.save({**state, "trained_on": {**state["trained_on"], "captions": "others"}}, folder / "text_prior.pt")
+    refuse("sample", "--score", "--count", "8", "--out", tmp_path, words=["text_prior.pt", "other captions"])
+    for k in (0, 1):
+        np.savez(tmp_path / f"{1 - k:06d}.npz", part=k, x=np.arange(3))
+        with pytest.raises(SystemExit, match="damaged part"):
+            data.read_chunk(tmp_path / f"{1 - k:06d}.npz")
+
+
+def test_output_that_nobody_reads_costs_nothing(trained, tmp_path):
+    """Standard output closed, full or cut short, standard error closed: the training is saved, and no traceback is seen."""
+    for how, codes in ((">&-", (0,)), ("2>&-", (0,)), ("> /dev/full", (1,)), ("| true", (0, 1))):
+        out = tmp_path / how.strip("| >/&").replace("/", "")
+        link_codes(trained, out)
+        words = " ".join(f"'{word}'" for word in command("prior", "--kind", "ar", *TINY["prior"], "--out", out))
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{words} {how}"], capture_output=True, text=True, env=ENVIRONMENT)
+        assert done.returncode in codes and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, (how, done.stderr)
+        assert weights(out, "prior-ar")["step"] == 6
+
+
+def test_two_writers_of_one_file_leave_one_of_theirs_whole(tmp_path):
+    write = "import sys, data\nfor k in range(150): data.write_atomic(sys.argv[1] + '/file', lambda file: file.write(sys.argv[2].encode() * 100_000))"
+    writers = [subprocess.Popen([sys.executable, "-c", write, str(tmp_path), letter], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE) for letter in "ab"]
+    wait_for((tmp_path / "file").exists)
+    while any(writer.poll() is None for writer in writers):
+        assert (tmp_path / "file").read_bytes() in (b"a" * 100_000, b"b" * 100_000)
+    assert all(writer.returncode == 0 for writer in writers) and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_download_that_never_ends_ends_in_one_line(tmp_path, monkeypatch):
