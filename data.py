@@ -1323,7 +1323,7 @@ def pin_threads():
 
 def bfloat16_is_faster(device):
     """Whether a step in bfloat16 takes less time than one in float32: on CUDA, and on a CPU with AMX, or AVX512-BF16 by AMD. Intel's
-    AVX512-BF16, where AMX is missing or hidden (virtual machines), takes twice as long instead of half."""
+    AVX512-BF16, where AMX is missing or hidden (virtual machines), takes longer (README, log)."""
     if device.type != "cpu":
         return device.type == "cuda"
     if torch.cpu._is_amx_tile_supported():
@@ -1757,7 +1757,7 @@ def command(main):
         if "DataLoader worker" in str(problem):
             fail(f"a process that decodes images was ended from outside ({' '.join(str(problem).split())[:200]}); the same command goes on from the last "
                  "checkpoint, --workers 0 does without such processes")
-        if not isinstance(problem, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(problem):
+        if not isinstance(problem, (MemoryError, torch.OutOfMemoryError)) and not re.search("allocate memory|overflow", str(problem)):
             raise
         fail(f"out of memory ({str(problem)[:200]}); lower --batch-size or the sizes asked for, raise --accumulate or the number of processes; --dry-run of "
              "a stage says what it needs")
