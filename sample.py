@@ -752,6 +752,8 @@ def parse(argv):
     args.count = args.count or (50_000 if args.inception else 2000)
     if args.inception and not args.score:
         parser.error("argument --inception: only --score reads it")
+    if max(args.text_guidance) > 1e6:  # log-probabilities times more would not be finite
+        parser.error(f"argument --text-guidance: expected at most 1,000,000, got {max(args.text_guidance):g}")
     if args.count < 4:
         parser.error(f"argument --count: expected at least 4 pictures, got {args.count}")
     if not (args.command or args.train or args.score):

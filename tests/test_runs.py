@@ -249,7 +249,7 @@ def test_a_run_that_turns_to_nan_stops_and_keeps_the_last_checkpoint(trained, tm
     ("text_prior", ["--mix", "0", "0", "0"], ["--mix"]), ("text_prior", ["--heads", "3"], ["--heads"]), ("text_prior", ["--mix", "1"], ["--mix"]), ("sample", [], ["say what to do"]),
     ("tokenizer", ["--weight-decay-final", "0.1"], ["--weight-decay-final", "--weight-decay"]), ("tokenizer", ["--init", "x.pth"], ["--init", "--stem"]),
     ("tokenizer", ["--sem-rank", "-1"], ["--sem-rank"]), ("generator", ["--size", "XXL"], ["--size"]), ("text_prior", ["--shard"], ["--shard", "--lr-matrix"]),
-    ("sample", ["unconditional", "--inception", "x.pt"], ["--inception", "--score"]), ("sample", ["paint"], ["paint"]), ("data", ["--download"], ["--download", "cifar10"])])
+    ("sample", ["unconditional", "--inception", "x.pt"], ["--inception", "--score"]), ("sample", ["paint"], ["paint"]), ("sample", ["text", "--text-guidance", "2", "1e300"], ["--text-guidance"]), ("data", ["--download"], ["--download", "cifar10"])])
 def test_wrong_flags_stop_with_exit_code_2(tmp_path, name, flags, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(name).main([*flags, "--out", str(tmp_path)])
