@@ -477,6 +477,11 @@ def check_folder(folder, names, args):
         known = known if known.pop("checksum") == checksum([tree, known]) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         known = None  # none yet, or not whole: all are checked again
+    agree(**{"number of images": len(names), "checksum of their names": checksum(names)})
+    if dist.is_initialized():  # all check, or none: copies of the tree on several nodes may differ in their times
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, known)
+        known = known if all(other == known for other in everywhere) else None
     pixels, before = [], known
     if known is None or in_memory:
         share = dist.is_initialized() and not in_memory
