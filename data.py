@@ -478,10 +478,7 @@ def check_folder(folder, names, args):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         known = None  # none yet, or not whole: all are checked again
     agree(**{"number of images": len(names), "checksum of their names": checksum(names)})
-    if dist.is_initialized():  # all check, or none: copies of the tree on several nodes may differ in their times
-        everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, known)
-        known = known if all(other == known for other in everywhere) else None
+    known = known if all(other == known for other in gather(known)) else None  # all check, or none: copies on several nodes differ in their times
     pixels, before = [], known
     if known is None or in_memory:
         share = dist.is_initialized() and not in_memory
@@ -495,9 +492,7 @@ def check_folder(folder, names, args):
             if file and in_memory:
                 pixels.append(image)
         if share:
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, found)
-            found = {name: value for part in parts for name, value in part.items()}
+            found = {name: value for part in gather(found) for name, value in part.items()}
         known = {"bad": [name for name in names if not found[name]], "contents": checksum([found[name] for name in names if found[name]])}
         write_json(index, {**known, "checksum": checksum([tree, known])})
     bad = set(known["bad"])
@@ -1025,12 +1020,17 @@ NOT_SETTINGS |= {"size", "vae", "init"}  # nor the name of what other settings, 
 NOT_SETTINGS |= {"window"}  # nor what follows from the captions, whose own checksum is compared
 
 
+def gather(value):
+    """The plain values of all processes of this run, in their order."""
+    everywhere = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(everywhere, value)
+    return everywhere
+
+
 def agree(**values):
     """Fail, in all processes of this run, where they do not have the same plain values, naming what differs."""
-    if not dist.is_initialized():
-        return
-    everywhere = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, values)
+    everywhere = gather(values)
     differ = [f"{name} {mine} and {other.get(name)}" for other in everywhere for name, mine in everywhere[0].items() if other.get(name) != mine]
     if differ:
         fail(f"the processes of this run differ ({', '.join(dict.fromkeys(differ))}); start all with the same command, on the same files")
