@@ -1,19 +1,25 @@
-"""Stage 1: images → discrete latent codes. A ViT with a simplicial embedding (SEM), trained by self-distillation (DINOv2).
+"""Stage 1: images → discrete latent codes. A ViT with a simplicial embedding (SEM), trained by
+self-distillation (DINOv2).
 
 The SEM turns R read tokens h into L points on a simplex and back (paper, section 3.1):
-    z = LayerNorm(W_in · flatten(h)) reshaped (L, V)    p = softmax(z / tau) over V    out = Norm(W_out · flatten(p))      (1)
-    code_l = argmax_v z_lv − mean of z_lv over the training images (the mean is ours: without it few values are used)    (2)
-Training (DINO on `out`, iBOT on masked patches, KoLeo spreads the batch; the teacher is a moving average of the student):
-    loss = − Σ_k t_k log s_k over pairs of views + ibot · the same on masked patches − koleo · mean log nearest distance   (3)
+    z = LayerNorm(W_in · flatten(h)) as (L, V)   p = softmax(z / tau) over V   out = Norm(W_out · p)       (1)
+    code_l = argmax_v z_lv − its mean over training images (ours: without it few values are used)          (2)
+Training (DINO on `out`, iBOT on masked patches, KoLeo spreads the batch; the teacher averages the student):
+    loss = − Σ_k t_k log s_k over pairs of views + ibot · the same on masked patches                       (3)
+           − koleo · mean log distance to the nearest other image
 
-Reads images; writes OUT/<dataset>/tokenizer.pt, codes.npy (N, 2 flips, L), codes.json, tokenizer.json (the report).
-    python tokenizer.py                                                        # shapes on a CPU
-    python tokenizer.py --dataset cifar10                                      # one GPU
-    torchrun --nproc-per-node 8 tokenizer.py --dataset imagenet                # a node
+Reads images; writes OUT/<dataset>/tokenizer.pt and codes.pt (codes (N, 2 flips, L) and a report on them).
+    python tokenizer.py                                                      # shapes on a CPU
+    python tokenizer.py --dataset cifar10                                    # one GPU
+    torchrun --nproc-per-node 8 tokenizer.py --dataset imagenet              # a node
 """
 import argparse
+import functools
+import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import data  # first: it sets the threads' waiting policy before torch starts them
 import numpy as np
@@ -22,27 +28,34 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 PRESETS = {
-    "cifar10": dict(steps=40_000, batch_size=512, lr=1e-3, momentum=0.992, warmup=2000,
-                    patch=4, width=384, depth=8, heads=6, attention=True, registers=4, codes=64, values=64,
-                    prototypes=4096, teacher_temperature=0.04, ibot=0.5, koleo=0.1,
-                    global_scale=[0.4, 1.0], ratio=0.75, locals=4, local_scale=[0.1, 0.4],
-                    jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, solarise=0.2),
-    "folder": dict(steps=2000, batch_size=128, codes=64, prototypes=1024, jitter=[0.2, 0.2, 0.1, 0.05], global_scale=[0.5, 1.0], ratio=0.75),
-    "imagenet": dict(steps=125_000, batch_size=256, lr=5e-5, lr_final=0.02, momentum=0.992, warmup=12_500, weight_decay=0.04,
-                     image_size=256, workers=12,
-                     weight_decay_final=0.4, layer_decay=0.9, patch_lr=0.2,
-                     patch=14, stem=0, width=1024, depth=24, heads=16, attention=True, registers=4, layer_scale=1e-5, drop_path=0.3,
-                     codes=512, values=256, sem_read="registers", centre_codes=False,
-                     head_hidden=2048, bottleneck=256, prototypes=65_536, teacher_temperature=0.07, teacher_start=0.04, teacher_warmup=37_500, ibot=1.0, koleo=0.1,
-                     global_size=224, global_scale=[0.32, 1.0], ratio=0.75, locals=8, local_size=98, local_scale=[0.05, 0.32],
-                     jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, blur=[1.0, 0.1, 0.5], solarise=0.2),
+    "cifar10": dict(
+        patch=4, width=384, depth=8, heads=6, attention=True, registers=4, codes=64, values=64,
+        prototypes=4096, teacher_temperature=0.04, ibot=0.5, koleo=0.1,
+        global_scale=[0.4, 1.0], ratio=0.75, locals=4, local_scale=[0.1, 0.4],
+        jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, solarise=0.2,
+        steps=40_000, batch_size=512, lr=1e-3, momentum=0.992, warmup=2000),
+    "folder": dict(
+        codes=64, prototypes=1024,
+        global_scale=[0.5, 1.0], ratio=0.75, jitter=[0.2, 0.2, 0.1, 0.05],
+        steps=2000, batch_size=128),
+    "imagenet": dict(
+        image_size=256, patch=14, stem=0, width=1024, depth=24, heads=16, attention=True, registers=4,
+        layer_scale=1e-5, drop_path=0.3, codes=512, values=256, sem_read="registers", centre_codes=False,
+        head_hidden=2048, bottleneck=256, prototypes=65_536, ibot=1.0, koleo=0.1,
+        teacher_temperature=0.07, teacher_start=0.04, teacher_warmup=37_500,
+        global_size=224, global_scale=[0.32, 1.0], ratio=0.75,
+        locals=8, local_size=98, local_scale=[0.05, 0.32],
+        jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, blur=[1.0, 0.1, 0.5], solarise=0.2,
+        steps=125_000, batch_size=256, lr=5e-5, lr_final=0.02, momentum=0.992, warmup=12_500,
+        weight_decay=0.04, weight_decay_final=0.4, layer_decay=0.9, patch_lr=0.2, workers=12),
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # model (names and arithmetic of DINOv2 with registers)
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -51,11 +64,13 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x):
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 × (B, H, N, D/H)
+        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 × (B, H, N, D/H)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
 
@@ -65,7 +80,8 @@ class MLP(nn.Module):
 
     def __init__(self, width, hidden):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))  # (..., D)
@@ -83,14 +99,19 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with LayerScale and drop-path; without attention an MLP on each token. (B, N, D) → (B, N, D)."""
+    """Pre-norm transformer block with LayerScale and drop-path; without attention an MLP on each token.
+    (B, N, D) → (B, N, D)."""
 
     def __init__(self, width, heads, attention, drop_path, layer_scale):
         super().__init__()
         self.attention, self.drop_path = attention, drop_path
         if attention:
-            self.norm1, self.attn, self.ls1 = nn.LayerNorm(width, eps=1e-6), Attention(width, heads), LayerScale(width, layer_scale)
-        self.norm2, self.mlp, self.ls2 = nn.LayerNorm(width, eps=1e-6), MLP(width, 4 * width), LayerScale(width, layer_scale)
+            self.norm1 = nn.LayerNorm(width, eps=1e-6)
+            self.attn = Attention(width, heads)
+            self.ls1 = LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, 4 * width)
+        self.ls2 = LayerScale(width, layer_scale)
 
     def drop(self, branch):
         """Drop the whole branch of some samples while training, keeping its mean."""
@@ -106,14 +127,16 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches → tokens. (B, 3, S, S) → (B, N, D), N = (S / patch)². `stem` halving convolutions before the projection help small images."""
+    """Patches → tokens. (B, 3, S, S) → (B, N, D), N = (S / patch)². `stem` halving convolutions before the
+    projection help small images."""
 
     def __init__(self, patch, width, stem):
         super().__init__()
         channels, layers = 3, []
         for k in range(stem):
-            layers += [nn.Conv2d(channels, 32 << k, 3, stride=2, padding=1), nn.GroupNorm(1, 32 << k), nn.GELU()]
-            channels = 32 << k
+            wider = 32 << k
+            layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GroupNorm(1, wider), nn.GELU()]
+            channels = wider
         self.stem = nn.Sequential(*layers)
         self.proj = nn.Conv2d(channels, width, patch >> stem, stride=patch >> stem)
 
@@ -122,7 +145,8 @@ class PatchEmbed(nn.Module):
 
 
 def resize_positions(positions, side):
-    """Positions of CLS and patches (1, 1 + N, D) → (1, 1 + side², D), bicubic with antialias, for another image size."""
+    """Positions of CLS and patches (1, 1 + N, D) → (1, 1 + side², D), bicubic with antialias, for another
+    image size."""
     own = math.isqrt(positions.shape[1] - 1)
     if side == own:
         return positions
@@ -131,27 +155,38 @@ def resize_positions(positions, side):
     return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
 
-class ViT(nn.Module):
-    """Vision transformer with registers and the simplicial embedding. sem_rank: W_in and W_out of equation (1) as products of two
-    matrices of that rank; 0: whole."""
+def projection(inputs, outputs, rank):
+    """A matrix, as the product of two of this rank; rank 0: whole."""
+    if rank == 0:
+        return nn.Linear(inputs, outputs, bias=False)
+    return nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False))
 
-    def __init__(self, image_size, patch, width, depth, heads, codes, values, tau, sem_read, registers, stem=0, attention=True,
-                 drop_path=0.0, layer_scale=1e-5, sem_rank=0):
+
+class ViT(nn.Module):
+    """Vision transformer with registers and the simplicial embedding. sem_rank: of W_in and W_out of equation
+    (1)."""
+
+    def __init__(self, image_size, patch, width, depth, heads, codes, values, tau, sem_read, registers,
+                 stem=0, attention=True, drop_path=0.0, layer_scale=1e-5, sem_rank=0):
         super().__init__()
-        self.side, self.L, self.V, self.tau, self.sem_read = image_size // patch, codes, values, tau, sem_read
+        self.L, self.V, self.tau, self.sem_read = codes, values, tau, sem_read
+        self.image_size, self.side, self.first_patch = image_size, image_size // patch, 1 + registers
         self.patch_embed = PatchEmbed(patch, width, stem)
-        self.cls_token, self.mask_token = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, width))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, width))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side ** 2, width))
-        self.blocks = nn.ModuleList(Block(width, heads, attention, drop_path, layer_scale) for _ in range(depth))
+        blocks = [Block(width, heads, attention, drop_path, layer_scale) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        reads = {"registers": 1, "patches": self.side ** 2}[sem_read]  # groups of positions that are read apart
-        inputs = (1 + registers) * width if sem_read == "registers" else width
-        linear = lambda a, b: nn.Linear(a, b, bias=False)
-        project = (lambda a, b: nn.Sequential(linear(a, sem_rank), linear(sem_rank, b))) if sem_rank else linear
-        self.sem_embed = project(inputs, codes // reads * values)
-        self.sem_norm = nn.LayerNorm(codes // reads * values)
-        self.sem_out = project(codes // reads * values, width)
+        if sem_read == "registers":  # CLS and registers together
+            reads, inputs = 1, (1 + registers) * width
+        else:  # each patch on its own
+            reads, inputs = self.side ** 2, width
+        simplices = codes // reads * values
+        self.sem_embed = projection(inputs, simplices, sem_rank)
+        self.sem_norm = nn.LayerNorm(simplices)
+        self.sem_out = projection(simplices, width, sem_rank)
         self.register_buffer("sem_centre", torch.zeros(codes, values))  # set after training by centre_codes
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -167,7 +202,8 @@ class ViT(nn.Module):
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         B, N, _ = x.shape
-        x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1) + resize_positions(self.pos_embed, math.isqrt(N))  # (B, 1 + N, D)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1)  # (B, 1 + N, D)
+        x = x + resize_positions(self.pos_embed, math.isqrt(N))
         x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], 1)  # (B, 1 + R + N, D)
         for block in self.blocks:
             x = block(x)
@@ -175,8 +211,10 @@ class ViT(nn.Module):
 
     def logits(self, x):
         """z of equation (1) from un-normalised tokens: (B, reads, L · V / reads)."""
-        r = 1 + self.register_tokens.shape[1]
-        h = x[:, :r].flatten(1)[:, None] if self.sem_read == "registers" else x[:, r:]  # (B, reads, inputs)
+        if self.sem_read == "registers":
+            h = x[:, :self.first_patch].flatten(1)[:, None]  # (B, 1, (1 + R) · D)
+        else:
+            h = x[:, self.first_patch:]  # (B, N, D)
         return self.sem_norm(self.sem_embed(h))
 
     def forward(self, images, mask=None):
@@ -185,15 +223,19 @@ class ViT(nn.Module):
         z = self.logits(x)
         p = (z.unflatten(-1, (-1, self.V)).float() / self.tau).softmax(-1)  # (B, reads, L / reads, V)
         out = self.sem_out(p.flatten(-2).to(z.dtype)).mean(1)  # (B, D); one read: the mean over it is itself
-        return self.norm(out), self.norm(x[:, 1 + self.register_tokens.shape[1]:])
+        return self.norm(out), self.norm(x[:, self.first_patch:])
 
     @torch.no_grad()
     def encode(self, images):
-        """Codes (B, L) long of equation (2) and features (B, D) of images (B, 3, S, S) in [-1, 1]: the normalised CLS, or the
-        mean of the normalised patches where the SEM reads those."""
+        """Codes (B, L) long of equation (2) and features (B, D) of images (B, 3, S, S) in [-1, 1]: the
+        normalised CLS, or the mean of the normalised patches where the SEM reads those."""
         x = self.tokens(images)
-        z, normal = self.logits(x).float().view(len(x), self.L, self.V), self.norm(x).float()
-        features = normal[:, 0] if self.sem_read == "registers" else normal[:, 1 + self.register_tokens.shape[1]:].mean(1)  # (B, D)
+        z = self.logits(x).float().view(len(x), self.L, self.V)
+        normal = self.norm(x).float()
+        if self.sem_read == "registers":
+            features = normal[:, 0]  # (B, D)
+        else:
+            features = normal[:, self.first_patch:].mean(1)  # (B, D)
         return (z - self.sem_centre).argmax(-1), features
 
 
@@ -202,7 +244,8 @@ class DINOHead(nn.Module):
 
     def __init__(self, width, hidden, bottleneck, prototypes):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+                                 nn.Linear(hidden, bottleneck))
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck) * bottleneck ** -0.5)
 
     def forward(self, x):
@@ -211,29 +254,183 @@ class DINOHead(nn.Module):
 
 
 class Student(nn.Module):
-    """Backbone and head; the teacher is another copy of it. One call does all views, so that DDP sees one forward."""
+    """Backbone and head; the teacher is another copy of it. One call does all views, so that DDP sees one
+    forward."""
 
     def __init__(self, backbone, head):
         super().__init__()
         self.backbone, self.head = backbone, head
 
     def forward(self, global_crops, local_crops=None, mask=None, chosen=None):
-        """global_crops (2B, 3, S, S), local_crops (K·B, 3, s, s), mask (2B, N), chosen: rows of the flattened (2B · N) patches.
+        """global_crops (2B, 3, S, S), local_crops (K·B, 3, s, s), mask (2B, N), chosen: rows of the flattened
+        (2B · N) patches.
 
-        Returns head outputs of the views (2B or 2B + K·B, prototypes), of the chosen patches (n, prototypes) or None,
-        and out (2B, D) of the global crops.
-        """
+        Returns head outputs of the views (2B or 2B + K·B, prototypes), of the chosen patches (n, prototypes)
+        or None, and out (2B, D) of the global crops. """
         out, patches = self.backbone(global_crops, mask)  # (2B, D), (2B, N, D)
         views = out if local_crops is None else torch.cat([out, self.backbone(local_crops)[0]])
         masked = None if chosen is None else self.head(patches.flatten(0, 1)[chosen])
         return self.head(views), masked, out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# loss
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# views
+# ----------------------------------------------------------------------------------------------------------
 
-def all_reduce_sum(x):
+def view_sizes(args):
+    """(size, scale) of the views of an image: two global crops, then the local ones. scale: least and largest
+    share of the image's area."""
+    return [(args.global_size, args.global_scale)] * 2 + [(args.local_size, args.local_scale)] * args.locals
+
+
+def crop_boxes(u, scale, ratio, aspect=1.0):
+    """Boxes of random resized crops and whether to mirror (p 0.5), from u (..., 5) uniform, for images whose
+    width / height is `aspect`.
+
+    scale: the crop's share of the area, from and to; ratio: smallest width / height, the largest is its
+    inverse. Returns centre x, y in [-1, 1], width and height as shares of the image's, mirror: each (...).
+    """
+    area = scale[0] + (scale[1] - scale[0]) * u[..., 0]
+    shape = torch.exp((2 * u[..., 1] - 1) * math.log(ratio)) / aspect
+    width = (area * shape).sqrt().clamp(max=1)
+    height = (area / shape).sqrt().clamp(max=1)
+    x = (1 - width) * (2 * u[..., 2] - 1)
+    y = (1 - height) * (2 * u[..., 3] - 1)
+    return x, y, width, height, u[..., 4] < 0.5
+
+
+def read_crops(path, u, views, ratio):
+    """Random resized crops of an image file, cut from the whole of it: views [(size, scale), ...] as
+    view_sizes, u (views, 5) uniform → [(3, size, size) uint8, ...]. Raises as data.open_image."""
+    def boxes(width, height):
+        return [crop_boxes(u_k, scale, ratio, width / height) for u_k, (_, scale) in zip(u, views)]
+
+    def least_scale(width, height):
+        sides = zip(boxes(width, height), views)
+        return min(1.0, max(size / min(box[2] * width, box[3] * height) for box, (size, _) in sides))
+
+    crops = []
+    with data.open_image(path, least_scale) as image:
+        w, h = image.size
+        for (x, y, width, height, mirror), (size, _) in zip(boxes(w, h), views):
+            left, top = float((1 + x - width) / 2 * w), float((1 + y - height) / 2 * h)
+            right, bottom = float(left + width * w), float(top + height * h)
+            box = (max(0.0, left), max(0.0, top), min(w, right), min(h, bottom))
+            crop = data.to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+            crops.append(crop.flip(2) if mirror else crop)
+    return crops
+
+
+def random_crops(images, size, scale, ratio, part):
+    """Random resized crop and flip of a batch, as crop_boxes, bilinear, all in one grid_sample. images (B, 3,
+    S, S) in [-1, 1] → (B, 3, size, size)."""
+    b = len(images)
+    x, y, width, height, mirror = crop_boxes(part.uniform(5), scale, ratio)
+    theta = torch.zeros(b, 2, 3, device=images.device)
+    theta[:, 0, 0] = width * torch.where(mirror, -1.0, 1.0)
+    theta[:, 0, 2] = x
+    theta[:, 1, 1] = height
+    theta[:, 1, 2] = y
+    grid = F.affine_grid(theta, (b, 3, size, size), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+LUMA = (0.299, 0.587, 0.114)
+YIQ = (LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # brightness and two axes of chroma, from RGB
+
+
+def colour_jitter(x, jitter, part):
+    """Brightness, contrast, saturation and hue of images (B, 3, S, S) in [0, 1], each changed by at most its
+    part of `jitter`."""
+    luma = torch.tensor(LUMA, device=x.device)[None, :, None, None]
+    brightness, contrast, saturation, hue = (1 + (2 * part.uniform(1, 1, 1) - 1) * most for most in jitter)
+    y = (x * brightness).clamp(0, 1)
+    mean = (y * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    y = ((y - mean) * contrast + mean).clamp(0, 1)
+    grey = (y * luma).sum(1, keepdim=True)
+    y = ((y - grey) * saturation + grey).clamp(0, 1)
+    if jitter[3] == 0:
+        return y
+    to_yiq = torch.tensor(YIQ, device=x.device)  # a shift of hue rotates the two axes of chroma
+    angle = (hue.flatten() - 1) * 2 * math.pi
+    turn = torch.eye(3, device=x.device).repeat(len(x), 1, 1)
+    turn[:, 1, 1] = turn[:, 2, 2] = angle.cos()
+    turn[:, 1, 2] = -angle.sin()
+    turn[:, 2, 1] = angle.sin()
+    return torch.einsum("bij,bjhw->bihw", to_yiq.inverse() @ turn @ to_yiq, y).clamp(0, 1)
+
+
+def blur(x, part):
+    """Gaussian blur of images (B, 3, S, S), one width each: deviation 0.1 to 2 pixels of 224."""
+    b, side = len(x), x.shape[-1]
+    sigma = (0.1 + 1.9 * part.uniform(1, 1, 1)) * side / 224
+    radius = max(1, round(4 * side / 224))
+    offsets = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.exp(-offsets ** 2 / (2 * sigma.view(b, 1) ** 2 + 1e-8))
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)  # (3B, K), one kernel a picture
+    flat = F.pad(x.reshape(1, 3 * b, side, side), (radius,) * 4, mode="reflect")
+    flat = F.conv2d(flat, kernel[:, None, None, :], groups=3 * b)
+    flat = F.conv2d(flat, kernel[:, None, :, None], groups=3 * b)
+    return flat.view_as(x)
+
+
+def colour_augment(images, jitter, jitter_p, grey_p, blur_p, solarise_p, part):
+    """Colour jitter, grey, blur and solarisation, each with its probability per picture.
+
+    images (B, 3, S, S) in [-1, 1] → the same shape; jitter = (brightness, contrast, saturation, hue) as
+    largest relative changes (hue as a share of the colour circle). Steps with probability 0 cost nothing. """
+    x = (images + 1) / 2
+    if jitter_p > 0 and any(jitter):
+        chosen = part.uniform(1, 1, 1) < jitter_p
+        x = torch.where(chosen, colour_jitter(x, jitter, part), x)
+    if grey_p > 0:
+        luma = torch.tensor(LUMA, device=x.device)[None, :, None, None]
+        x = torch.where(part.uniform(1, 1, 1) < grey_p, (x * luma).sum(1, keepdim=True), x)
+    if blur_p > 0:
+        chosen = part.uniform(1, 1, 1) < blur_p
+        x = torch.where(chosen, blur(x, part), x)
+    if solarise_p > 0:
+        x = torch.where((part.uniform(1, 1, 1) < solarise_p) & (x >= 0.5), 1 - x, x)
+    return x * 2 - 1
+
+
+def make_views(images, args, part):
+    """The views of images (b, 3, S, S) uint8, or of their crops [(b, 3, size, size), ...] as view_sizes: a
+    list of (b, 3, size, size) in [-1, 1]."""
+    views = []
+    whole = data.from_bytes(images) if torch.is_tensor(images) else None
+    for k, (size, scale) in enumerate(view_sizes(args)):
+        if whole is not None:
+            crop = random_crops(whole, size, scale, args.ratio, part)
+        else:
+            crop = data.from_bytes(images[k])
+        solarise = args.solarise if k == 1 else 0.0
+        blur_p = args.blur[min(k, 2)]
+        views.append(colour_augment(crop, args.jitter, args.jitter_p, args.grey, blur_p, solarise, part))
+    return views
+
+
+MASK_RATIOS = (0.1, 0.23, 0.37, 0.5)  # of the patches, in every second image: as many in each batch
+
+
+def mask_counts(patches, images, first=0):
+    """How many of its patches each of `images` images hides, MASK_RATIOS[i mod 4] of them for image 2i, none
+    for odd ones; `first`: which image of the whole batch the first is."""
+    numbers = range(first, first + images)
+    return [round(MASK_RATIOS[i // 2 % 4] * patches) if i % 2 == 0 else 0 for i in numbers]
+
+
+def patch_masks(scores, first=0):
+    """iBOT masks (B, N) bool from uniform scores (B, N), as many a row as mask_counts says."""
+    counts = torch.tensor(mask_counts(scores.shape[1], len(scores), first), device=scores.device)
+    return scores.argsort(1).argsort(1) < counts[:, None]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# loss
+# ----------------------------------------------------------------------------------------------------------
+
+def sum_over_processes(x):
     """Sum over processes, without gradient."""
     if dist.is_initialized():
         dist.all_reduce(x)
@@ -242,20 +439,22 @@ def all_reduce_sum(x):
 
 @torch.no_grad()
 def sinkhorn(logits, temperature, iterations=3):
-    """Teacher targets (n, K) whose prototypes are used equally often over the whole batch (SwAV, used by DINOv2)."""
+    """Teacher targets (n, K) whose prototypes are used equally often over the whole batch (SwAV, used by
+    DINOv2)."""
     logits = logits.float() / temperature
     top = logits.max()
     if dist.is_initialized():
         dist.all_reduce(top, dist.ReduceOp.MAX)
     q = torch.exp(logits - top)  # (n, K)
     for _ in range(iterations):
-        q = q / all_reduce_sum(q.sum(0, keepdim=True)).clamp(min=1e-30)  # each prototype the same mass
+        q = q / sum_over_processes(q.sum(0, keepdim=True)).clamp(min=1e-30)  # each prototype the same mass
         q = q / q.sum(1, keepdim=True)  # each sample a distribution
     return q
 
 
 class Centering(nn.Module):
-    """Teacher targets softmax((logits − centre) / temperature), the centre a moving average of the teacher's mean logits (DINO)."""
+    """Teacher targets softmax((logits − centre) / temperature), the centre a moving average of the teacher's
+    mean logits (DINO)."""
 
     def __init__(self, prototypes, momentum=0.9):
         super().__init__()
@@ -268,7 +467,8 @@ class Centering(nn.Module):
         logits = logits.float()
         targets = ((logits - self.centre) / temperature).softmax(-1)
         world = dist.get_world_size() if dist.is_initialized() else 1
-        self.centre.lerp_(all_reduce_sum(logits.mean(0, keepdim=True)) / world, 1 - self.momentum)
+        mean = sum_over_processes(logits.mean(0, keepdim=True)) / world
+        self.centre.lerp_(mean, 1 - self.momentum)
         return targets
 
 
@@ -278,465 +478,496 @@ def cross_entropy(targets, logits, temperature):
 
 
 def dino_loss(targets, logits, temperature):
-    """Mean over all pairs of a teacher's global view i and a student's other view j. targets (2, B, K), logits (views, B, K)."""
-    pairs = [cross_entropy(targets[i], logits[j], temperature).mean() for i in range(2) for j in range(len(logits)) if i != j]
+    """Mean over all pairs of a teacher's global view i and a student's other view j. targets (2, B, K),
+    logits (views, B, K)."""
+    pairs = [cross_entropy(targets[i], logits[j], temperature).mean()
+             for i in range(2) for j in range(len(logits)) if i != j]
     return sum(pairs) / len(pairs)
 
 
 def koleo_loss(x):
-    """− mean log distance to the nearest neighbour on the unit sphere (Sablayrolles et al. 2019), over all processes' samples. x (B, D)."""
+    """− mean log distance to the nearest neighbour on the unit sphere (Sablayrolles et al. 2019), over the
+    samples of all processes. x (B, D)."""
     x = F.normalize(x.float(), dim=-1, eps=1e-8)
     if dist.is_initialized():
         x = torch.cat(dist_nn.all_gather(x))
     similarity = x @ x.T
     nearest = similarity.detach().fill_diagonal_(-2).argmax(1)
-    return -torch.log((x - x[nearest]).norm(dim=1) + 1e-8).mean()
+    neighbours = F.embedding(nearest, x)  # x[nearest], whose gradient would add rows in any order
+    return -torch.log((x - neighbours).norm(dim=1) + 1e-8).mean()
 
 
-MASK_RATIOS = (0.1, 0.23, 0.37, 0.5)  # of the patches, in every second image: the same number of masked patches in each batch
+def step_loss(student, teacher, centering, images, part, args, run, temperature):
+    """Equation (3) on images as make_views; temperature: the teacher's. Returns the loss and its parts.
+    `part` gives all randomness."""
+    def targets_of(logits, kind):
+        if args.centering == "centre":
+            return centering[kind](logits, temperature)
+        return sinkhorn(logits, temperature)
 
-
-def mask_counts(patches, images, first=0):
-    """How many of its patches each of `images` images hides, MASK_RATIOS[i mod 4] of them for image 2i, none for odd ones; `first`:
-    which image of the whole batch the first is."""
-    return [round(MASK_RATIOS[i // 2 % 4] * patches) if i % 2 == 0 else 0 for i in range(first, first + images)]
-
-
-def patch_masks(scores, first=0):
-    """iBOT masks (B, N) bool from uniform scores (B, N), as many a row as mask_counts says."""
-    counts = torch.tensor(mask_counts(scores.shape[1], len(scores), first), device=scores.device)
-    return scores.argsort(1).argsort(1) < counts[:, None]
-
-
-def view_sizes(args):
-    """(size, scale) of the views of an image: two global crops, then the local ones."""
-    return [(args.global_size, args.global_scale)] * 2 + [(args.local_size, args.local_scale)] * args.locals
-
-
-def teacher_temperature(step, args):
-    """Of the teacher's softmax: from --teacher-start, linear over --teacher-warmup steps."""
-    share = min(1.0, step / args.teacher_warmup) if args.teacher_warmup else 1.0
-    return args.teacher_start + share * (args.teacher_temperature - args.teacher_start)
-
-
-def step_loss(student, teacher, centering, images, draws, args, run, temperature):
-    """Equation (3) on images (b, 3, S, S) in [-1, 1], or on their crops [(b, 3, size, size)] as view_sizes; temperature: the teacher's.
-    Returns the loss and its parts. `draws` gives all randomness."""
-    def view(k, size, scale):
-        crop = data.random_crops(images, size, scale, args.ratio, draws) if torch.is_tensor(images) else images[k]
-        return data.colour_augment(crop, args.jitter, args.jitter_p, args.grey, args.blur[min(k, 2)], args.solarise if k == 1 else 0.0, draws)
-
-    views = [view(k, *size) for k, size in enumerate(view_sizes(args))]
-    b, global_crops, local_crops = len(views[0]), torch.cat(views[:2]), torch.cat(views[2:]) if args.locals else None
+    views = make_views(images, args, part)
+    b = len(views[0])
+    global_crops = torch.cat(views[:2])  # (2b, 3, S, S)
+    local_crops = torch.cat(views[2:]) if args.locals else None
     mask = chosen = None
     if args.ibot > 0:
-        first, n = run.share(args.batch_size).start, (args.global_size // args.patch) ** 2
-        mask = torch.cat([patch_masks(draws.uniform(n), first) for _ in range(2)])  # (2b, N)
-        chosen = torch.nonzero_static(mask.flatten(), size=2 * sum(mask_counts(n, b, first)))[:, 0]  # known size: no wait for the device
+        n, first = (args.global_size // args.patch) ** 2, part.whole.start
+        mask = torch.cat([patch_masks(part.uniform(n), first) for _ in range(2)])  # (2b, N)
+        count = 2 * sum(mask_counts(n, b, first))  # known without asking the device
+        chosen = torch.nonzero_static(mask.flatten(), size=count)[:, 0]
     with run.autocast():
         with torch.no_grad():
             t_views, t_patches, _ = teacher(global_crops, chosen=chosen)
         s_views, s_patches, out = student(global_crops, local_crops, mask, chosen)
-    targets = lambda logits, kind: (centering[kind] if args.centering == "centre" else sinkhorn)(logits, temperature)
-    per_view = lambda x: x.unflatten(0, (-1, b))  # (views · b, K) → (views, b, K)
-    parts = {"dino": dino_loss(per_view(targets(t_views, "views")), per_view(s_views), args.student_temperature),
-             "koleo": sum(koleo_loss(view) for view in out.chunk(2)) / 2}
-    loss = parts["dino"] + args.koleo * parts["koleo"]
+
+    targets = targets_of(t_views, "views").unflatten(0, (-1, b))  # (2, b, K)
+    dino = dino_loss(targets, s_views.unflatten(0, (-1, b)), args.student_temperature)
+    koleo = sum(koleo_loss(view) for view in out.chunk(2)) / 2
+    parts = {"dino": dino, "koleo": koleo}
+    loss = dino + args.koleo * koleo
     if args.ibot > 0:
-        weight = mask / mask.sum(1, keepdim=True).clamp(min=1)  # every masked image counts the same, however many patches
-        patches = cross_entropy(targets(t_patches, "patches"), s_patches, args.student_temperature)  # (n,)
+        weight = mask / mask.sum(1, keepdim=True).clamp(min=1)  # every masked image counts the same
+        patches = cross_entropy(targets_of(t_patches, "patches"), s_patches, args.student_temperature)  # (n,)
         parts["ibot"] = (patches * weight.flatten()[chosen]).sum() / b  # half of the 2b views are masked
         loss = loss + args.ibot * parts["ibot"]
     return loss, parts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # codes and report
-# ---------------------------------------------------------------------------------------------------------------------
-
-def build_backbone(config):
-    """The ViT of a dict of settings (a checkpoint's config, or vars(args))."""
-    keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "registers", "stem", "attention", "drop_path",
-            "layer_scale", "sem_rank")
-    return ViT(config["global_size"], **{k: config[k] for k in keys if k in config})
-
+# ----------------------------------------------------------------------------------------------------------
 
 def build_student(config):
-    """Backbone and head of a dict of settings; the student starts so, the teacher as its copy."""
-    model = Student(build_backbone(config), DINOHead(config["width"], config["head_hidden"], config["bottleneck"], config["prototypes"]))
-    model.backbone.mask_token.requires_grad_(config["ibot"] > 0)  # DDP waits for the gradient of everything that has one
-    return model
+    """Backbone and head of a dict of settings (a checkpoint's config, or vars(args)); the teacher is a copy
+    of it."""
+    keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "registers", "stem",
+            "attention", "drop_path", "layer_scale", "sem_rank")
+    backbone = ViT(config["global_size"], **{key: config[key] for key in keys})
+    backbone.mask_token.requires_grad_(config["ibot"] > 0)  # DDP waits for every gradient
+    head = DINOHead(config["width"], config["head_hidden"], config["bottleneck"], config["prototypes"])
+    return Student(backbone, head)
 
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that DINOv2 sees, in [0, 1]
+def load_tokenizer(args, device):
+    """The trained teacher's backbone from OUT/<dataset>/tokenizer.pt, ready to encode."""
+    path = data.run_folder(args) / "tokenizer.pt"
+    remedy = "train it with " + data.script_command("tokenizer.py", args)
+    state = data.load_trained(path, "tokenizer", args.dataset, remedy)
+    with data.reading(path, remedy):
+        model = build_student(state["config"])
+        model.load_state_dict(state["ema"])
+    return model.backbone.to(device).eval()
+
+
+def to_input(images, backbone, run):
+    """Bytes (B, 3, S, S) → floats in [-1, 1] on the device, at the size the ViT was trained on."""
+    x = data.from_bytes(images.to(run.device))
+    if x.shape[-1] == backbone.image_size:
+        return x
+    return F.interpolate(x, size=backbone.image_size, mode="bicubic", antialias=True)
+
+
+def encode_images(backbone, images, run):
+    """Codes (B, L) and features (B, D) of images (B, 3, S, S) uint8."""
+    with run.autocast():
+        return backbone.encode(to_input(images, backbone, run))
+
+
+@torch.no_grad()
+def centre_codes(backbone, dataset, run, most=4000):
+    """Set the mean of z (L, V) that equation (2) subtracts, over training images: each value is chosen where
+    it is unusually likely."""
+    rows = torch.as_tensor(np.random.default_rng(0).permutation(dataset.splits["train"])[:most])
+    sums = []
+    for part in rows.split(500):
+        with run.autocast():
+            z = backbone.logits(backbone.tokens(to_input(dataset.pixels(part), backbone, run)))
+        sums.append(z.float().view(len(part), backbone.L, backbone.V).sum(0))
+    backbone.sem_centre.copy_(torch.stack(sums).sum(0) / len(rows))
+
+
+def encode_dataset(backbone, dataset, folder, run, workers, batch=500):
+    """{"codes": (N, 2 flips, L), "features": (N, D) float16 of the unflipped images} of the whole dataset,
+    made in `folder` by data.fill_rows."""
+    def encode(rows):
+        codes, features = [], []
+        for images in dataset.batches(rows, batch, workers):
+            straight, straight_features = encode_images(backbone, images, run)
+            mirrored, _ = encode_images(backbone, images.flip(3), run)
+            codes.append(torch.stack([straight, mirrored], 1).cpu())
+            features.append(straight_features.half().cpu())
+        return {"codes": torch.cat(codes), "features": torch.cat(features)}
+
+    width = backbone.pos_embed.shape[2]
+    shapes = {"codes": ((2, backbone.L), data.code_type(backbone.V)), "features": ((width,), torch.float16)}
+    return data.fill_rows(folder, len(dataset), run, encode, shapes)
+
+
+def accuracies(found, y):
+    """How often each factor is right: found [(n,) a factor], y (n, factors)."""
+    return [(values == y[:, k]).float().mean().item() for k, values in enumerate(found)]
+
+
+def linear_probe(x, y, sizes, tests, values=None):
+    """Fit one linear softmax classifier a factor by L-BFGS; y (n, factors) long, sizes: values a factor; x
+    (n, d) features, or, with `values`, codes (n, L) long, which stand for their one-hot vectors (n, L ·
+    values) without these being made.
+
+    tests {name: (x, y)} → {name: [accuracy a factor]}. Inputs are standardised by the training mean and
+    deviation. """
+    if values:
+        first = torch.arange(x.shape[1], device=x.device) * values  # of each position
+        mean = torch.bincount((x + first).flatten(), minlength=len(first) * values) / len(x)
+        std = (mean * (1 - mean)).sqrt()
+    else:
+        mean, std = x.mean(0), x.std(0)
+    weight = torch.zeros(len(mean) + 1, sum(sizes), device=x.device, requires_grad=True)
+
+    def scores(x):
+        scaled = weight[1:] / (std + 1e-3)[:, None]  # the first row is the bias
+        product = F.embedding_bag(x + first, scaled, mode="sum") if values else x @ scaled  # (n, Σ sizes)
+        return (product - mean @ scaled + weight[0]).split(sizes, 1)  # factors × (n, size)
+
+    def closure():
+        optimizer.zero_grad()
+        nll = sum(F.cross_entropy(s, y[:, k]) for k, s in enumerate(scores(x)))
+        loss = nll + 1e-4 * weight[1:].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer = torch.optim.LBFGS([weight], max_iter=60, history_size=5, line_search_fn="strong_wolfe")
+    optimizer.step(closure)
+    result = {}
+    for name, (test_x, test_y) in tests.items():
+        found = [logits.argmax(1) for logits in scores(test_x)]
+        result[name] = accuracies(found, test_y)
+    return result
+
+
+def knn(x, y, sizes, tests, values=None, k=20):
+    """Accuracy a factor of a vote of the k nearest training rows, by inner product or, for codes, equal
+    positions; arguments as linear_probe."""
+    result = {}
+    for name, (test_x, test_y) in tests.items():
+        nearest = []
+        for part in test_x.split(500):
+            likeness = -torch.cdist(part.float(), x.float(), p=0) if values else part @ x.T  # (500, n)
+            nearest.append(likeness.topk(min(k, len(x)), 1).indices)
+        votes = y[torch.cat(nearest)]  # (n, k, factors)
+        found = [F.one_hot(votes[:, :, k], size).sum(1).argmax(1) for k, size in enumerate(sizes)]
+        result[name] = accuracies(found, test_y)
+    return result
+
+
+def report(dataset, codes, features, values, run, most=10_000):
+    """What the tokenizer is judged by, on all splits but train: how many values are used and how evenly,
+    linear probe and k-NN of each factor on codes and features. codes (N, 2, L) unsigned, features (N, D)."""
+    train = dataset.splits["train"]
+    train_codes = codes[train.start:train.stop, 0]  # (n, L)
+    counts = [torch.bincount(position.long(), minlength=values) for position in train_codes.T]
+    usage = torch.stack(counts).double() / len(train)  # (L, V)
+    entropy = -(usage * usage.clamp(min=1e-12).log2()).sum(1)  # (L,)
+    distinct = np.unique(train_codes.numpy(), axis=0)
+    result = {"values used": (usage > 0).double().mean().item(),
+              "entropy per position": entropy.mean().item(),
+              "lowest entropy": entropy.min().item(),
+              "distinct codes": len(distinct) / len(train)}
+    if not dataset.factors:
+        return result
+    rng, rows = np.random.default_rng(0), {}
+    for split, whole in dataset.splits.items():
+        chosen = np.sort(rng.choice(whole, most, replace=False)) if len(whole) > most else np.array(whole)
+        rows[split] = torch.from_numpy(chosen)
+    sizes = [len(names) for names in dataset.factors.values()]
+    y = {split: dataset.labels[chosen].to(run.device) for split, chosen in rows.items()}
+    for name in ("codes", "features"):
+        x = {}
+        for split, chosen in rows.items():
+            if name == "codes":
+                x[split] = codes[chosen, 0].long().to(run.device)
+            else:
+                x[split] = F.normalize(features[chosen].float(), dim=1).to(run.device)
+        tests = {split: (x[split], y[split]) for split in rows if split != "train"}
+        for method, probe in (("linear", linear_probe), ("knn", knn)):
+            found = probe(x["train"], y["train"], sizes, tests, values if name == "codes" else None)
+            for split, right in found.items():
+                line = {factor: round(share, 4) for factor, share in zip(dataset.factors, right)}
+                result[f"{method} on {name}, {split}"] = line
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------
+# weights of others (--init)
+# ----------------------------------------------------------------------------------------------------------
+
+def read_weights(path):
+    """Tensors by name from a file of weights: .pth, .pt or .bin (no code in it is run), .safetensors, or the
+    .index.json of several such files. A dict inside under "teacher" or "model" is taken; the prefixes
+    _orig_mod., module. and backbone. are removed."""
+    path = Path(path)
+    with data.reading(path, "expected .pth, .pt, .bin, .safetensors, or an .index.json of such files"):
+        if path.suffix == ".json":
+            state = {}
+            for name in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+                state |= read_weights(path.parent / name)
+        elif path.suffix == ".safetensors":
+            with data.needed_package("safetensors", path):
+                from safetensors.torch import load_file
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        for inside in ("teacher", "model"):
+            state = state.get(inside, state)
+        if not state or not all(torch.is_tensor(value) for value in state.values()):
+            raise data.Unfit("expected tensors by name")
+        prefixes = re.compile(r"^((_orig_mod|module|backbone)\.)+")
+        return {prefixes.sub("", name): value for name, value in state.items()}
+
+
+def check_weights(path, state, model_state):
+    """Fail, naming it, where a weight is missing in `state` read from `path`, left over, or of another shape
+    than in `model_state`."""
+    for name in sorted(model_state.keys() | state.keys()):
+        found = tuple(state[name].shape) if name in state else None
+        expected = tuple(model_state[name].shape) if name in model_state else None
+        if found is None:
+            data.fail(f"{path}: lacks {name} {expected}; of another architecture")
+        if expected is None:
+            data.fail(f"{path}: has {name} {found}, which is not expected; of another architecture")
+        if found != expected:
+            data.fail(f"{path}: {name} is {found}, expected {expected}; set the sizes by flags")
 
 
 def from_transformers(state):
-    """Names of transformers' Dinov2WithRegisters → those of DINOv2's release; queries, keys and values become one matrix."""
-    names = {"embeddings.position_embeddings": "pos_embed", "embeddings.patch_embeddings.projection": "patch_embed.proj",
-             "attention.output.dense": "attn.proj", "layer_scale": "ls", ".lambda1": ".gamma", "encoder.layer.": "blocks.", "layernorm.": "norm.",
-             "embeddings.": ""}
-    found, parts = {}, ("attention.attention.query", "attention.attention.key", "attention.attention.value")
+    """Names of transformers' Dinov2WithRegisters → those of DINOv2's release; queries, keys and values become
+    one matrix."""
+    names = {"embeddings.position_embeddings": "pos_embed",
+             "embeddings.patch_embeddings.projection": "patch_embed.proj",
+             "attention.output.dense": "attn.proj", "layer_scale": "ls", ".lambda1": ".gamma",
+             "encoder.layer.": "blocks.", "layernorm.": "norm.", "embeddings.": ""}
+    query, *others = (f"attention.attention.{part}" for part in ("query", "key", "value"))
+    found = {}
     for name, value in state.items():
-        if parts[0] in name:
-            name, value = name.replace(parts[0], "attn.qkv"), torch.cat([state.get(name.replace(parts[0], part), value[:0]) for part in parts])
-        elif parts[1] in name or parts[2] in name:
+        if any(other in name for other in others):
             continue
+        if query in name:
+            value = torch.cat([value, *(state[name.replace(query, other)] for other in others)])
+            name = name.replace(query, "attn.qkv")
         for theirs, ours in names.items():
             name = name.replace(theirs, ours)
         found[name] = value
     return found
 
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # and deviation, of the images that DINOv2 sees, in [0, 1]
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
 def load_init(backbone, path):
-    """Start from DINOv2's weights (a ViT with registers, as released or in transformers' names; a simplicial embedding in it is taken too).
+    """Start from DINOv2's weights (a ViT with registers, as released or in transformers' names; a simplicial
+    embedding in it is taken too).
 
-    Positions are resized to the images at hand. DINOv2 sees images whose channels have mean 0 and deviation 1 over ImageNet, this ViT
-    pixels in [-1, 1]: the difference goes into the patch projection.
-    """
-    state = data.read_weights(path)
-    if any(name.startswith("embeddings.") for name in state):
-        state = from_transformers(state)
-    state = {name: value.float() for name, value in state.items() if not name.startswith(("dino_head.", "ibot_head.", "sem_cls_norm."))}
-    own = backbone.state_dict()
-    state = {name: value for name, value in own.items() if name.startswith("sem_")} | state
-    if "pos_embed" in state and math.isqrt(state["pos_embed"].shape[1] - 1) ** 2 == state["pos_embed"].shape[1] - 1:
-        state["pos_embed"] = resize_positions(state["pos_embed"], backbone.side)
-    data.check_weights(path, state, own)
-    mean, std, weight = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD), state["patch_embed.proj.weight"]
-    state["patch_embed.proj.bias"] = state["patch_embed.proj.bias"] + (weight * ((0.5 - mean) / std)[:, None, None]).sum((1, 2, 3))
-    state["patch_embed.proj.weight"] = weight * (0.5 / std)[:, None, None]
-    backbone.load_state_dict(state)
+    Positions are resized to the images at hand. DINOv2 sees images whose channels have mean 0 and deviation 1
+    over ImageNet, this ViT pixels in [-1, 1]: the difference goes into the patch projection. """
+    state = read_weights(path)
+    with data.reading(path, "expected the weights of a DINOv2 with registers"):
+        if any(name.startswith("embeddings.") for name in state):
+            state = from_transformers(state)
+        left_out = ("dino_head.", "ibot_head.", "sem_cls_norm.")
+        state = {name: value.float() for name, value in state.items() if not name.startswith(left_out)}
+        own = backbone.state_dict()
+        state = {name: value for name, value in own.items() if name.startswith("sem_")} | state
+        if "pos_embed" in state:
+            state["pos_embed"] = resize_positions(state["pos_embed"], backbone.side)
+        check_weights(path, state, own)
+        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        weight = state["patch_embed.proj.weight"]  # (D, 3, patch, patch)
+        shift = (weight * ((0.5 - mean) / std)[:, None, None]).sum((1, 2, 3))
+        state["patch_embed.proj.bias"] = state["patch_embed.proj.bias"] + shift
+        state["patch_embed.proj.weight"] = weight * (0.5 / std)[:, None, None]
+        backbone.load_state_dict(state)
 
+
+# ----------------------------------------------------------------------------------------------------------
+# training
+# ----------------------------------------------------------------------------------------------------------
 
 def lr_scale(args):
-    """name → what its learning rate is multiplied by: --layer-decay for each block between it and the head, --patch-lr on patches."""
+    """name → what its learning rate is multiplied by: --layer-decay for each block between it and the head,
+    --patch-lr on patches."""
+    inputs = ("patch_embed", "pos_embed", "cls_token", "mask_token", "register_tokens")
+
     def scale(name):
         name = name.removeprefix("backbone.")
+        layer = args.depth + 1
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
-        else:
-            layer = 0 if name.startswith(("patch_embed", "pos_embed", "cls_token", "mask_token", "register_tokens")) else args.depth + 1
-        return args.layer_decay ** (args.depth + 1 - layer) * (args.patch_lr if name.startswith("patch_embed") else 1.0)
+        elif name.startswith(inputs):
+            layer = 0
+        patches = args.patch_lr if name.startswith("patch_embed") else 1.0
+        return args.layer_decay ** (args.depth + 1 - layer) * patches
 
     return scale
 
 
-def load_tokenizer(args, device):
-    """The trained teacher from OUT/<dataset>/tokenizer.pt, ready to encode. Returns (backbone, config)."""
-    model, state = data.load_stage("tokenizer", args, lambda state: build_student(state["config"]))
-    return model.backbone.to(device).eval(), state["config"]
-
-
-@torch.no_grad()
-def centre_codes(backbone, dataset, config, run, most=4000):
-    """Set the mean of z (L, V) that equation (2) subtracts, over training images: each value is chosen where it is unusually likely."""
-    rows = torch.as_tensor(np.random.default_rng(0).permutation(dataset.splits["train"])[:most])
-    means = []
-    for part in rows.split(500):
-        with run.autocast():
-            z = backbone.logits(backbone.tokens(to_input(dataset.pixels(part), config, run)))
-        means.append(z.float().view(len(part), backbone.L, backbone.V).sum(0))
-    backbone.sem_centre.copy_(torch.stack(means).sum(0) / len(rows))
-
-
-def to_input(images, config, run):
-    """Bytes (B, 3, S, S) → floats in [-1, 1] on the device, at the size the ViT was trained on."""
-    x = data.unit(images.to(run.device))
-    if x.shape[-1] == config["global_size"]:
-        return x
-    return F.interpolate(x, size=config["global_size"], mode="bicubic", antialias=True)
-
-
-def encode_images(backbone, images, config, run):
-    """Codes (B, L) and features (B, D) of images (B, 3, S, S) uint8."""
-    with run.autocast():
-        return backbone.encode(to_input(images, config, run))
-
-
-def encode_dataset(backbone, dataset, config, run, batch=500):
-    """Codes (N, 2 flips, L) of the whole dataset and features (N, D) float16 of the unflipped images, as chunks that data.in_chunks
-    keeps in a folder named after the tokenizer and the splits; returns their files."""
-    def work(rows):
-        codes, features = [], []
-        for images in dataset.batches(rows, batch, config["workers"]):
-            both = [encode_images(backbone, x, config, run) for x in (images, images.flip(3))]
-            codes.append(torch.stack([c for c, _ in both], 1).cpu())
-            features.append(both[0][1].half().cpu())
-        return {"codes": torch.cat(codes).numpy().astype(data.code_type(config["values"])), "features": torch.cat(features).numpy()}
-
-    run.wait()  # the first process may still be writing the tokenizer
-    key = data.checksum([data.file_checksum(run.folder / "tokenizer.pt"), dataset.checksum])
-    return data.in_chunks(run.folder / f".codes-{key[:16]}", len(dataset), run, work)
-
-
-def linear_probe(x, y, sizes, tests, values=None):
-    """Fit one linear softmax classifier a factor by L-BFGS; y (n, F) long, sizes: values a factor; x (n, d) features, or, with `values`,
-    codes (n, L) long, which stand for their one-hot vectors (n, L · values) without these being made.
-
-    tests {name: (x, y)} → {name: [accuracy a factor]}. Inputs are standardised by the training mean and deviation.
-    """
-    if values:
-        first = torch.arange(x.shape[1], device=x.device) * values
-        mean = torch.bincount((x + first).flatten(), minlength=len(first) * values) / len(x)
-        std, times = (mean * (1 - mean)).sqrt(), lambda x, w: F.embedding_bag(x + first, w, mode="sum")
-    else:
-        mean, std, times = x.mean(0), x.std(0), lambda x, w: x @ w
-    weight = torch.zeros(len(mean) + 1, sum(sizes), device=x.device, requires_grad=True)
-
-    def scores(x):
-        scaled = weight[1:] / (std + 1e-3)[:, None]
-        return (times(x, scaled) - mean @ scaled + weight[0]).split(sizes, 1)
-
-    optimizer = torch.optim.LBFGS([weight], max_iter=60, history_size=5, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = sum(F.cross_entropy(s, y[:, k]) for k, s in enumerate(scores(x))) + 1e-4 * weight[1:].square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    with torch.no_grad():
-        return {name: [(s.argmax(1) == ty[:, k]).float().mean().item() for k, s in enumerate(scores(tx))] for name, (tx, ty) in tests.items()}
-
-
-def knn(x, y, sizes, tests, values=None, k=20):
-    """Accuracy a factor of a vote of the k nearest training rows, by inner product or, for codes, equal positions; arguments as linear_probe."""
-    result = {}
-    near = (lambda part: -torch.cdist(part.float(), x.float(), p=0)) if values else (lambda part: part @ x.T)
-    for name, (tx, ty) in tests.items():
-        nearest = torch.cat([near(part).topk(min(k, len(x)), 1).indices for part in tx.split(500)])  # (n, k)
-        result[name] = [(F.one_hot(y[nearest, f], sizes[f]).sum(1).argmax(1) == ty[:, f]).float().mean().item() for f in range(len(sizes))]
-    return result
-
-
-def report(dataset, codes, features, values, run, most=10_000):
-    """Everything the tokenizer is judged by, on all splits but train: see the README's table for what each line means."""
-    rng = np.random.default_rng(0)
-    rows = {s: np.sort(rng.choice(r, most, replace=False)) if len(r) > most else np.array(r) for s, r in dataset.splits.items()}
-    inputs = {"codes": (lambda r: torch.from_numpy(codes[r, 0].astype(np.int64)), values),
-              "features": (lambda r: F.normalize(torch.from_numpy(features[r]).float(), dim=1), None)}
-    train = codes[dataset.splits["train"].start:dataset.splits["train"].stop, 0]
-    usage = np.stack([np.bincount(train[:, k], minlength=values) for k in range(train.shape[1])]) / len(train)  # (L, V)
-    entropy = -(usage * np.log2(np.maximum(usage, 1e-12))).sum(1)
-    result = {"values used": float((usage > 0).mean()), "entropy per position": float(entropy.mean()), "lowest entropy": float(entropy.min()),
-              "distinct codes": len(np.unique(train, axis=0)) / len(train)}
-    sizes = [len(v) for v in dataset.factors.values()]
-    for name, (read, of) in inputs.items() if sizes else ():
-        x, y = read(rows["train"]).to(run.device), dataset.labels[rows["train"]].to(run.device)
-        tests = {s: (read(r).to(run.device), dataset.labels[r].to(run.device)) for s, r in rows.items() if s != "train"}
-        for method, accuracies in (("linear", linear_probe(x, y, sizes, tests, of)), ("knn", knn(x, y, sizes, tests, of))):
-            for split, values_ in accuracies.items():
-                result[f"{method} on {name}, {split}"] = {f: round(a, 4) for f, a in zip(dataset.factors, values_)}
-    return result
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# training
-# ---------------------------------------------------------------------------------------------------------------------
-
-def block_flops(tokens, width, attention=True):
-    """Forward FLOPs of one transformer block on one sample: MLP, then attention and its projections (a multiply-add counts 2)."""
-    return 16 * tokens * width ** 2 + attention * (8 * tokens * width ** 2 + 4 * tokens ** 2 * width)
-
-
-def training_flops(args):
-    """FLOPs of one step: a global crop costs 4 forwards (3 student, 1 teacher), a local crop 3; heads and stem counted, norms not."""
-    D, H = args.width, args.head_hidden
-    head = 2 * (D * H + H ** 2 + H * args.bottleneck + args.bottleneck * args.prototypes)
-
-    def view(size):
-        side = size // args.patch
-        n = side ** 2
-        stem, channels = 0, 3
-        for k in range(args.stem):
-            stem, channels = stem + 2 * (size >> k + 1) ** 2 * 9 * channels * (32 << k), 32 << k
-        patches = 2 * n * channels * (args.patch >> args.stem) ** 2 * D
-        reads, inputs = (1, (1 + args.registers) * D) if args.sem_read == "registers" else (n, D)
-        per_read = args.codes * args.values / (1 if args.sem_read == "registers" else (args.global_size // args.patch) ** 2)
-        product = lambda a, b: args.sem_rank * (a + b) if args.sem_rank else a * b  # multiply-adds of a projection, whole or of a rank
-        sem = reads * 2 * (product(inputs, per_read) + product(per_read, D))
-        return stem + patches + args.depth * block_flops(n + 1 + args.registers, D, args.attention) + sem + head
-
-    masked = sum(round(r * (args.global_size // args.patch) ** 2) for r in MASK_RATIOS) / 8 if args.ibot > 0 else 0  # a global view
-    return args.batch_size * (2 * 4 * (view(args.global_size) + masked * head) + 3 * args.locals * view(args.local_size))
+def teacher_temperature(step, args):
+    """Of the teacher's softmax: from --teacher-start, linear over --teacher-warmup steps."""
+    progress = min(1.0, step / args.teacher_warmup) if args.teacher_warmup else 1.0
+    return args.teacher_start + progress * (args.teacher_temperature - args.teacher_start)
 
 
 def add_flags(parser):
     """The tokenizer's own flags; the defaults are the shapes values."""
-    g = parser.add_argument_group("model")
-    g.add_argument("--patch", type=data.positive, default=8, help="patch side in pixels")
-    g.add_argument("--width", type=data.positive, default=128, help="D, width of the tokens")
-    g.add_argument("--depth", type=data.positive, default=2, help="transformer blocks")
-    g.add_argument("--heads", type=data.positive, default=2, help="attention heads")
-    g.add_argument("--attention", action=argparse.BooleanOptionalAction, default=False,
-                   help="patches see each other; without it each patch is encoded on its own (only with --sem-read patches)")
-    g.add_argument("--stem", type=data.whole, default=2, help="halving convolutions before the patch projection; 0: DINOv2's plain patches")
-    g.add_argument("--layer-scale", type=data.number, default=1.0, help="start of the gains on residual branches")
-    g.add_argument("--drop-path", type=data.share, default=0.0, help="probability of dropping a residual branch")
-    g.add_argument("--codes", type=data.positive, default=16, help="L, code positions")
-    g.add_argument("--values", type=data.positive, default=64, help="V, values per position")
-    g.add_argument("--tau", type=data.above_zero, default=1.0, help="temperature of the SEM's softmax in training")
-    g.add_argument("--registers", type=data.whole, default=0, help="register tokens beside CLS")
-    g.add_argument("--sem-read", choices=("registers", "patches"), default="patches",
-                   help="what the SEM reads: CLS and registers together (the paper), or each patch token its own positions")
-    g.add_argument("--sem-rank", type=data.whole, default=0, help="rank of the SEM's two projections, which may outweigh the ViT; 0: full")
-    g.add_argument("--init", metavar="FILE", help="start from DINOv2's weights (.pth, .safetensors, .index.json)")
-    g.add_argument("--centre-codes", action=argparse.BooleanOptionalAction, default=True,
-                   help="subtract the mean of z in equation (2); the paper does not")
-    g = parser.add_argument_group("schedules")
-    g.add_argument("--weight-decay-final", type=data.non_negative, help="weight decay at the end, by a cosine (default: constant)")
-    g.add_argument("--layer-decay", type=data.share, default=1.0, help="learning rate of a block over that of the next")
-    g.add_argument("--patch-lr", type=data.share, default=1.0, help="factor on the learning rate of the patch projection")
-    g.add_argument("--teacher-start", type=data.above_zero, default=0.04, help="temperature of the teacher's softmax at the start, with --teacher-warmup")
-    g.add_argument("--teacher-warmup", type=data.whole, default=0, help="steps in which it reaches --teacher-temperature")
-    g = parser.add_argument_group("loss")
-    g.add_argument("--head-hidden", type=data.positive, default=512, help="hidden width of the DINO head")
-    g.add_argument("--bottleneck", type=data.positive, default=128, help="output width of the DINO head")
-    g.add_argument("--prototypes", type=data.positive, default=512, help="K, prototypes of the DINO head")
-    g.add_argument("--student-temperature", type=data.above_zero, default=0.1, help="temperature of the student's softmax")
-    g.add_argument("--teacher-temperature", type=data.above_zero, default=0.02, help="temperature of the teacher's softmax")
-    g.add_argument("--centering", choices=("sinkhorn", "centre"), default="sinkhorn", help="how the teacher's targets are kept from collapsing")
-    g.add_argument("--momentum", type=data.share, default=0.98, help="of the teacher, rising to 1 by a cosine")
-    g.add_argument("--ibot", type=data.non_negative, default=0.0, help="weight of the masked-patch loss; 0: none")
-    g.add_argument("--koleo", type=data.non_negative, default=1.0, help="weight of KoLeo")
-    g = parser.add_argument_group("views")
-    g.add_argument("--global-size", type=data.positive, default=32, help="side of global crops in pixels")
-    g.add_argument("--global-scale", type=data.share, nargs=2, default=[0.6, 1.0], help="share of the area of a global crop, from and to")
-    g.add_argument("--ratio", type=data.share, default=0.9, help="smallest width / height of a crop; the largest is its inverse")
-    g.add_argument("--locals", type=data.whole, default=0, help="local crops per image")
-    g.add_argument("--local-size", type=data.positive, default=16, help="side of local crops in pixels")
-    g.add_argument("--local-scale", type=data.share, nargs=2, default=[0.2, 0.5], help="share of the area of a local crop")
-    g.add_argument("--jitter", type=data.share, nargs=4, default=[0.15, 0.15, 0.0, 0.0],
-                   help="brightness, contrast, saturation, hue: largest change")
-    g.add_argument("--jitter-p", type=data.share, default=0.8, help="probability of the jitter")
-    g.add_argument("--grey", type=data.share, default=0.0, help="probability of grey")
-    g.add_argument("--blur", type=data.share, nargs=3, default=[0.0] * 3, metavar=("FIRST", "SECOND", "LOCALS"),
-                   help="probability of blur, on each global crop and on local ones")
-    g.add_argument("--solarise", type=data.share, default=0.0, help="probability of solarisation, on the second global crop")
+    add = parser.add_argument_group("model").add_argument
+    add("--patch", type=data.positive, default=8, help="patch side in pixels")
+    add("--width", type=data.positive, default=128, help="D, width of the tokens")
+    add("--depth", type=data.positive, default=2, help="transformer blocks")
+    add("--heads", type=data.positive, default=2, help="attention heads")
+    add("--attention", action=argparse.BooleanOptionalAction, default=False,
+        help="patches see each other; without it each is encoded on its own (only with --sem-read patches)")
+    add("--stem", type=data.count, default=2, help="halving convolutions before the patches; 0: as DINOv2")
+    add("--layer-scale", type=data.number(), default=1.0, help="start of the gains on residual branches")
+    add("--drop-path", type=data.fraction, default=0.0, help="probability of dropping a residual branch")
+    add("--codes", type=data.positive, default=16, help="L, code positions")
+    add("--values", type=data.number(2, 65_535, int), default=64, help="V, values per position")
+    add("--tau", type=data.above_zero, default=1.0, help="temperature of the SEM's softmax in training")
+    add("--registers", type=data.count, default=0, help="register tokens beside CLS")
+    add("--sem-read", choices=("registers", "patches"), default="patches",
+        help="what the SEM reads: CLS and registers together (the paper), or each patch its own positions")
+    add("--sem-rank", type=data.count, default=0,
+        help="rank of the SEM's two projections, which may outweigh the ViT; 0: full")
+    add("--centre-codes", action=argparse.BooleanOptionalAction, default=True,
+        help="subtract the mean of z in equation (2); the paper does not")
+    add = parser.add_argument_group("schedules").add_argument
+    add("--weight-decay-final", type=data.non_negative, help="weight decay at the end, by a cosine")
+    add("--layer-decay", type=data.fraction, default=1.0, help="learning rate of a block over the next one's")
+    add("--patch-lr", type=data.fraction, default=1.0, help="factor on the patch projection's learning rate")
+    add("--teacher-start", type=data.above_zero, default=0.04,
+        help="temperature of the teacher's softmax at the start, with --teacher-warmup")
+    add("--teacher-warmup", type=data.count, default=0, help="steps until it is --teacher-temperature")
+    add = parser.add_argument_group("loss").add_argument
+    add("--head-hidden", type=data.positive, default=512, help="hidden width of the DINO head")
+    add("--bottleneck", type=data.positive, default=128, help="output width of the DINO head")
+    add("--prototypes", type=data.positive, default=512, help="K, prototypes of the DINO head")
+    add("--student-temperature", type=data.above_zero, default=0.1, help="of the student's softmax")
+    add("--teacher-temperature", type=data.above_zero, default=0.02, help="of the teacher's softmax")
+    add("--centering", choices=("sinkhorn", "centre"), default="sinkhorn",
+        help="how the teacher's targets are kept from collapsing")
+    add("--momentum", type=data.fraction, default=0.98, help="of the teacher, rising to 1 by a cosine")
+    add("--ibot", type=data.non_negative, default=0.0, help="weight of the masked-patch loss; 0: none")
+    add("--koleo", type=data.non_negative, default=1.0, help="weight of KoLeo")
+    add = parser.add_argument_group("views").add_argument
+    add("--global-size", type=data.positive, default=32, help="side of global crops in pixels")
+    add("--global-scale", type=data.fraction, nargs=2, default=[0.6, 1.0],
+        help="share of the area of a global crop, from and to")
+    add("--ratio", type=data.number(1e-3, 1), default=0.9,
+        help="smallest width / height of a crop; the largest is its inverse")
+    add("--locals", type=data.count, default=0, help="local crops per image")
+    add("--local-size", type=data.positive, default=16, help="side of local crops in pixels")
+    add("--local-scale", type=data.fraction, nargs=2, default=[0.2, 0.5], help="the same of a local crop")
+    add("--jitter", type=data.fraction, nargs=4, default=[0.15, 0.15, 0.0, 0.0],
+        help="brightness, contrast, saturation, hue: largest change")
+    add("--jitter-p", type=data.fraction, default=0.8, help="probability of the jitter")
+    add("--grey", type=data.fraction, default=0.0, help="probability of grey")
+    add("--blur", type=data.fraction, nargs=3, default=[0.0] * 3, metavar=("FIRST", "SECOND", "LOCALS"),
+        help="probability of blur, on each global crop and on local ones")
+    add("--solarise", type=data.fraction, default=0.0,
+        help="probability of solarisation, on the second global crop")
+    add = parser.add_argument_group("start of the run").add_argument
+    add("--init", metavar="FILE", help="start from DINOv2's weights (.pth, .safetensors, .index.json)")
 
 
 def check_flags(parser, args):
-    """What argparse cannot see: sizes that must divide."""
+    """What argparse cannot see: sizes that must divide, and what needs what."""
+    patches = (args.global_size // args.patch) ** 2
     if args.width % args.heads:
         parser.error(f"argument --heads: {args.heads} does not divide --width {args.width}")
     if args.stem > 30 or args.patch % (1 << args.stem):
         parser.error(f"argument --stem: {args.stem} halvings do not fit in --patch {args.patch}")
-    for name in ("global_size", "local_size"):
-        if getattr(args, name) % args.patch:
-            parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} is no multiple of --patch {args.patch}")
-    if args.sem_read == "patches" and args.codes % (args.global_size // args.patch) ** 2:
-        patches = (args.global_size // args.patch) ** 2
-        parser.error(f"argument --codes: {args.codes} is no multiple of the {patches} patches that --sem-read patches reads")
+    for name, size in (("--global-size", args.global_size), ("--local-size", args.local_size)):
+        if size % args.patch:
+            parser.error(f"argument {name}: {size} is no multiple of --patch {args.patch}")
+    if args.sem_read == "patches" and args.codes % patches:
+        parser.error(f"argument --codes: {args.codes} is no multiple of the {patches} patches that are read")
     if not args.attention and (args.sem_read == "registers" or args.ibot > 0):
-        parser.error("argument --attention: without it nothing sees other patches, which --sem-read registers and --ibot need; add --attention")
-    if not 2 <= args.values < 2 ** 16:
-        parser.error(f"argument --values: expected 2 to 65,535, got {args.values}")
-    for name in ("global_scale", "local_scale"):
-        low, high = getattr(args, name)
+        parser.error("argument --attention: needed by --sem-read registers and --ibot; add it")
+    for name, (low, high) in (("--global-scale", args.global_scale), ("--local-scale", args.local_scale)):
         if not 0 < low <= high:
-            parser.error(f"argument --{name.replace('_', '-')}: expected two shares above 0, the smaller first, got {low} {high}")
-    if args.ratio == 0:
-        parser.error("argument --ratio: expected a number above 0")
+            parser.error(f"argument {name}: expected two shares above 0, the smaller first, got {low} {high}")
     if args.weight_decay_final is not None and args.weight_decay == 0:
         parser.error("argument --weight-decay-final: only with a --weight-decay above 0 to start from")
     if args.init and args.stem:
-        parser.error(f"argument --init: DINOv2's patches have no convolutions before them; add --stem 0 (it is {args.stem})")
+        parser.error("argument --init: DINOv2's patches have no convolutions before them; add --stem 0")
     if args.accumulate != 1:
-        parser.error("argument --accumulate: Sinkhorn and KoLeo look at the whole batch; use more processes instead")
+        parser.error("argument --accumulate: the losses look at the whole batch; use more processes instead")
     if args.ibot > 0 and args.batch_size % 8:
-        parser.error(f"argument --batch-size: {args.batch_size} is no multiple of 8, the cycle of the iBOT masks")
+        parser.error(f"argument --batch-size: {args.batch_size} is no multiple of 8, as iBOT's masks need")
 
 
-def encoded(args, dataset):
-    """Whether the code file and the report are there, whole, of this tokenizer and of these images."""
-    try:
-        about = data.open_codes(args)[1]
-        data.check_images(about, dataset, args)
-        return bool(data.read_report(about, args))
-    except SystemExit:  # their way to say what is wrong; here it is mended
-        return False
-
-
-def main(argv=None):
+def main(argv=None, dataset=None):
     """Train the tokenizer, encode the dataset, report."""
     parser = data.make_parser(__doc__)
-    data.add_training_flags(parser, steps=760, batch_size=256, lr=2e-3, lr_matrix=0.0, warmup=40, ema=None)
     add_flags(parser)
+    data.add_training_flags(parser, steps=760, batch_size=256, lr=2e-3, lr_matrix=0.0, warmup=40)
     args = data.parse(parser, PRESETS, argv)
     check_flags(parser, args)
+
     run = data.Run(args, lock="tokenizer")
-    dataset = None if args.dry_run else data.load_dataset(args)
-    flops, path = training_flops(args), run.folder / "tokenizer.pt"
-
-    if args.dry_run:
-        def loss(student):  # the moving average stands for the teacher's weights
-            images = torch.zeros(args.batch_size // run.world, 3, args.global_size, args.global_size)
-            centering = nn.ModuleDict({k: Centering(args.prototypes) for k in ("views", "patches")})
-            return step_loss(student, student, centering, images, data.Draws(0, 0, run, args.batch_size), args, run, 0.05)[0]
-
-        return data.describe(args, lambda: build_student(vars(args)), loss, flops, run)
     torch.manual_seed(args.seed)
     student = build_student(vars(args)).to(run.device)
-    centering = nn.ModuleDict({k: Centering(args.prototypes) for k in ("views", "patches")}).to(run.device)
-    optimizers = data.Optimizers(student, args, lr_scale(args))
-    state = data.resume(path, "tokenizer", args)
-    data.agree(**{"checksum of the images": dataset.checksum})
-    if state and state["step"] < args.steps and state["trained_on"].get("images") != dataset.checksum:  # a finished one may encode others
-        data.fail(f"{path}: begun on other images than {args.data_dir} holds now; bring those back, --restart to begin anew, or choose another --out")
-    if args.init and not state:
+    if args.dry_run:
+        data.dry_run(args, student, run)
+    dataset = dataset or data.load_dataset(args)
+    train = dataset.splits["train"]
+    if args.init and (args.restart or not (run.folder / "tokenizer.pt").exists()):
         load_init(student.backbone, args.init)
-    teacher_average = data.EMA(student, args.momentum)
-    if state:
-        data.restore(path, state, model=student, optimizer=optimizers, centering=centering)
-    teacher = build_student(vars(args)).to(run.device)
-    teacher_average.into(teacher.requires_grad_(False).eval())  # the averages are the teacher's own parameters from here on
-    if state:
-        data.restore(path, state, ema=teacher)  # averages and buffers, the centre of the codes among these
-
-    def save(step):
-        if run.main:
-            data.save_checkpoint(path, stage="tokenizer", config=vars(args), step=step, model=student.state_dict(), ema=teacher.state_dict(),
-                                 optimizer=optimizers.state_dict(), centering=centering.state_dict(), trained_on={"images": dataset.checksum})
-
-    start = state["step"] if state else 0
+    kinds = ("views", "patches")
+    centering = nn.ModuleDict({kind: Centering(args.prototypes) for kind in kinds}).to(run.device)
+    average = data.averaged(student, lambda n: data.cosine(n - 1, args.steps, args.momentum, 1.0))
+    teacher = average.module
+    optimizers = data.Optimizers(student, args, lr_scale(args))
+    made_from = {"images": dataset.id}
+    checkpoint = data.Checkpoint("tokenizer", args, parser.settings, run, made_from, student, average,
+                                 optimizers, others={"centering": centering})
+    start = checkpoint.resume(finished_on_others=True)  # a finished tokenizer may encode other images
     trained = run.wrap(student, args)
-    log, meter = data.Log(run, "tokenizer", start, args.tensorboard), data.Meter(run, args, flops, start, args.batch_size)
-    for step, rows, images in data.image_batches(dataset, run, args, start, view_sizes(args)):
-        run.seed_step(args.seed, step)
-        draws = data.Draws(args.seed, step, run, args.batch_size)
-        images = data.unit(images) if torch.is_tensor(images) else [data.unit(crop) for crop in images]
-        loss, parts = step_loss(trained, teacher, centering, images, draws, args, run, teacher_temperature(step, args))
-        loss.backward()
-        decay = None if args.weight_decay_final is None else data.cosine(step, args.steps, args.weight_decay, args.weight_decay_final)
-        loss = run.average(loss.detach())
-        norm = optimizers.step(data.warmup_cosine(step, args), step, loss, decay)
-        teacher_average.decay = data.cosine(step, args.steps, args.momentum, 1.0)
-        teacher_average.update(step)
-        meter.tick(step, log, loss=loss, norm=norm, **parts)
-        stopping = run.stopping()
-        if step + 1 == args.steps and args.centre_codes:
-            centre_codes(teacher.eval().backbone, dataset, vars(args), run)
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
-            save(step + 1)
-        if stopping:
-            return data.stopped(path, step + 1, args, run)
-    meter.close()
+    steps = data.Steps(run, args, "tokenizer", start, train, args.batch_size)
+    views = view_sizes(args)
+    crops = functools.partial(read_crops, views=views, ratio=args.ratio)
+    batches = data.image_batches(dataset, run, args, start, crops, (len(views), 5))
 
-    if start < args.steps or not encoded(args, dataset):
-        chunks = encode_dataset(teacher.backbone, dataset, vars(args), run)
+    for step in steps:
+        images = next(batches)  # of this process
+        [part] = data.batch_parts(step, train, args, run, trained)
+        temperature = teacher_temperature(step, args)
+        loss, parts = step_loss(trained, teacher, centering, images, part, args, run, temperature)
+        loss = run.average(part.backward(loss))
+        decay = None
+        if args.weight_decay_final is not None:
+            decay = data.cosine(step, args.steps, args.weight_decay, args.weight_decay_final)
+        norm = optimizers.step(step, loss, decay)
+        average.update_parameters(student)
+        steps.show(loss=loss, norm=norm, **parts)
+        if step + 1 == args.steps and args.centre_codes:
+            centre_codes(teacher.backbone, dataset, run)
+        if steps.saves():
+            checkpoint.save(step + 1)
+
+    path, codes_from = run.folder / "codes.pt", made_from | {"tokenizer": checkpoint.id}
+    if not data.is_made_from(path, "codes", codes_from):
+        folder = run.folder / f".codes-{data.checksum(codes_from)[:16]}"
+        made = encode_dataset(teacher.backbone, dataset, folder, run, args.workers)
         if run.main:
-            codes, features = (np.concatenate([data.read_chunk(path)[name] for path in chunks]) for name in ("codes", "features"))
-            data.write_codes(run.folder, codes, args.values, dataset, report(dataset, codes, features, args.values, run))
-            for folder in run.folder.glob(".codes-*"):
-                shutil.rmtree(folder)
+            found = report(dataset, **made, values=args.values, run=run)
+            data.save_codes(path, made["codes"], args.values, dataset, found, codes_from)
+            shutil.rmtree(folder)
     if run.main:
-        for name, value in data.read_report(data.open_codes(args)[1], args).items():
-            line = " ".join(f"{k} {v:.3f}" for k, v in value.items()) if isinstance(value, dict) else f"{value:.3f}"
-            print(f"{name:44} {line}")
+        for name, value in data.read(path, "codes", only="codes")["report"].items():
+            values = value if isinstance(value, dict) else {"": value}
+            shown = [f"{factor} {number:.3f}".strip() for factor, number in values.items()]
+            print(f"{name:44} " + " ".join(shown))
     run.close()
 
 
 if __name__ == "__main__":
-    data.command(main)
+    data.run_script(main)

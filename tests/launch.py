@@ -1,8 +1,12 @@
-"""What the tests start as a process of its own, or by torchrun: scripts by name on a small set of shapes, several with "+" between them."""
+"""What the tests start as a process of its own, or by torchrun: scripts by name on a small set of shapes,
+several with "+" between them."""
+import contextlib
 import importlib
 import multiprocessing
 import os
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -10,36 +14,63 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 
-SMALL = {"train": 160, "val": 32, "test": 48, "unseen-shape-colour": 16, "unseen-colour-frame": 16}  # of the shapes, instead of 42,000
+SMALL = {"train": 160, "val": 32, "test": 48,  # of the shapes, instead of 42,000
+         "unseen-shape-colour": 16, "unseen-colour-frame": 16}
+
+
+def stop_after(steps):
+    """To take the place of data.Run.stopping: it finds after so many steps that the run was asked to stop."""
+    calls = []
+
+    def stopping(run):
+        calls.append(1)
+        return len(calls) == steps
+
+    return stopping
+
+
+def function(where):
+    """The module and the name of "module.name"."""
+    module, name = where.split(".")
+    return importlib.import_module(module), name
 
 
 def poison(where, rank, call, what):
-    """Make a loss ("loss") or the gradients alone ("gradient") not a number: in one process, from one call of a function "module.name" on."""
-    module, name = importlib.import_module(where.split(".")[0]), where.split(".")[1]
-    usual, calls = getattr(module, name), []
+    """Make a loss ("loss") or the gradients alone ("gradient") not a number: in the process of this rank, from
+    one call of the function "module.name" on."""
+    module, name = function(where)
+    usual = getattr(module, name)
+    calls = []
 
     def poisoned(model, *args):
         result = usual(model, *args)
         calls.append(1)
         loss = result[0] if isinstance(result, tuple) else result
         if int(os.environ.get("RANK", 0)) == int(rank) and len(calls) >= int(call):
-            loss = loss * float("nan") if what == "loss" else loss + (sum(p.sum() for p in model.parameters()) * 0).sqrt()  # 0, of slope ∞ · 0
+            if what == "loss":
+                loss = loss * float("nan")
+            else:
+                loss = loss + (sum(p.sum() for p in model.parameters()) * 0).sqrt()  # 0, of slope ∞ · 0
         return (loss, *result[1:]) if isinstance(result, tuple) else loss
 
     setattr(module, name, poisoned)
 
 
 def main(words):
-    """Run each script with its flags. The environment may ask for faults: STOP_AFTER=n, each finds after its n-th step that it was asked to
-    stop; TIMEOUT=s and PATIENCE=s, processes wait so long for each other and for the network; POISON, the words of `poison`; SLEEP="module.name s", a function takes so long."""
+    """Run each script with its flags. The environment may ask for faults: STOP_AFTER=n, each finds after its
+    n-th step that it was asked to stop; TIMEOUT=s and PATIENCE=s, processes wait so long for each other and
+    for the network; POISON, the words of `poison`; SLEEP="module.name s", a function takes so long; SECOND,
+    words for the second of two processes alone."""
+    if os.environ.get("RANK") == "1":
+        words = [*words, *os.environ.get("SECOND", "").split()]
     data.SHAPES_COUNTS = SMALL
-    if stop := int(os.environ.get("STOP_AFTER", 0)):
-        data.Run.stopping = lambda run, asked=[]: asked.append(1) or len(asked) == stop
-    data.TIMEOUT, data.PATIENCE = (int(os.environ.get(name, getattr(data, name))) for name in ("TIMEOUT", "PATIENCE"))
+    data.TIMEOUT = int(os.environ.get("TIMEOUT", data.TIMEOUT))
+    data.PATIENCE = int(os.environ.get("PATIENCE", data.PATIENCE))
+    if steps := int(os.environ.get("STOP_AFTER", 0)):
+        data.Run.stopping = stop_after(steps)
     if "SLEEP" in os.environ:
         where, seconds = os.environ["SLEEP"].split()
-        module, name = importlib.import_module(where.split(".")[0]), where.split(".")[1]
-        setattr(module, name, lambda *args: time.sleep(float(seconds)))
+        setattr(*function(where), lambda *args: time.sleep(float(seconds)))
     if "POISON" in os.environ:
         poison(*os.environ["POISON"].split())
     while words:
@@ -48,15 +79,48 @@ def main(words):
         words = words[end + 1:]
 
 
+EARLIER = Path(__file__).with_name("checkpoints")  # of an earlier commit
+SMALLEST = "--steps 6 --batch-size 8 --width 8 --depth 1 --heads 2 --device cpu".split()
+EARLIER_RUNS = {  # by stage: the words that made them
+    "tokenizer": ["tokenizer", *SMALLEST, *"--stem 1 --codes 16 --values 4 --prototypes 8".split(),
+                  *"--head-hidden 8 --bottleneck 8 --workers 0".split()],
+    "generator": ["generator", *SMALLEST, *"--stem 1 --groups 4 --sample-steps 1 --workers 0".split()],
+    "prior-masked": ["prior", "--kind", "masked", *SMALLEST],
+    "prior-ar": ["prior", "--kind", "ar", *SMALLEST],
+    "text_prior": ["text_prior", *SMALLEST],
+}
+
+
+def make_checkpoints():
+    """Write EARLIER anew: of each stage the checkpoint of a run that was stopped at step 3 of 6, beside the codes
+    of the tokenizer at its end. They are made in a temporary folder, under a path that says nothing of it."""
+    data.SHAPES_COUNTS = SMALL
+    EARLIER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for stage, (name, *flags) in EARLIER_RUNS.items():
+            for stop in (3, 0):
+                data.Run.stopping = stop_after(stop)
+                with contextlib.suppress(SystemExit):
+                    importlib.import_module(name).main(flags)
+                if stop:
+                    shutil.copy(f"out/shapes/{stage}.pt", EARLIER)
+        for name in ("codes", "generator-early"):
+            shutil.copy(f"out/shapes/{name}.pt", EARLIER)
+
+
 def child(words, output, environment):
     """As a process forked from one that has everything imported: `main`, what it says in the file `output`."""
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1), os.dup2(file, 2)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     data.torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as where users start a script (Linux, before Python 3.14)
-    data.command(lambda: main(words))
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as Linux does before Python 3.14
+    data.run_script(lambda: main(words))
 
 
 if __name__ == "__main__":
-    data.command(lambda: main(sys.argv[1:]))
+    if sys.argv[1:] == ["checkpoints"]:
+        make_checkpoints()
+    else:
+        data.run_script(lambda: main(sys.argv[1:]))

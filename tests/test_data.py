@@ -1,285 +1,339 @@
-"""Datasets, batches, augmentation, files: data.py."""
+"""Flags, data sets, batches, files, optimiser and log: data.py."""
 import argparse
+import contextlib
+import hashlib
+import io
 import json
+import math
+import os
 import pickle
 import shutil
 import tarfile
 import types
+from pathlib import Path
 
-import conftest
 import data
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import SMALL, FakeRun, make_folder, part
 from PIL import Image
 
 
-def folder_args(path, out, size=16):
-    return types.SimpleNamespace(dataset="folder", data_dir=str(path), out=str(out), image_size=size, workers=0)
+def arguments(**change):
+    """Settings as from a parser."""
+    settings = dict(
+        dataset="folder", data_dir="in", out="out", image_size=16, workers=0, seed=0,
+        steps=10, batch_size=16, accumulate=1, lr=0.1, lr_matrix=0.0, lr_final=0.1, warmup=2, weight_decay=0.0,
+        clip=0.0, save_every=1000, dry_run=False, tensorboard=False, restart=False)
+    return argparse.Namespace(**settings | change)
 
 
-# --- shapes ---------------------------------------------------------------------------------------------------------
+# --- flags ------------------------------------------------------------------------------------------------
 
-def test_shapes_keep_unseen_pairs_out_of_every_other_split():
-    for split in conftest.SMALL:
-        labels, *_ = data.shapes_labels(split, 500)
+@pytest.mark.parametrize("kind, text, value", [
+    (data.count, "0", 0), (data.positive, "12", 12), (data.fraction, "1", 1.0), (data.number(), "-1e3", -1000.0),
+    (data.positive, "0", None), (data.positive, "1.5", None), (data.count, "", None), (data.count, "9" * 40, None),
+    (data.fraction, "1.01", None), (data.non_negative, "inf", None), (data.above_zero, "0", None),
+    (data.number(), "nan", None)])
+def test_flags_take_finite_numbers_in_their_range_alone(kind, text, value):
+    if value is None:
+        with pytest.raises(argparse.ArgumentTypeError, match="number"):
+            kind(text)
+    else:
+        assert kind(text) == value and type(kind(text)) is type(value)
+
+
+def test_flags_of_the_run_and_of_samplers_are_no_settings():
+    parser = data.make_parser("")
+    data.add_training_flags(parser, steps=5, batch_size=8, lr=0.1, lr_matrix=0.0, warmup=0)
+    for group, flag in (("model", "--width"), ("image sampler", "--guidance"), ("start of the run", "--init")):
+        parser.add_argument_group(group).add_argument(flag, type=int, default=1)
+    args = data.parse(parser, {"folder": {"width": 7, "lr": 0.5}}, "--dataset folder --lr 2".split())
+    assert (args.width, args.lr, args.data_dir) == (7, 2.0, "data/folder")  # the preset, and a flag over it
+    assert parser.settings["width"] == 1  # what a run that did not know the flag was trained with
+    assert {"seed", "steps", "batch_size", "image_size"} < set(parser.settings)
+    assert not {"guidance", "init", "out", "device", "workers", "save_every", "restart"} & set(parser.settings)
+
+
+@pytest.mark.parametrize("cuda, mps, device", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_the_device_is_cuda_then_mps_then_cpu(monkeypatch, cuda, mps, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert data.parse(data.make_parser(""), {}, []).device == device
+
+
+# --- shapes -----------------------------------------------------------------------------------------------
+
+def test_shapes_are_balanced_and_keep_unseen_pairs_out_of_every_other_split():
+    for split in SMALL:
+        labels, nuisance, _ = data.shapes_labels(split, 4000)
         for kind, pair in data.UNSEEN_PAIRS.items():
-            share = data.is_unseen(labels, pair).float().mean()
-            assert share == (1 if split == kind else 0), (split, kind)
-
-
-def test_shapes_values_are_balanced_and_a_function_of_the_index():
-    labels, nuisance, _ = data.shapes_labels("train", 8000)
-    for k, values in enumerate(data.SHAPES.values()):
-        counts = torch.bincount(labels[:, k], minlength=len(values)) / 8000
-        assert (counts * len(values) - 1).abs().max() < 0.25
-    again, same, _ = data.shapes_labels("train", 100)
-    assert torch.equal(again, labels[:100]) and torch.equal(same, nuisance[:100])
-    assert not torch.equal(data.shapes_labels("test", 100)[0], again)
+            assert data.is_unseen(labels, pair).float().mean() == (split == kind), (split, kind)
+        for k, values in enumerate(data.SHAPES.values()):
+            counts = torch.bincount(labels[:, k], minlength=len(values)) / len(labels)
+            assert (counts * len(values) - 1).abs().max() < 0.5 or split in data.UNSEEN_PAIRS, (split, k)
+        fewer, same, _ = data.shapes_labels(split, 100)  # a function of the split and the index
+        assert torch.equal(fewer, labels[:100]) and torch.equal(same, nuisance[:100])
 
 
 def test_every_factor_changes_the_picture_where_it_should():
-    labels, nuisance = torch.zeros(1, 5).long(), torch.full((1, 8), 0.5)
+    labels = torch.zeros(1, 5).long()
+    nuisance = torch.full((1, 8), 0.5)
     base = data.draw_shapes(labels, nuisance).int()
+    border = torch.ones(32, 32).bool()
+    border[3:-3, 3:-3] = False
     for k, name in enumerate(data.SHAPES):
         changed = labels.clone()
         changed[0, k] = 1
         where = (data.draw_shapes(changed, nuisance).int() - base).abs().sum(1)[0] > 0
-        assert where.any()
-        border = torch.ones(32, 32).bool()
-        border[3:-3, 3:-3] = False
-        assert where[border].any() == (name == "frame") and (name == "frame") == bool(where[border].all())
+        assert torch.equal(where, border) if name == "frame" else where.any() and not where[border].any(), name
 
 
 @pytest.mark.parametrize("shape", data.SHAPES["shape"])
 def test_signed_distance_has_the_right_sign_and_slope(shape):
     grid = torch.linspace(-1.5, 1.5, 301)
     y, x = torch.meshgrid(grid, grid, indexing="ij")
-    d = data.signed_distance(shape, x, y)
-    assert d.min() < -0.1 and d[0].min() > 0 and d[:, 0].min() > 0
-    slope = torch.stack(torch.gradient(d, spacing=0.01)).norm(dim=0)
-    assert slope[d.abs() < 0.05].median().sub(1).abs() < 0.05  # a pixel of ink is a pixel of distance
+    distance = data.signed_distance(shape, x, y)
+    assert distance.min() < -0.1 and distance[0].min() > 0 and distance[:, 0].min() > 0
+    slope = torch.stack(torch.gradient(distance, spacing=0.01)).norm(dim=0)
+    assert slope[distance.abs() < 0.05].median().sub(1).abs() < 0.05  # a pixel of ink is a pixel of distance
 
 
-def test_a_flipped_drawing_is_a_drawing_with_mirrored_nuisance():
+def test_flipped_and_larger_drawings_are_drawings_of_the_same():
     """So that the codes of flipped images, which the priors also learn, stand for pictures like any other."""
-    rng = torch.Generator().manual_seed(0)
-    labels = (torch.rand(100, 5, generator=rng) * torch.tensor([len(v) for v in data.SHAPES.values()])).long()
-    nuisance = torch.rand(100, 8, generator=rng)
+    labels, nuisance, _ = data.shapes_labels("train", 100)
+    images = data.draw_shapes(labels, nuisance)
     mirrored = nuisance.clone()
     mirrored[:, [0, 2, 3]] = 1 - nuisance[:, [0, 2, 3]]  # shift in x, tilt, phase in u
-    difference = data.draw_shapes(labels, nuisance).flip(3).int() - data.draw_shapes(labels, mirrored).int()
-    assert difference.abs().max() <= 1
+    assert (images.flip(3).int() - data.draw_shapes(labels, mirrored).int()).abs().max() <= 1
+    large = data.draw_shapes(labels, nuisance, 64).float()
+    assert (F.avg_pool2d(large, 2) - images.float()).abs().mean() < 3
 
 
-def test_larger_shapes_are_the_same_picture():
-    labels, nuisance, _ = data.shapes_labels("train", 8)
-    small, large = data.draw_shapes(labels, nuisance).float(), data.draw_shapes(labels, nuisance, 64).float()
-    assert (torch.nn.functional.avg_pool2d(large, 2) - small).abs().mean() < 3
-
-
-# --- batches --------------------------------------------------------------------------------------------------------
+# --- batches ----------------------------------------------------------------------------------------------
 
 def test_batches_walk_through_every_row_once_an_epoch():
     rows = range(10, 45)
     seen = torch.cat([data.batch_rows(rows, 5, 0, step) for step in range(14)])
-    assert sorted(seen[:35].tolist()) == list(rows) and sorted(seen[35:].tolist()) == list(rows)
+    assert sorted(seen[:35].tolist()) == sorted(seen[35:].tolist()) == list(rows)
     assert not torch.equal(seen[:35], seen[35:])
-    assert torch.equal(data.batch_rows(rows, 5, 0, 3), seen[15:20])  # a function of (seed, step), in any order of calls
-    crossing = data.batch_rows(range(7), 5, 0, 1)
-    assert len(crossing) == 5
+    assert torch.equal(data.batch_rows(rows, 5, 0, 3), seen[15:20])  # of (seed, step), in any order of calls
+    assert len(data.batch_rows(range(7), 5, 0, 1)) == 5  # across two epochs
     assert not torch.equal(data.batch_rows(rows, 35, 1, 0), data.batch_rows(rows, 35, 0, 0))
 
 
-def test_draws_do_not_depend_on_how_the_batch_is_shared(run):
-    whole = data.Draws(3, 7, run, 8)
-    first, second = whole.uniform(4), whole.normal(2)
-    for world, parts in ((2, 1), (1, 4), (2, 2)):
-        pieces = []
-        for rank in range(world):
-            share = types.SimpleNamespace(device=run.device, world=world, rank=rank)
-            share.share = lambda size, r=share: data.Run.share(r, size)
-            for part in range(parts):
-                draws = data.Draws(3, 7, share, 8, part, parts)
-                pieces.append((draws.uniform(4), draws.normal(2)))
-        assert torch.equal(torch.cat([a for a, _ in pieces]), first) and torch.equal(torch.cat([b for _, b in pieces]), second)
+@pytest.mark.parametrize("world, accumulate", [(2, 1), (1, 4), (2, 2)])
+def test_randomness_does_not_depend_on_how_a_batch_is_divided(world, accumulate):
+    def drawn(part):
+        return part.rows, part.uniform(4), part.normal(2), part.stratified(), part.flips()
+
+    args = arguments(batch_size=8, accumulate=accumulate, seed=3)
+    runs = [FakeRun(rank, world) for rank in range(world)]
+    model = types.SimpleNamespace()
+    pieces = [drawn(piece) for run in runs for piece in data.batch_parts(7, range(30), args, run, model)]
+    whole, = data.batch_parts(7, range(30), arguments(batch_size=8, seed=3), FakeRun(), model)
+    for together, expected in zip(map(torch.cat, zip(*pieces)), drawn(whole)):
+        assert torch.equal(together, expected)
+    assert torch.equal((part(50).stratified() * 50).floor(), torch.arange(50.0))  # one in each equal part
 
 
-# --- augmentation ---------------------------------------------------------------------------------------------------
+# --- images and folders -----------------------------------------------------------------------------------
 
-def test_whole_crops_are_the_image_or_its_mirror_image(run):
-    images = torch.rand(16, 3, 12, 12) * 2 - 1
-    crops = data.random_crops(images, 12, (1.0, 1.0), 1.0, data.Draws(0, 0, run, 16))
-    same = (crops - images).abs().amax((1, 2, 3)) < 1e-4
-    mirrored = (crops - images.flip(3)).abs().amax((1, 2, 3)) < 1e-4
-    assert (same ^ mirrored).all() and same.any() and mirrored.any()
-
-
-def test_colour_augmentation_does_what_its_probabilities_say(run):
-    images = torch.rand(8, 3, 16, 16) * 2 - 1
-    none = data.colour_augment(images, [0.4] * 4, 0.0, 0.0, 0.0, 0.0, data.Draws(0, 0, run, 8))
-    assert torch.allclose(none, images, atol=1e-6)
-    grey = data.colour_augment(images, [0.0] * 4, 0.0, 1.0, 0.0, 0.0, data.Draws(0, 0, run, 8))
-    assert torch.allclose(grey[:, 0], grey[:, 2], atol=1e-6)
-    solar = data.colour_augment(images, [0.0] * 4, 0.0, 0.0, 0.0, 1.0, data.Draws(0, 0, run, 8))
-    assert solar.max() < 1e-6 and torch.allclose(solar.abs(), images.abs(), atol=1e-5)
-    flat = torch.full((8, 3, 16, 16), 0.2)
-    assert torch.allclose(data.colour_augment(flat, [0.0] * 4, 0.0, 0.0, 1.0, 0.0, data.Draws(0, 0, run, 8)), flat, atol=1e-5)
-    blurred = data.colour_augment(images.repeat(1, 1, 8, 8), [0.0] * 4, 0.0, 0.0, 1.0, 0.0, data.Draws(0, 0, run, 8))
-    assert blurred.std() < images.std()
-    hue = data.colour_augment(images * 0.3, [0.0, 0.0, 0.0, 0.3], 1.0, 0.0, 0.0, 0.0, data.Draws(0, 0, run, 8))
-    luma = torch.tensor([0.299, 0.587, 0.114])[None, :, None, None]
-    assert (hue - images * 0.3).abs().max() > 0.05 and ((hue - images * 0.3) * luma).sum(1).abs().max() < 0.02  # brightness stays
-
-
-# --- images of any kind ----------------------------------------------------------------------------------------------
-
-def test_images_of_every_mode_are_read_right(tmp_path):
+def test_images_of_every_mode_are_read_right_upright_and_from_their_middle(tmp_path):
     red = Image.new("RGB", (50, 40), (200, 30, 40))
-    cases = {"a.png": red, "b.jpg": red, "c.png": red.convert("P"), "d.tif": red.convert("CMYK"), "e.png": red.convert("RGBA")}
+    cases = {"a.png": red, "b.jpg": red, "c.png": red.convert("P"), "d.tif": red.convert("CMYK"),
+             "e.png": red.convert("RGBA")}
     for name, image in cases.items():
         image.save(tmp_path / name)
         pixel = data.read_image(tmp_path / name, 16)[:, 8, 8].float()
         assert (pixel - torch.tensor([200.0, 30.0, 40.0])).abs().max() < 12, name
-    Image.fromarray(np.full((40, 50), 40_000, dtype=np.uint16)).save(tmp_path / "f.png")
-    assert (data.read_image(tmp_path / "f.png", 16).float() - 40_000 / 257).abs().max() < 2
-    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "g.png")
-    assert data.read_image(tmp_path / "g.png", 16).min() == 255  # transparent is white
-    Image.new("L", (20, 20), 77).save(tmp_path / "h.png")
-    assert (data.read_image(tmp_path / "h.png", 16) == 77).all()
+    for image, value in ((Image.new("L", (20, 20), 77), 77), (Image.new("RGBA", (20, 20)), 255)):
+        image.save(tmp_path / "one tone.png")
+        assert (data.read_image(tmp_path / "one tone.png", 16) == value).all()  # transparent is white
+    wide = np.zeros((20, 90, 3), dtype=np.uint8)
+    wide[:10, 35:55] = 255
+    turned = Image.Exif()
+    turned[0x0112] = 3  # by 180°
+    Image.fromarray(wide).save(tmp_path / "wide.png", exif=turned)
+    middle = data.read_image(tmp_path / "wide.png", 10).float()
+    assert middle[:, :4].mean() < 5 and middle[:, 6:].mean() > 250
 
 
-def test_deep_and_float_pictures_keep_their_tones(tmp_path):
-    """16 bits are a share of 65,535 however dark the picture; floats lie from 0 to 1, 255 or 65,535; what is below 0 is black, NaN is no picture."""
-    ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
-    cases = {"a.png": ((ramp * 200).astype(np.uint16), ramp * 200 / 257), "b.png": ((ramp * 60_000).astype(np.uint16), ramp * 60_000 / 257), "c.tif": (ramp, ramp * 255),
-             "d.tif": (ramp * 255, ramp * 255), "e.tif": (ramp - 3, ramp * 0), "f.tif": ((ramp * 1000).astype(np.int32), ramp * 1000 / 257)}
-    for name, (values, expected) in cases.items():
-        Image.fromarray(values).save(tmp_path / name)
-        assert np.abs(data.read_image(tmp_path / name, 8)[0].numpy() - expected).max() <= 1, name
-    Image.fromarray(np.where(ramp > 0.5, np.nan, ramp)).save(tmp_path / "nan.tif")
-    with pytest.raises(ValueError, match="not finite"):
-        data.read_image(tmp_path / "nan.tif", 8)
+RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
 
 
-def test_results_inside_the_folder_of_pictures_are_not_pictures_of_it(tmp_path):
-    """Nor is a folder of train/ alone a single class."""
-    folder = conftest.make_folder(tmp_path / "train", 24)
-    (folder / "metadata.jsonl").unlink()
-    args = folder_args(tmp_path, tmp_path / "out")
-    first = data.load_folder(args)
-    Image.new("RGB", (20, 20)).save(data.run_folder(args) / "samples" / "data.png")
-    assert data.load_folder(args).checksum == first.checksum and len(first) == 24
-    assert first.factors == {"class": ["big dögs", "cats"]} and len(first.splits["val"]) == len(first.splits["test"]) == 2
+@pytest.mark.parametrize("name, values, expected", [
+    ("16 bits, dark.png", (RAMP * 200).astype(np.uint16), RAMP * 200 / 257),
+    ("16 bits.png", (RAMP * 60_000).astype(np.uint16), RAMP * 60_000 / 257),
+    ("32 bits.tif", (RAMP * 1000).astype(np.int32), RAMP * 1000 / 257),
+    ("to 1.tif", RAMP, RAMP * 255), ("to 255.tif", RAMP * 255, RAMP * 255), ("below 0.tif", RAMP - 3, RAMP * 0),
+    ("nan.tif", np.where(RAMP > 0.5, np.nan, RAMP), None)])
+def test_deep_and_float_pictures_keep_their_tones(tmp_path, name, values, expected):
+    """16 bits are a share of 65,535 however dark the picture; floats lie from 0 to 1, 255 or 65,535."""
+    Image.fromarray(values).save(tmp_path / name)
+    if expected is None:
+        with pytest.raises(ValueError, match="not finite"):
+            data.read_image(tmp_path / name, 8)
+    else:
+        assert np.abs(data.read_image(tmp_path / name, 8)[0].numpy() - expected).max() <= 1
 
 
-def test_centre_crop_keeps_the_middle(tmp_path):
-    wide = np.zeros((30, 90, 3), dtype=np.uint8)
-    wide[:, 30:60] = 255
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    assert data.read_image(tmp_path / "wide.png", 10).float().mean() > 250
+def load(tmp_path, **change):
+    """The dataset of the folder tmp_path/in."""
+    return data.load_dataset(arguments(data_dir=str(tmp_path / "in"), out=str(tmp_path / "out"), **change))
 
 
-def test_folder_reads_classes_captions_and_splits(tmp_path):
-    conftest.make_folder(tmp_path / "in", 40)
-    dataset = data.load_folder(folder_args(tmp_path / "in", tmp_path / "out"))
-    assert len(dataset) == 40 and dataset.factors == {"class": ["big dögs", "cats"]} and [len(r) for r in dataset.splits.values()] == [36, 2, 2]
-    for row in range(40):  # picture k is of class k mod 2: labels, captions and pixels stay together
+def sizes(dataset):
+    """{split: number of rows}."""
+    return {name: len(rows) for name, rows in dataset.splits.items()}
+
+
+def test_a_folder_keeps_labels_captions_and_pixels_together(tmp_path):
+    folder = make_folder(tmp_path / "in", 40)
+    dataset = load(tmp_path)
+    assert dataset.factors == {"class": ["big dögs", "cats"]}
+    assert sizes(dataset) == {"train": 36, "val": 2, "test": 2}
+    for row in range(40):  # picture k is of class k mod 2
         number = int(dataset.captions[row].split()[1])
         assert dataset.labels[row, 0] == number % 2
-        name = f"{'cats' if number % 2 else 'big dögs'}/{number}.png"
-        assert torch.equal(dataset.pixels([row])[0], data.read_image(tmp_path / "in" / name, 16))
+        path = folder / ("cats" if number % 2 else "big dögs") / f"{number}.png"
+        assert torch.equal(dataset.pixels([row])[0], data.read_image(path, 16))
+
+
+def test_the_identity_of_a_folder_follows_its_names_and_sizes_not_the_results_inside(tmp_path):
+    """Nor is a folder of train/ alone a single class; without captions they are made of the class."""
+    picture = make_folder(tmp_path / "train", 24, captions=False) / "cats" / "1.png"
+    args = arguments(data_dir=str(tmp_path), out=str(tmp_path / "out"))
+    first = data.load_dataset(args)
+    assert len(first) == 24 and set(first.captions) == {"a photo of a big dögs", "a photo of a cats"}
+    Image.new("RGB", (20, 20)).save(data.run_folder(args) / "samples" / "data.png")
+    picture.touch()
+    assert data.load_dataset(args).id == first.id
+    picture.write_bytes(picture.read_bytes() + b"more")
+    larger = data.load_dataset(args)
+    picture.rename(picture.with_name("1 .png"))  # which keeps its place in the order
+    assert len({first.id, larger.id, data.load_dataset(args).id}) == 3
 
 
 def test_ready_made_splits_are_kept(tmp_path):
     for split, count in (("train", 24), ("val", 4), ("test", 6)):
-        conftest.make_folder(tmp_path / "in" / split, count)
-        (tmp_path / "in" / split / "metadata.jsonl").unlink()
-    sizes = lambda: {k: len(v) for k, v in data.load_folder(folder_args(tmp_path / "in", tmp_path / "out")).splits.items()}
-    assert sizes() == {"train": 24, "val": 4, "test": 6}
+        make_folder(tmp_path / "in" / split, count, captions=False)
+    assert sizes(load(tmp_path)) == {"train": 24, "val": 4, "test": 6}
     shutil.rmtree(tmp_path / "in" / "test")  # then val/ is for reporting, and a slice of train/ for choosing
-    assert sizes() == {"train": 22, "val": 2, "test": 4}
+    assert sizes(load(tmp_path)) == {"train": 22, "val": 2, "test": 4}
 
 
-def test_a_tree_too_large_for_memory_is_read_on_demand_and_is_the_same(tmp_path, monkeypatch):
-    conftest.make_folder(tmp_path / "in", 40)
-    (tmp_path / "in" / "broken.png").write_bytes(b"no image")
-    at_once = data.load_folder(folder_args(tmp_path / "in", tmp_path / "out"))
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
-    later = data.load_folder(folder_args(tmp_path / "in", tmp_path / "out"))
-    assert not torch.is_tensor(later.images) and len(later) == len(at_once) == 40
-    assert torch.equal(later.pixels(range(40)), at_once.images) and torch.equal(later.labels, at_once.labels)
-    sums = [at_once.checksum, later.checksum]
-    for change in (lambda path: path.touch(), lambda path: (tmp_path / "out" / "folder" / "files.json").unlink(),  # the same pictures
-                   lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x81")):  # another byte, after the end of the picture
-        change(tmp_path / "in" / "cats" / "1.png")
-        sums.append(data.load_folder(folder_args(tmp_path / "in", tmp_path / "out")).checksum)
-    assert len(set(sums[:4])) == 1 and sums[4] != sums[0]
-
-
-def test_broken_images_are_named_once_and_skipped_every_time(tmp_path, capsys):
-    folder = conftest.make_folder(tmp_path / "in", 40)
-    (folder / "empty.png").write_bytes(b"")
-    (folder / "text.png").write_text("hello")
-    whole = (folder / "cats" / "1.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[:len(whole) // 2])
-    first = data.load_folder(folder_args(folder, tmp_path / "out"))
-    said = capsys.readouterr().err
-    assert len(first) == 40 and said.count("\n") == 1 and all(name in said for name in ("3 of 43", "empty.png", "text.png", "cut.png"))
-    again = data.load_folder(folder_args(folder, tmp_path / "out"))
-    assert capsys.readouterr().err == "" and torch.equal(first.images, again.images)
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_broken_images_are_named_and_skipped_in_every_run(tmp_path, monkeypatch, capsys, in_memory):
+    """What is left is the same in memory and read on demand, where all files are decoded in the first run alone."""
+    folder = make_folder(tmp_path / "in", 40)
+    whole = load(tmp_path)
+    picture = (folder / "cats" / "1.png").read_bytes()
+    broken = {"empty.png": b"", "text.png": b"hello", "cut.png": picture[:len(picture) // 2]}
+    for name, content in broken.items():
+        (folder / name).write_bytes(content)
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 2 ** 30 if in_memory else 0)
+    for first in (True, False):
+        dataset = load(tmp_path)
+        said = capsys.readouterr().err
+        assert said.count("\n") == (first or in_memory)
+        assert not said or all(word in said for word in ("3 of 43", *broken))
+        assert torch.is_tensor(dataset.images) == in_memory and dataset.id == whole.id
+        assert torch.equal(dataset.pixels(range(40)), whole.images)
+        assert torch.equal(dataset.labels, whole.labels)
 
 
 @pytest.mark.parametrize("line, words", [
-    ("{broken", ["metadata.jsonl line 2"]), ('{"file_name": "x.png"}', ["line 2", "text"]),
-    ('{"file_name": "../x.png", "text": "a"}', ["line 2", "leaves the folder"]), ('{"file_name": "no.png", "text": "a"}', ["line 2", "no.png"]),
-    ('{"file_name": "cats/1.png", "text": "again"}', ["line 2", "already"])])
-def test_broken_metadata_is_refused_with_its_line(tmp_path, line, words):
-    folder = conftest.make_folder(tmp_path / "in", 4)
+    ("{broken", "metadata.jsonl line 2"), ('{"file_name": "x.png"}', "line 2.*text"),
+    ('{"file_name": "../x.png", "text": "a"}', "line 2.*leaves the folder"),
+    ('{"file_name": "no.png", "text": "a"}', "line 2.*no.png"),
+    ('{"file_name": "./cats/1.png", "text": "again"}', "line 2.*already")])
+def test_broken_captions_are_refused_with_their_line(tmp_path, line, words):
+    folder = make_folder(tmp_path / "in", 4)
     (folder / "metadata.jsonl").write_text('{"file_name": "cats/1.png", "text": "one"}\n' + line)
-    with pytest.raises(SystemExit) as problem:
-        data.read_captions(folder, data.list_files(folder))
-    assert all(word in str(problem.value) for word in words)
+    with pytest.raises(SystemExit, match=words):
+        load(tmp_path)
 
 
-def test_missing_or_empty_folders_are_refused(tmp_path):
-    (tmp_path / "empty").mkdir()
-    for path, word in ((tmp_path / "none", "no folder"), (tmp_path / "empty", "no images found")):
-        with pytest.raises(SystemExit, match=word):
-            data.load_folder(folder_args(path, tmp_path / "out"))
+def test_missing_empty_broken_and_small_folders_are_refused(tmp_path):
+    def refused(words, **change):
+        with pytest.raises(SystemExit, match=words):
+            load(tmp_path, **change)
+
+    refused("no folder .*in: ")
+    (tmp_path / "in").mkdir()
+    refused("no images found")
+    (tmp_path / "in" / "a.png").write_text("no picture")
+    refused("none of its 1 files opens")
+    make_folder(tmp_path / "in" / "train", 10, captions=False)
+    refused("10 images.* too few")
+    refused("expected train/ and val/.*found a.png, train", dataset="imagenet")
 
 
-# --- cifar ----------------------------------------------------------------------------------------------------------
+def read_corner(path, u):
+    """A reader as that of the tokenizer: the picture, darkened at random, and its upper left corner."""
+    image = (data.read_image(path, 32) * u[0]).byte()
+    return image, image[:, :8, :8]
 
-def test_cifar_planes_labels_and_splits(places):
-    folder = places["cifar10"][1]
-    dataset = data.load_cifar10(types.SimpleNamespace(dataset="cifar10", data_dir=folder, image_size=32))
-    record = np.fromfile(f"{folder}/test_batch.bin", dtype=np.uint8)[3073:2 * 3073]
+
+def test_batches_of_files_depend_neither_on_workers_nor_on_processes(places, tmp_path):
+    """Nor on the step at which a run goes on. ImageNet is never read into memory."""
+    args = arguments(dataset="imagenet", data_dir=places["imagenet"][1], out=str(tmp_path), steps=8, image_size=32)
+    dataset = data.load_dataset(args)
+    assert isinstance(dataset.images, data.ImageFiles) and sizes(dataset) == {"train": 22, "val": 2, "test": 8}
+    assert all("val" in dataset.images.paths[row].parts for row in dataset.splits["test"])
+
+    def batches(run=FakeRun(), start=0, workers=0, read=read_corner):
+        args.workers = workers
+        return list(data.image_batches(dataset, run, args, start, read, (1,)))
+
+    whole = batches()
+    assert len(whole) == 8 and [view.shape for view in whole[0]] == [(16, 3, 32, 32), (16, 3, 8, 8)]
+    halves = zip(batches(FakeRun(0, 2)), batches(FakeRun(1, 2)))
+    together = [[torch.cat(view) for view in zip(*pair)] for pair in halves]
+    for others, start in ((together, 0), (batches(workers=2), 0), (batches(start=3, workers=1), 3)):
+        assert len(others) == 8 - start
+        for views, expected in zip(others, whole[start:]):
+            assert all(torch.equal(a, b) for a, b in zip(views, expected))
+    assert torch.equal(batches(read=None)[5], batches(read=None, workers=2)[5])
+    items = data.StepImages(dataset.images, dataset.splits["train"], slice(0, 16), args, read_corner, (1,))
+    sent = pickle.loads(pickle.dumps(items))  # to workers that are started afresh, as on macOS
+    assert torch.equal(sent[3][1], whole[3][1]) and pickle.dumps(data.ignore_signals)
+
+
+def test_cifar_is_read_from_its_files_and_from_the_archive_of_the_right_checksum(places, tmp_path, monkeypatch):
+    files = Path(places["cifar10"][1])
+    args = arguments(dataset="cifar10", data_dir=str(files), image_size=32)
+    dataset = data.load_dataset(args)
+    record = np.fromfile(files / "test_batch.bin", dtype=np.uint8)[3073:2 * 3073]
     row = dataset.splits["test"][1]
-    assert dataset.labels[row, 0] == record[0] and torch.equal(dataset.images[row].flatten(), torch.from_numpy(record[1:]))
-    assert [len(r) for r in dataset.splits.values()] == [270, 30, 60]
-    assert dataset.captions[row] == f"a photo of a {data.CIFAR_CLASSES[record[0]]}"
+    assert torch.equal(dataset.images[row].flatten(), torch.from_numpy(record[1:]))
+    assert dataset.labels[row, 0] == record[0] and sizes(dataset) == {"train": 270, "val": 30, "test": 60}
+    assert dataset.captions[row].endswith(f" {data.CIFAR_CLASSES[record[0]]}")
 
-
-def test_cifar_archive_is_read_when_its_checksum_is_right_and_refused_otherwise(places, tmp_path, monkeypatch):
+    args.data_dir = str(tmp_path)
     archive = tmp_path / "cifar-10-binary.tar.gz"
+    with pytest.raises(SystemExit, match=f"{archive.name}.*--download"):
+        data.load_dataset(args)
     with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
         for name in data.CIFAR_FILES:
-            tar.add(f"{places['cifar10'][1]}/{name}", f"cifar-10-batches-bin/{name}")
-    args = types.SimpleNamespace(dataset="cifar10", data_dir=str(tmp_path), image_size=32)
+            tar.add(files / name, f"cifar-10-batches-bin/{name}")
     with pytest.raises(SystemExit, match="md5"):
-        data.load_cifar10(args)
-    monkeypatch.setattr(data, "CIFAR_MD5", data.hashlib.md5(archive.read_bytes()).hexdigest())
-    assert len(data.load_cifar10(args)) == 360
-    with pytest.raises(SystemExit, match="no CIFAR-10"):
-        data.load_cifar10(types.SimpleNamespace(dataset="cifar10", data_dir=str(tmp_path / "none"), image_size=32))
+        data.load_dataset(args)
+    monkeypatch.setattr(data, "CIFAR_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    assert torch.equal(data.load_dataset(args).images, dataset.images)
+    monkeypatch.setattr(data, "CIFAR_BYTES", 30_730_000)
+    with pytest.raises(SystemExit, match="30,730,000"):
+        data.load_dataset(args)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
     path = tmp_path / "x.json"
-    data.write_atomic(path, lambda file: file.write(b"old"))
+    data.write_json(path, "old")
 
     def half(file):
         file.write(b"ha")
@@ -287,214 +341,248 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
 
     with pytest.raises(SystemExit, match="x.json.*disk full"):
         data.write_atomic(path, half)
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    assert json.loads(path.read_text()) == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
-    args, path = types.SimpleNamespace(dataset="shapes", out=str(tmp_path), data_dir="data/shapes"), tmp_path / "generator.pt"
-    with pytest.raises(SystemExit, match="train it with python generator.py"):
-        data.load_checkpoint(path, "generator", args)
-    with pytest.raises(SystemExit, match="lacks trained_on.*another version"):
-        data.save_checkpoint(path, stage="generator", config={"dataset": "shapes"}, step=1)
-        data.load_checkpoint(path, "generator", args)
-    data.save_checkpoint(path, stage="generator", config={"dataset": "shapes"}, step=1, trained_on={}, weights=torch.arange(1000))
-    assert data.load_checkpoint(path, "generator", args)["weights"][999] == 999
-    with pytest.raises(SystemExit, match="expected a checkpoint of tokenizer, found generator"):
-        data.load_checkpoint(path, "tokenizer", args)
-    with pytest.raises(SystemExit, match="trained on shapes, expected cifar10"):
-        data.load_checkpoint(path, "generator", types.SimpleNamespace(dataset="cifar10", out="o", data_dir="d"))
-    whole = path.read_bytes()
-    at = whole.index(torch.arange(1000).numpy().tobytes()) + 800
-    for broken in (whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:], whole[:1000], b"", bytes(5000)):
-        path.write_bytes(broken)
-        with pytest.raises(SystemExit, match="generator.pt"):
-            data.load_checkpoint(path, "generator", args)
+def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
+    """As on some network file systems; the file itself is flushed all the same."""
+    flushed = []
+
+    def fsync(descriptor):
+        if os.path.isdir(f"/dev/fd/{descriptor}"):
+            raise OSError("not supported")
+        flushed.append(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    data.write_json(tmp_path / "x.json", [1])
+    assert json.loads((tmp_path / "x.json").read_text()) == [1] and len(flushed) == 1
 
 
-def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
+WEIGHTS = {"a": torch.arange(1000), "b": torch.arange(7.0)}
+LATER = torch.arange(5000, 6000)  # not read by who uses the weights alone
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A file of data.save."""
+    data.save(tmp_path / "file.pt", "weights", weights=WEIGHTS, later=LATER, step=3)
+    return tmp_path / "file.pt"
+
+
+def refused(path, words, only=None, kind="weights"):
+    """data.load stops with one line."""
+    with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}[^\n]*train it$"):
+        data.load(path, kind, "train it", only)
+
+
+def flip(path, tensor):
+    """Change one bit of a tensor in a file."""
+    content = bytearray(path.read_bytes())
+    content[content.index(tensor.numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_is_saved_is_loaded_and_a_flipped_bit_in_what_is_used_is_refused(saved):
+    whole = saved.read_bytes()
+    for only in (None, "weights"):
+        state = data.load(saved, "weights", "", only)
+        assert state["step"] == 3 and torch.equal(state["later"], LATER)
+        assert all(torch.equal(value, WEIGHTS[name]) for name, value in state["weights"].items())
+    for tensor in (*WEIGHTS.values(), LATER):
+        saved.write_bytes(whole)
+        flip(saved, tensor)
+        refused(saved, "file.pt.*CRC")
+        if tensor is not LATER:
+            refused(saved, "file.pt.*CRC", only="weights")
+    assert torch.equal(data.load(saved, "weights", "", only="weights")["weights"]["a"], WEIGHTS["a"])
+
+
+def of_torch_alone(value):
+    """What torch.save writes, as earlier versions did."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("only", [None, "weights"])
+def test_missing_damaged_earlier_and_dangerous_files_are_refused(saved, only):
     class Bomb:
         def __reduce__(self):
-            return (open, (str(tmp_path / "executed"), "w"))
+            return open, (str(saved.with_name("executed")), "w")
 
-    torch.save({"stage": "generator", "bomb": Bomb()}, tmp_path / "generator.pt")
-    with pytest.raises(SystemExit):
-        data.load_checkpoint(tmp_path / "generator.pt", "generator", types.SimpleNamespace(dataset="shapes", out="o", data_dir="d"))
-    assert not (tmp_path / "executed").exists()
-
-
-def test_code_files_are_checked_when_opened(tmp_path):
-    args, folder = types.SimpleNamespace(dataset="shapes", out=str(tmp_path), data_dir="d"), tmp_path / "shapes"
-    folder.mkdir()
-    (folder / "tokenizer.pt").write_bytes(b"weights")
-    codes = np.random.default_rng(0).integers(0, 7, (20, 2, 5))
-    dataset = types.SimpleNamespace(splits={"train": range(0, 15), "test": range(15, 20)}, checksum="those")
-    data.write_codes(folder, codes, 7, dataset, {})
-    stored, about = data.open_codes(args)
-    assert np.array_equal(stored, codes) and about["splits"]["test"] == range(15, 20) and stored.dtype == np.uint8
-    good, good_about = (folder / "codes.npy").read_bytes(), (folder / "codes.json").read_text()
-
-    def refuse(word):
-        with pytest.raises(SystemExit, match=word):
-            data.open_codes(args)
-        (folder / "codes.npy").write_bytes(good), (folder / "codes.json").write_text(good_about)
-
-    np.save(folder / "codes.npy", codes[:-1].astype(np.uint8)), refuse("holds")
-    (folder / "codes.npy").write_bytes(good[:-3]), refuse("not a readable")
-    (folder / "codes.npy").write_bytes(b""), refuse("not a readable")
-    np.save(folder / "codes.npy", np.full_like(codes, 9).astype(np.uint8)), refuse("less than V = 7")
-    np.save(folder / "codes.npy", codes[::-1].astype(np.uint8)), refuse("checksum")
-    for key, value in (("L", 6), ("V", 8), ("images", "others"), ("tokenizer", "x")):
-        (folder / "codes.json").write_text(json.dumps({**json.loads(good_about), key: value})), refuse("codes.json: changed")
-    (folder / "codes.json").write_text("[]"), refuse("not a readable")
-    (folder / "codes.json").write_text(good_about[:-9]), refuse("codes.json: not readable as JSON")
-    (folder / "tokenizer.pt").write_bytes(b"other weights")
-    refuse("another tokenizer")
+    refused(saved.with_name("none.pt"), "no .*none.pt", only)
+    refused(saved, "file.pt.*(codes.*weights|weights.*codes)", only, kind="codes")
+    whole = saved.read_bytes()
+    earlier = of_torch_alone({"stage": "weights", "weights": WEIGHTS})
+    bomb = of_torch_alone({"kind": "weights", "weights": WEIGHTS, "bomb": Bomb()})
+    plain_bomb = pickle.dumps({"kind": "weights", "bomb": Bomb()})
+    for content in (whole[:len(whole) // 2], b"", bytes(5000), earlier, bomb, plain_bomb):
+        saved.write_bytes(content)
+        refused(saved, "file.pt.*earlier version" if content is earlier else "file.pt: not readable", only)
+    assert not saved.with_name("executed").exists()
 
 
-def test_width_of_stored_codes_follows_the_values():
-    assert data.code_type(16) == np.uint8 and data.code_type(256) == np.uint16  # 256 values and "no value" do not fit a byte
+@pytest.mark.parametrize("values, dtype", [(256, torch.uint8), (257, torch.uint16)])
+def test_codes_come_back_in_few_bytes_with_all_that_is_known_of_them(tmp_path, values, dtype):
+    path = tmp_path / "codes.pt"
+    splits = {"train": range(0, 15), "test": range(15, 20)}
+    dataset = types.SimpleNamespace(splits=splits, id="those images")
+    codes = torch.randint(0, values, (20, 2, 5))
+    made_from = {"images": "those images", "tokenizer": "that"}
+    data.save_codes(path, codes, values, dataset, {"knn": 0.5}, made_from)
+    stored = data.load_codes(path, "make it", images="those images")
+    assert torch.equal(stored["codes"].long(), codes) and stored["codes"].dtype == dtype
+    rows, flips = torch.tensor([7, 3]), torch.tensor([1, 0])
+    assert torch.equal(stored["codes"][rows, flips].long(), codes[rows, flips])
+    assert (stored["L"], stored["V"], stored["splits"], stored["report"]) == (5, values, splits, {"knn": 0.5})
+    data.load_codes(path, "make it")  # a prior does not ask for the images
+    with pytest.raises(SystemExit, match="codes.pt.*codes of other images.*make it"):
+        data.load_codes(path, "make it", images="others")
+    assert data.is_made_from(path, "codes", made_from)
+    assert not data.is_made_from(path, "codes", made_from | {"tokenizer": "other"})
+    flip(path, stored["codes"].clone())
+    assert not data.is_made_from(path, "codes", made_from)
+    refused(path, "codes.pt.*CRC", only="codes", kind="codes")
 
 
-# --- schedule, EMA, grids ---------------------------------------------------------------------------------------------
-
-def test_schedule_warms_up_and_falls():
-    args = types.SimpleNamespace(steps=100, warmup=10, lr_final=0.1)
-    rates = [data.warmup_cosine(step, args) for step in range(101)]
-    assert rates[0] < rates[5] < rates[10] and abs(rates[100] - 0.1) < 1e-6 and all(a >= b for a, b in zip(rates[11:], rates[12:]))
-
-
-def test_ema_averages_and_gives_the_weights_back():
-    model = torch.nn.Linear(2, 2)
-    ema, own = data.EMA(model, 0.5), model.weight.detach().clone()
-    with torch.no_grad():
-        model.weight += 1
-    ema.update(10 ** 6)
-    with ema.applied():
-        assert torch.allclose(model.weight, own + 0.5)
-    assert torch.allclose(model.weight, own + 1)
-
-
-def test_grid_stores_its_settings(tmp_path):
-    data.save_grid(tmp_path / "g.png", torch.zeros(5, 3, 32, 32, dtype=torch.uint8), 3, titles=["a", "b", "c"], settings={"guidance": 2.0})
-    with Image.open(tmp_path / "g.png") as image:
-        assert json.loads(image.text["settings"]) == {"guidance": 2.0} and image.width == 3 * 66 + 2
-
-
-# --- ImageNet: a tree of JPEGs, decoded by workers --------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def jpegs(tmp_path_factory):
-    """A tree as ImageNet's: real JPEGs of several shapes in train/ and val/, a folder per class, and one that is cut short."""
-    root, rng = tmp_path_factory.mktemp("jpegs"), np.random.default_rng(0)
-    for split, count in (("train", 48), ("val", 8)):
-        for k in range(count):
-            size = [(96, 64), (64, 96), (200, 150), (70, 70)][k % 4]
-            path = root / split / f"n0000000{k % 3}" / f"{split}_{k}.JPEG"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-            small.resize(size, Image.Resampling.BICUBIC).convert("L" if k == 5 else "RGB").save(path, quality=95)
-    whole = (root / "train" / "n00000000" / "train_0.JPEG").read_bytes()
-    (root / "train" / "n00000001" / "broken.JPEG").write_bytes(whole[:len(whole) // 2])
-    return root
-
-
-def imagenet_args(root, out, **change):
-    settings = dict(dataset="imagenet", data_dir=str(root), out=str(out), image_size=32, workers=0, seed=0, steps=8, batch_size=16, ratio=0.75)
-    return argparse.Namespace(**settings | change)
-
-
-def test_a_broken_jpeg_is_named_once_and_skipped_in_every_run(jpegs, tmp_path, capsys):
-    for run_ in range(2):
-        dataset = data.load_dataset(imagenet_args(jpegs, tmp_path))
-        said = capsys.readouterr().err
-        assert ("1 of 57 files do not open" in said and "broken.JPEG" in said) == (run_ == 0)
-        assert len(dataset) == 56 and {k: len(v) for k, v in dataset.splits.items()} == {"train": 46, "val": 2, "test": 8}
-    assert not torch.is_tensor(dataset.images) and dataset.factors["class"] == ["n00000000", "n00000001", "n00000002"]
-
-
-def test_what_workers_are_given_can_be_sent_to_them(jpegs, tmp_path, run):
-    """Where processes are started afresh (macOS, Python 3.14) it is pickled: a run with its lock could not be."""
-    args = imagenet_args(jpegs, tmp_path)
-    steps = data._StepImages(data.load_folder(args), run.share(args.batch_size), args, [(8, (0.5, 1.0))])
-    again = pickle.loads(pickle.dumps(steps))
-    assert all(torch.equal(a, b) for a, b in zip(steps[3][1], again[3][1])) and pickle.dumps(data.ignore_signals)
-
-
-def test_crops_do_not_depend_on_the_number_of_workers_or_processes(jpegs, tmp_path, run):
-    views, seen = [(24, (0.3, 1.0)), (24, (0.3, 1.0)), (8, (0.05, 0.3))], []
-    for workers, start in ((0, 0), (1, 0), (2, 0), (2, 3)):
-        args = imagenet_args(jpegs, tmp_path, workers=workers)
-        batches = list(data.image_batches(data.load_dataset(args), run, args, start, views))
-        assert [step for step, _, _ in batches] == list(range(start, 8))
-        seen.append({step: (rows, crops) for step, rows, crops in batches})
-    for other in seen[1:]:
-        for step, (rows, crops) in other.items():
-            assert torch.equal(rows, seen[0][step][0]) and all(torch.equal(a, b) for a, b in zip(crops, seen[0][step][1]))
-    halves = []
-    for rank in range(2):
-        half = types.SimpleNamespace(device=run.device, world=2, rank=rank)
-        half.share = lambda size, half=half: data.Run.share(half, size)
-        args = imagenet_args(jpegs, tmp_path)
-        halves.append([crops for _, _, crops in data.image_batches(data.load_dataset(args), half, args, 0, views)])
-    for step, (a, b) in enumerate(zip(*halves)):
-        assert all(torch.equal(torch.cat(pair), whole) for pair, whole in zip(zip(a, b), seen[0][step][1]))
-
-
-def test_crops_of_a_file_are_what_their_boxes_say(tmp_path):
-    """A picture whose colours are its coordinates: the corners of a crop are those of its box, also where a JPEG is decoded smaller."""
-    w, h = 640, 480
-    y, x = np.mgrid[:h, :w]
-    Image.fromarray(np.stack([x * 255 / (w - 1), y * 255 / (h - 1), x * 0], -1).round().astype(np.uint8)).save(tmp_path / "a.jpg", quality=100, subsampling=0)
-    u = torch.rand(40, 5, generator=torch.Generator().manual_seed(0))
-    views = [(48, (0.1, 1.0))] * 40
-    for row, crop in zip(u, data.read_crops(tmp_path / "a.jpg", views, 0.75, u)):
-        cx, cy, width, height, mirror = data.crop_boxes(row, (0.1, 1.0), 0.75, w / h)
-        assert 0.74 < width * w / (height * h) < 1.35 or 1 in (width, height)
-        assert 0.099 <= width * height <= 1.001
-        crop = crop.flip(2).float() if mirror else crop.float()
-        assert abs(crop[0].mean() / 255 - (cx + 1) / 2) < 0.01 and abs(crop[1].mean() / 255 - (cy + 1) / 2) < 0.01
-        assert abs((crop[0, :, -1] - crop[0, :, 0]).mean() / 255 - width * 47 / 48) < 0.02
-
-
-def test_a_tree_without_val_and_too_few_images_are_named(jpegs, tmp_path):
-    shutil.copytree(jpegs / "train", tmp_path / "only" / "train")
-    with pytest.raises(SystemExit, match="expected train/ and val/.*found train"):
-        data.load_dataset(imagenet_args(tmp_path / "only", tmp_path / "out"))
-    with pytest.raises(SystemExit, match="--batch-size 64 is larger than the 46 training images"):
-        data.load_dataset(imagenet_args(jpegs, tmp_path / "out", batch_size=64))
-
-
-# --- chunks -----------------------------------------------------------------------------------------------------------
-
-class ChunkRun(conftest.FakeRun):
-    """A process that is asked to stop before its `stop`-th chunk."""
-
-    def __init__(self, stop=10 ** 9, rank=0, world=1):
-        self.left, self.rank, self.world = stop, rank, world
-
-    def asked(self):
-        self.left -= 1
-        return self.left < 0
-
-    def wait(self):
-        pass
-
-
-def test_chunks_go_on_where_they_stopped_on_any_number_of_processes(tmp_path):
+def test_rows_are_filled_in_by_any_number_of_processes_that_may_stop(tmp_path):
+    """What is finished is not done again; values and dtypes are those asked for."""
+    shapes = {"halves": ((), torch.float16), "pairs": ((2,), torch.uint16), "bytes": ((2, 3), torch.uint8)}
+    numbers = torch.arange(23)
+    whole = {"halves": numbers / 8, "pairs": torch.stack([numbers, numbers + 60_000], 1),
+             "bytes": (numbers[:, None] * 11).expand(23, 6).reshape(23, 2, 3)}
     done = []
 
-    def work(rows):
-        done.append(rows)
-        return {"squares": np.arange(rows.start, rows.stop) ** 2, "twice": np.stack([np.array(rows)] * 2, 1)}
+    def fill(run, stop=None):
+        def work(rows):
+            if rows.start == stop:
+                raise KeyboardInterrupt
+            done.append(rows.start)
+            return {name: values[list(rows)] for name, values in whole.items()}
 
-    with pytest.raises(SystemExit) as stopped:
-        data.in_chunks(tmp_path / "parts", 23, ChunkRun(stop=2), work, size=4)
-    assert stopped.value.code == 143 and done == [range(0, 4), range(4, 8)]
-    with pytest.raises(SystemExit):  # one of two processes: takes every second of what is left
-        data.in_chunks(tmp_path / "parts", 23, ChunkRun(stop=1, rank=1, world=2), work, size=4)
-    assert done[2:] == [range(12, 16)]
-    paths = data.in_chunks(tmp_path / "parts", 23, ChunkRun(), work, size=4)
-    assert done[3:] == [range(8, 12), range(16, 20), range(20, 23)]
-    for name, whole in (("squares", np.arange(23) ** 2), ("twice", np.stack([np.arange(23)] * 2, 1))):
-        data.join_chunks(paths, name, 23, tmp_path / f"{name}.npy")
-        assert np.array_equal(np.load(tmp_path / f"{name}.npy"), whole)
+        return data.fill_rows(tmp_path / ".rows", 23, run, work, shapes, chunk=4)
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(FakeRun(), stop=8)
+    with pytest.raises(KeyboardInterrupt):  # the second of two processes, which takes every other chunk
+        fill(FakeRun(1, 2), stop=20)
+    assert done == [0, 4, 12]
+    filled = fill(FakeRun())
+    assert done == [0, 4, 12, 8, 16, 20]
+    for name, (_, dtype) in shapes.items():
+        assert filled[name].dtype == dtype and torch.equal(filled[name].float(), whole[name].float()), name
+
+
+# --- optimiser, averages and log --------------------------------------------------------------------------
+
+class Toy(torch.nn.Module):
+    """A model with a matrix in its blocks, one outside, and a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Parameter(torch.randn(5, 4))
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+
+    def backward(self):
+        self.blocks[0](torch.randn(3, 5) @ self.embed).square().mean().backward()
+
+
+@pytest.mark.parametrize("lr_matrix", [0.0, 0.3])
+def test_learning_rates_follow_warm_up_and_cosine_times_their_peak(lr_matrix):
+    args = arguments(steps=10, lr=0.2, lr_matrix=lr_matrix, lr_final=0.1, warmup=3, weight_decay=0.1)
+    model = Toy()
+    optimizers = data.Optimizers(model, args, lambda name: 0.5 if "embed" in name else 1.0)
+    peaks = {"embed": 0.1, "blocks.0.weight": lr_matrix or 0.2, "blocks.0.bias": 0.2}
+    muon = [group["params"] for optimizer in optimizers.optimizers[1:] for group in optimizer.param_groups]
+    assert muon == ([[model.blocks[0].weight]] if lr_matrix else [])
+    for step in range(10):
+        rate = min(1, (step + 1) / 4) * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 10)) / 2)
+        model.backward()
+        optimizers.step(step, 1.0, weight_decay=0.1 + step)
+        groups = [group for optimizer in optimizers.optimizers for group in optimizer.param_groups]
+        for name, p in model.named_parameters():
+            group, = (group for group in groups if any(p is member for member in group["params"]))
+            assert group["lr"] == pytest.approx(peaks[name] * rate), name
+            assert group["weight_decay"] == (0 if name.endswith("bias") else 0.1 + step), name
+
+
+@pytest.mark.parametrize("what", ["the loss is nan", "the gradient of blocks.0.bias is not finite"])
+def test_gradients_are_clipped_and_a_nan_stops_before_any_weight_changes(what):
+    model = Toy()
+    optimizers = data.Optimizers(model, arguments(lr_matrix=0.1, clip=0.01))
+    model.backward()
+    with pytest.MonkeyPatch.context() as patch:
+        for optimizer in optimizers.optimizers:
+            patch.setattr(optimizer, "zero_grad", lambda: None)
+        norm = optimizers.step(0, 1.0)
+    assert norm > 0.02 and torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]) < 0.0101
+    before = [p.detach().clone() for p in model.parameters()]
+    model.backward()
+    if "gradient" in what:
+        model.blocks[0].bias.grad[2] = torch.nan
+    with pytest.raises(SystemExit, match=f"step 7: {what}"):
+        optimizers.step(7, torch.tensor(1.0 if "gradient" in what else torch.nan))
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize("decay", [0.6, lambda n: 0.5 + 0.005 * n], ids=["constant", "of the update"])
+def test_averages_follow_their_recursion(decay):
+    """average ← d · average + (1 − d) · weights, d = min(decay, n / (9 + n)), from the model as it starts."""
+    model = torch.nn.Linear(3, 2).double()
+    average = data.averaged(model, decay)
+    expected = model.weight.detach().clone()
+    assert torch.equal(average.module.weight, expected) and not average.module.training
+    for n in range(1, 40):
+        with torch.no_grad():
+            model.weight += torch.randn(2, 3)
+        average.update_parameters(model)
+        d = min(decay(n) if callable(decay) else decay, n / (9 + n))
+        expected = d * expected + (1 - d) * model.weight.detach()
+        assert torch.allclose(average.module.weight, expected, rtol=1e-12, atol=1e-12), n
+
+
+def steps_of(run, folder, **change):
+    """data.Steps of a run in a folder."""
+    run.folder = folder
+    args = arguments(**change)
+    return data.Steps(run, args, "stage", 0, range(100), args.batch_size)
+
+
+def test_every_fifty_steps_are_logged_and_a_killed_run_drops_what_comes_again(run, tmp_path):
+    def logged():
+        return [json.loads(line) for line in (tmp_path / "stage.jsonl").read_text().splitlines()]
+
+    steps = steps_of(run, tmp_path, steps=120)
+    for step in steps:
+        steps.show(loss=torch.tensor(float(step)), norm=1.0)
+    steps.log.write(120, bits=3.0)
+    assert [record["step"] for record in logged()] == [50, 100, 120, 120] and logged()[1]["loss"] == 99
+    with open(tmp_path / "stage.jsonl", "a") as file:
+        file.write('{"step": 1')  # cut by the kill
+    for start, kept in ((120, [50, 100, 120]), (60, [50])):  # what is measured at the end comes again, too
+        data.Log(run, "stage", start)
+        assert [record["step"] for record in logged()] == kept
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_the_first_step_is_counted_in_flops(run, tmp_path, monkeypatch, capsys, dry_run):
+    """Forward, and backward to weight and input: three products of 2 m n k. (Elsewhere on CUDA alone.)"""
+    counted = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: counted.append(1))
+    steps = steps_of(run, tmp_path, steps=4, dry_run=dry_run)
+    steps.counts = True
+    steps.peak = 1e12
+    m, n, k = 6, 7, 50
+    model = torch.nn.Linear(k, n)
+    seen = []
+    with pytest.raises(SystemExit) if dry_run else contextlib.nullcontext():
+        for step in steps:
+            seen.append(step)
+            model(torch.randn(m, k, requires_grad=True)).sum().backward()
+            steps.show(loss=0.0)
+    assert steps.flops == 3 * 2 * m * n * k and len(counted) == 1
+    said = capsys.readouterr().out
+    if dry_run:
+        assert seen == [0, 1] and "0.000 TFLOP" in said and not list(tmp_path.iterdir())
+    else:
+        assert seen == [0, 1, 2, 3] and "MFU 0.00 of 1 TFLOP/s" in said
