@@ -181,7 +181,7 @@ def add_training_flags(parser, steps, batch_size, lr, lr_matrix, warmup, ema=Non
     add("--grad-checkpoint", action="store_true", help="compute activations twice to save memory")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA only)")
     add("--tensorboard", action="store_true", help="also log for TensorBoard")
-    add("--dry-run", action="store_true", help="show settings, size, on CUDA also the cost of a step, and stop")
+    add("--dry-run", action="store_true", help="show settings and size (on CUDA the cost of a step) and stop")
     add("--restart", action="store_true", help="begin anew even where a checkpoint lies")
 
 
@@ -271,7 +271,7 @@ class Run:
     def __init__(self, args, lock=None):
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.main = self.rank == 0
-        self.bar = self.main and sys.stderr.isatty()  # progress bars only for people
+        self.shows_bars = self.main and sys.stderr.isatty()  # progress bars only for people
         self.device = find_device(args.device)
         fast = args.dtype == "auto" and bfloat16_is_faster(self.device)
         self.dtype = torch.bfloat16 if fast or args.dtype == "bfloat16" else torch.float32
@@ -574,8 +574,8 @@ def shapes_labels(split, size, seed=0):
     which of colour, size, background and frame the caption says (size, 4) bool: two captions in three say
     all, the others each with probability ½."""
     key = int.from_bytes(hashlib.sha256(f"{seed}/{split}".encode()).digest()[:8], "little")
-    uniform = np.random.Generator(np.random.Philox(key=key)).random((size, 13 + 16), dtype=np.float64)
-    uniform = torch.from_numpy(uniform).float()
+    uniform = np.random.Generator(np.random.Philox(key=key)).random((size, 29), dtype=np.float64)
+    uniform = torch.from_numpy(uniform).float()  # 20 columns are used
     labels = (uniform[:, :5] * torch.tensor([len(values) for values in SHAPES.values()])).long()
     for k, (unseen, (first, second)) in enumerate(UNSEEN_PAIRS.items()):
         a, b = (labels[:, list(SHAPES).index(name)] for name in (first, second))
@@ -589,13 +589,13 @@ def shapes_labels(split, size, seed=0):
 
 
 def with_article(words):
-    """"an orange ring", "a red ring"."""
+    """Words with their article: "an orange ring", "a red ring"."""
     return f"a{'n' * (words[0].lower() in 'aeiou')} {words}"
 
 
 def shapes_caption(labels, said=(True,) * 4):
-    """"a small red ring on a dotted background in a blue frame" from factors (5,); `said`: whether colour,
-    size, background and frame are."""
+    """The caption of factors (5,), "a small red ring on a dotted background in a blue frame"; `said`: whether
+    colour, size, background and frame are said."""
     shape, colour, size, background, frame = (values[k] for values, k in zip(SHAPES.values(), labels))
     caption = with_article(" ".join([size] * said[1] + [colour] * said[0] + [shape]))
     if said[2]:
@@ -613,7 +613,8 @@ def load_shapes(args):
         labels, nuisance, said = shapes_labels(split, size)
         parts.append((labels, nuisance))
         captions += map(shapes_caption, labels.tolist(), said.tolist())
-        splits[split] = range(start, start := start + size)
+        splits[split] = range(start, start + size)
+        start += size
     labels, nuisance = (torch.cat(tensors) for tensors in zip(*parts))
 
     def draw():
@@ -754,7 +755,7 @@ class ImageFiles(torch.utils.data.Dataset):
             return function(self.paths[k], *more)
         except Exception as problem:  # each of Pillow's decoders raises its own kinds
             reason = " ".join(str(problem).split())
-            raise Unreadable(f"{self.paths[k]}: does not open as an image any more ({reason}); bring it back, "
+            raise Unreadable(f"{self.paths[k]}: does not open as an image any more ({reason}); bring it back "
                              "or delete OUT/<dataset>/files.json to check all files again") from None
 
 
@@ -856,8 +857,8 @@ def split_folder(folder, names):
         class_part, few = int(set(top) == {"train"}), max(2, len(names) // 20)
         test, val, train = np.split(rng.permutation(len(names)), [few, 2 * few])
     if min(len(test), len(val)) < 2 or len(names) < 20:
-        fail(f"{folder}: {len(names)} images, {len(test)} of them to report on, are too few; bring at least 20 "
-             "in all, 2 in test/ and val/")
+        fail(f"{folder}: {len(names)} images, {len(test)} of them to report on, are too few; bring at least "
+             "20 in all, 2 in test/ and val/")
     return {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}, class_part
 
 
@@ -889,7 +890,8 @@ def load_folder(args):
     names = [names[k] for k in np.concatenate(list(parts.values()))]  # in the order of the splits
     splits, start = {}, 0
     for split, rows in parts.items():
-        splits[split] = range(start, start := start + len(rows))
+        splits[split] = range(start, start + len(rows))
+        start += len(rows)
     if in_memory:
         images = torch.stack([images[name] for name in names])
     else:
@@ -945,13 +947,14 @@ class Part:
     Random numbers are drawn for the whole batch from (seed, step) and cut to this part, so that they depend
     neither on the number of processes nor on the number of parts. """
 
-    def __init__(self, seed, step, batch_size, run, index=0, parts=1):
+    def __init__(self, seed, step, batch_size, run, index=0, parts=1, rows=None):
         self.generator, self.device = step_generator(seed, step, run.device), run.device
         self.batch_size, self.parts = batch_size, parts
         size = batch_size // run.world // parts
         self.own = slice(index * size, (index + 1) * size)  # of the rows of this process
         first = run.own_slice(batch_size).start + index * size
         self.whole = slice(first, first + size)  # of the whole batch
+        self.rows = None if rows is None else rows[self.whole]  # (b,)
 
     def uniform(self, *shape):
         """Uniform in [0, 1): (b, *shape) for the b rows of this part."""
@@ -981,7 +984,8 @@ class Part:
 
 def batch_parts(step, rows, args, run, model):
     """The parts of this process's rows of a batch, one after the other (--accumulate). rows: the range that
-    is trained on; part.rows: (b,) of this part. Gradients are exchanged in the last part's backward pass."""
+    is trained on; part.rows: (b,) of this part. Dropout is seeded by (seed, step, rank), and gradients are
+    exchanged in the last part's backward pass."""
     torch.manual_seed(mix_seed(args.seed, step, run.rank, "dropout"))
     rows = batch_rows(rows, args.batch_size, args.seed, step)
     for index in range(args.accumulate):
@@ -990,9 +994,7 @@ def batch_parts(step, rows, args, run, model):
             model.set_requires_gradient_sync(last)
         elif run.world > 1:
             model.require_backward_grad_sync = last  # what DDP's no_sync sets; the forward pass must know too
-        part = Part(args.seed, step, args.batch_size, run, index, args.accumulate)
-        part.rows = rows[part.whole]
-        yield part
+        yield Part(args.seed, step, args.batch_size, run, index, args.accumulate, rows)
 
 
 class StepImages(torch.utils.data.Dataset):
@@ -1059,6 +1061,7 @@ def cannot_write(path, problem):
 def write_atomic(path, write):
     """Call write(binary file) on a temporary file, then move it into place, so that a kill at any moment
     leaves the old file or the new one, whole."""
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb+") as file:
@@ -1121,7 +1124,8 @@ def load(path, kind, remedy, only=None):
 
 
 def is_made_from(path, kind, made_from):
-    """Whether a file of `save` is there, whole, and made from these (ids by name)."""
+    """Whether a file of `save` is there, whole, whose first part is named as its kind, made from these (ids
+    by name)."""
     with suppress(Exception):
         return read(path, kind, only=kind)["made_from"] == made_from
     return False
@@ -1147,7 +1151,7 @@ def load_codes(path, remedy, images=None):
     with reading(path, remedy):
         state["L"] = state["codes"].shape[2]
         state["splits"] = {name: range(*rows) for name, rows in state["splits"].items()}
-        if images not in (None, state["made_from"]["images"]):
+        if images is not None and images != state["made_from"]["images"]:
             raise Unfit("codes of other images than there are now: other names, sizes, order or parts")
     return state
 
@@ -1159,7 +1163,7 @@ def fill_rows(folder, size, run, work, shapes, chunk=2000):
     memory-mapped."""
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(run.rank * chunk, size, run.world * chunk)
-    for start in tqdm(starts, desc=folder.name.lstrip("."), disable=not run.bar):
+    for start in tqdm(starts, desc=folder.name.lstrip("."), disable=not run.shows_bars):
         done = folder / f"{start}.done"
         if done.exists():
             continue
@@ -1318,21 +1322,21 @@ class Checkpoint:
         if self.path.exists() and not args.restart and not args.dry_run:
             only = "ema" if self.run.sharded and not self.run.main else None  # the first hands out the rest
             state = load(self.path, self.stage, remedy, only)
-        with reading(self.path, remedy):
-            step = state["step"] if state else 0
-            before = self.settings | state["config"] if state else now  # a new flag counts as its default
-            made_from = state["made_from"] if state else self.made_from
-            differ = [f"{name} {before[name]} → {now[name]}" for name in now if before[name] != now[name]]
-            others = [name for name, id in self.made_from.items() if made_from[name] != id]
-        if differ:
-            fail(f"{self.path}: trained with other settings ({', '.join(differ)}); use those, or: {remedy}")
-        if others and not (finished_on_others and step >= args.steps):
-            fail(f"{self.path}: made from other {' and '.join(others)} than are there now; bring those back, "
-                 f"or: {remedy}")
+            with reading(self.path, remedy):
+                step = state["step"]
+                before = self.settings | state["config"]  # a flag that it does not know counts as its default
+                differ = [f"{name} {before[name]} → {now[name]}" for name in now if before[name] != now[name]]
+                others = [name for name, id in self.made_from.items() if state["made_from"][name] != id]
+            if differ:
+                what = ", ".join(differ)
+                fail(f"{self.path}: trained with other settings ({what}); use those, or: {remedy}")
+            if others and not (finished_on_others and step >= args.steps):
+                names = " and ".join(others)
+                fail(f"{self.path}: made from other {names} than now; bring those back, or: {remedy}")
         mine = [now, self.made_from, step]
         if any(other != mine for other in gather(mine)):
-            fail("the processes of this run differ in settings, data or step; start all with the same command "
-                 "and files")
+            fail("the processes of this run differ in settings, data or step; give all the same command and "
+                 "files")
         if state:
             with reading(self.path, f"it is of another version of these scripts; {remedy}"):
                 self.restore(state)
@@ -1407,7 +1411,7 @@ def load_trained(path, stage, dataset, remedy, **made_from):
             raise Unfit(f"trained on {found}, expected {dataset}")
         for name, id in made_from.items():
             if state["made_from"][name] != id:
-                raise Unfit(f"made from other {name} than are there now")
+                raise Unfit(f"made from other {name} than now")
         if step < steps and "optimizers" in state and os.environ.get("RANK", "0") == "0":
             print(f"note: {path} is not finished (step {step} of {steps})", file=sys.stderr)
     return state
@@ -1491,7 +1495,8 @@ class Steps:
 
     def __iter__(self):
         args = self.args
-        self.bar = tqdm(total=args.steps, initial=self.start, disable=not self.run.bar, dynamic_ncols=True)
+        hidden = not self.run.shows_bars
+        self.bar = tqdm(total=args.steps, initial=self.start, disable=hidden, dynamic_ncols=True)
         self.began = time.perf_counter()
         self.last = self.start, self.began
         with self.run.noting_signals():
@@ -1542,7 +1547,7 @@ class Steps:
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()} | speed)
         self.log.write(done, **{name: round(value, 5) for name, value in values.items()}, **speed)
 
-    def saves(self):
+    def save_due(self):
         """Whether the run is to be saved after this step: every --save-every steps, at the end, or asked to
         stop."""
         self.stop = self.run.stopping()

@@ -533,7 +533,7 @@ def main(argv=None, dataset=None):
         steps.show(loss=loss, norm=norm)
         if stage == "generator" and step + 1 == round(args.early * args.steps):
             checkpoint.save_early("generator-early", step + 1)
-        if steps.saves():
+        if steps.save_due():
             checkpoint.save(step + 1)
             if run.main and not steps.stop:
                 show_samples(step + 1)

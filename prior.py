@@ -1,18 +1,19 @@
-"""Stage 3: a prior over codes. One transformer (RMSNorm, SwiGLU, RoPE, no biases), used in two ways.
+"""Stage 3: a prior over codes of L positions with V values each. One transformer (RMSNorm, SwiGLU, RoPE, no
+biases), used in two ways.
 
 --kind masked, masked diffusion without time (MDLM, RADD). k of the L positions are hidden, k ~ U{1..L}, which
-ones
-  uniformly:
+ones uniformly:
     − log p(c) ≤ E_k  (L / k) · Σ_{l hidden} − log p(c_l | visible)                                        (1)
-  (the same number as E_t (1/t) Σ ... with each position hidden with probability t ~ U(0, 1], with less
-  variance) sampled from all-hidden by revealing positions: ancestral, one event at a time, or the most
-  confident first.
+That is the same number as E_t (1/t) Σ ... with each position hidden with probability t ~ U(0, 1], with less
+variance. Sampled from all-hidden by revealing positions: ancestral, one event at a time, or the surest first.
+
 --kind ar, autoregressive, with exact likelihood and a key-value cache for sampling:
     − log p(c) = Σ_l − log p(c_l | c_1 .. c_{l−1})                                                         (2)
-Both are reported in bits per token, − log₂ p(c) / L, on held-out codes.
+
+Both are reported in bits per token, − log₂ p(c) / L, on held-out codes. (H: attention heads.)
 
 Reads OUT/<dataset>/codes.pt; writes OUT/<dataset>/prior-masked.pt or prior-ar.pt.
-    python prior.py --kind masked                                            # shapes on a CPU
+    python prior.py --kind masked                                            # the dataset shapes, on a CPU
     python prior.py --kind ar --dataset cifar10                              # one GPU
     torchrun --nproc-per-node 8 prior.py --kind masked --dataset imagenet    # a node
 """
@@ -36,7 +37,7 @@ PRESETS = {
         clip=1.0, save_every=5000),
 }
 
-STEPS = {"masked": 1800, "ar": 1200}  # of shapes; the masked prior has the harder task
+STEPS = {"masked": 1800, "ar": 1200}  # on shapes; the masked prior has the harder task
 
 # ----------------------------------------------------------------------------------------------------------
 # model
@@ -50,8 +51,8 @@ def rope_table(length, size, theta=10_000.0):
 
 
 def rotate(x, cos, sin):
-    """Rotate pairs (i, i + size / 2) of the last dimension by the angles of each position. x (B, H, N, size),
-    cos and sin (N, size / 2)."""
+    """Rotate pairs (i, i + size / 2) of the last dimension by the angles of each position. x (..., N, size),
+    cos and sin (N, size / 2), or of one position: x (..., size), (size / 2,)."""
     a, b = x.chunk(2, -1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
@@ -71,7 +72,7 @@ class Block(nn.Module):
     """LLaDA's (and Llama's) block: pre-RMSNorm, rotary attention, SwiGLU, no biases; names as in LLaDA's
     checkpoints."""
 
-    def __init__(self, width, heads, hidden, dropout, causal):
+    def __init__(self, width, heads, inner, dropout, causal):
         super().__init__()
         self.heads, self.causal = heads, causal
         self.dropout = nn.Dropout(dropout)
@@ -81,9 +82,9 @@ class Block(nn.Module):
         self.k_proj = linear(width, width)
         self.v_proj = linear(width, width)
         self.attn_out = linear(width, width)
-        self.ff_proj = linear(width, hidden)
-        self.up_proj = linear(width, hidden)
-        self.ff_out = linear(hidden, width)
+        self.ff_proj = linear(width, inner)
+        self.up_proj = linear(width, inner)
+        self.ff_out = linear(inner, width)
 
     def attention(self, x, cos, sin, attend):
         B, N, D = x.shape
@@ -103,23 +104,23 @@ class Block(nn.Module):
 
 
 class Prior(nn.Module):
-    """Transformer over the L positions of a code; causal (autoregressive) or not (masked: value V means
-    hidden).
+    """Transformer over the L positions of a code; causal (autoregressive) or not (masked). The value V stands
+    for hidden, or, causal, starts the sequence.
 
     tables "position": each position has its own V embeddings and outputs (a value means something else in
-    each position); "shared": one vocabulary for all positions, with learned positions. """
+    each position); "shared": one vocabulary for all positions. """
 
     def __init__(self, codes, values, width, depth, heads, dropout, causal, tables):
         super().__init__()
         self.L, self.V, self.causal = codes, values, causal
-        own = codes if tables == "position" else 1
-        hidden = swiglu_hidden(width)
-        self.wte = nn.Parameter(torch.randn(own * (values + 1), width) * 0.1)
+        vocabularies = codes if tables == "position" else 1
+        inner = swiglu_hidden(width)
+        self.wte = nn.Parameter(torch.randn(vocabularies * (values + 1), width) * 0.1)
         self.wpe = nn.Parameter(torch.randn(codes, width) * 0.05)
-        self.blocks = nn.ModuleList(Block(width, heads, hidden, dropout, causal) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, inner, dropout, causal) for _ in range(depth))
         self.ln_f = nn.RMSNorm(width, eps=1e-5)
-        self.ff_out = nn.Parameter(torch.zeros(own, width, values))
-        first_row = torch.arange(codes) * (values + 1) * (tables == "position")  # of each position, in wte
+        self.head = nn.Parameter(torch.zeros(vocabularies, width, values))
+        first_row = torch.arange(codes) % vocabularies * (values + 1)  # of each position, in wte
         self.register_buffer("first_row", first_row, persistent=False)
         self.register_buffer("rope", torch.stack(rope_table(codes, width // heads)), persistent=False)
 
@@ -132,32 +133,33 @@ class Prior(nn.Module):
         """codes (B, L) long → logits (B, L, V). Masked: of each position given all. Causal: of position l
         given those before it."""
         x = self.embed(codes)  # (B, L, D)
-        if self.causal:  # position l sees the value of l − 1; the first sees "no value" of the last position
+        if self.causal:  # position l sees l − 1; the first sees value V, at position L − 1, as a start
             start = self.embed(torch.full_like(codes[:, 0], self.V), self.L - 1)  # (B, D)
             x = torch.cat([start[:, None], x[:, :-1]], 1)  # (B, L, D)
         return self.output(self.transform(x))
 
     def transform(self, x):
         """Blocks and final norm. (B, L, D) → (B, L, D)."""
+        cos, sin = self.rope  # 2 × (L, D/H/2)
         for block in self.blocks:
-            x = block(x, *self.rope)  # (B, L, D)
+            x = block(x, cos, sin)  # (B, L, D)
         return self.ln_f(x)
 
     def output(self, x):
-        """Logits (B, L, V) from (B, L, D)."""
-        return (x.transpose(0, 1) @ self.ff_out.to(x.dtype)).transpose(0, 1)  # one matrix a position
+        """Logits (B, L, V) from (B, L, D), by one matrix a position, or one for all."""
+        return (x.transpose(0, 1) @ self.head.to(x.dtype)).transpose(0, 1)
 
 
 class Decoder:
-    """A causal prior one position at a time, for sampling: weights in the run's dtype, those that read the
-    same input in one matrix, and a key-value cache that doubles its length when it is full. In between, all
-    calls have the same shapes: positions to come are masked."""
+    """A causal prior one position at a time, for sampling: weights in the run's dtype, q, k and v (and gate
+    and up) packed into one matrix, and a key-value cache that doubles its length when it is full. Between two
+    doublings all calls have the same shapes: positions to come are masked."""
 
     def __init__(self, model, batch, run):
         self.model, self.heads = model, model.blocks[0].heads
         width = model.wpe.shape[1]
-        scale = torch.ones(3 * width, 1, device=run.device)
-        scale[:width] = (width // self.heads) ** -0.5  # of the attention scores, moved into the queries
+        query_scale = torch.ones(3 * width, 1, device=run.device)
+        query_scale[:width] = (width // self.heads) ** -0.5  # of the attention scores, moved into the queries
 
         def pack(norm, *parts, scale=1.0):
             """Several matrices as one, with the gain of the norm before them."""
@@ -165,12 +167,12 @@ class Decoder:
 
         self.layers = []
         for block in model.blocks:
-            qkv = pack(block.attn_norm, block.q_proj, block.k_proj, block.v_proj, scale=scale)
+            qkv = pack(block.attn_norm, block.q_proj, block.k_proj, block.v_proj, scale=query_scale)
             gate_up = pack(block.ff_norm, block.ff_proj, block.up_proj)
             attn_out = block.attn_out.weight.detach().to(run.dtype)
             ff_out = block.ff_out.weight.detach().to(run.dtype)
             self.layers.append((qkv, attn_out, gate_up, ff_out))
-        self.ff_out = (model.ln_f.weight[:, None] * model.ff_out).detach().to(run.dtype)  # (L or 1, D, V)
+        self.head = (model.ln_f.weight[:, None] * model.head).detach().to(run.dtype)  # (L or 1, D, V)
         shape = (len(self.layers), 2, batch * self.heads, min(32, model.L), width // self.heads)
         self.cache = torch.zeros(shape, device=run.device, dtype=run.dtype)
         future = torch.ones(model.L, model.L, device=run.device, dtype=torch.bool).triu(1)
@@ -179,46 +181,49 @@ class Decoder:
 
     def normalise(self, x):
         """RMSNorm without gain of x (B, D), in the dtype of the weights."""
-        return F.rms_norm(x, x.shape[-1:], eps=1e-5).to(self.ff_out.dtype)
+        return F.rms_norm(x, x.shape[-1:], eps=1e-5).to(self.head.dtype)
 
     @torch.no_grad()
     def __call__(self, previous, position):
-        """Logits (B, V) of a position, from the values before it (B,) (unused at 0); positions come in
-        order."""
+        """Logits (B, V) of a position, from the values (B,) of the one before it, V before the first;
+        positions come in order."""
         B, H, model = len(previous), self.heads, self.model
         length = self.cache.shape[3]
         if position == length:
             longer = torch.zeros_like(self.cache[:, :, :, :min(length, model.L - length)])
             self.cache = torch.cat([self.cache, longer], 3)
-        cos, sin = (part[position].to(self.ff_out.dtype) for part in model.rope)  # 2 × (D/H/2,)
-        if position == 0:
-            previous = torch.full_like(previous, model.V)
-        x = model.embed(previous, (position or model.L) - 1)  # (B, D)
         mask = self.mask[position, :, :self.cache.shape[3]]  # (1, length)
+        cos, sin = (angles[position].to(self.head.dtype) for angles in model.rope)  # 2 × (D/H/2,)
+        x = model.embed(previous, (position - 1) % model.L)  # (B, D)
         for (qkv, attn_out, gate_up, ff_out), (keys, values) in zip(self.layers, self.cache):
             q_k_v = F.linear(self.normalise(x), qkv).view(B, 3, H, -1)  # (B, 3, H, D/H)
             q, k = rotate(q_k_v[:, :2], cos, sin).unbind(1)  # 2 × (B, H, D/H)
             v = q_k_v[:, 2]  # (B, H, D/H)
-            keys[:, position] = k.reshape(B * H, -1)  # (B · H, length, D/H)
+            keys[:, position] = k.reshape(B * H, -1)  # keys and values: (B · H, length, D/H)
             values[:, position] = v.reshape(B * H, -1)
             attention = (torch.bmm(q.reshape(B * H, 1, -1), keys.mT) + mask).softmax(-1)  # (B · H, 1, length)
             x = x + F.linear(torch.bmm(attention, values).view(B, -1), attn_out)  # (B, D)
-            gate, up = F.linear(self.normalise(x), gate_up).chunk(2, -1)  # 2 × (B, hidden)
+            gate, up = F.linear(self.normalise(x), gate_up).chunk(2, -1)  # 2 × (B, inner)
             x = x + F.linear(F.silu(gate) * up, ff_out)  # (B, D)
-        return self.normalise(x) @ self.ff_out[position if len(self.ff_out) > 1 else 0]  # (B, V)
+        return self.normalise(x) @ self.head[position if len(self.head) > 1 else 0]  # (B, V)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # loss
 # ----------------------------------------------------------------------------------------------------------
 
+def ranks(x, descending=False):
+    """The rank of each entry in its row, 0 for the lowest (or, descending, for the highest): (B, L) long."""
+    return x.argsort(1, descending=descending).argsort(1)
+
+
 def hide_positions(codes, null, u, scores):
-    """Hide k = ⌊u · n⌋ + 1 of the n positions with a finite score, those with the lowest. codes (B, L), u
-    (B,) in [0, 1), scores (B, L), `null` a number or one a position (L,) → codes with `null`, which are
-    hidden (B, L) bool, k (B,)."""
+    """Hide k = ⌊u · n⌋ + 1 of the n positions with a finite score, those with the lowest (text_prior.py gives
+    +∞ to what stays visible). codes (B, L), u (B,) in [0, 1), scores (B, L), `null` the value that hides, a
+    number or one a position (L,) → codes with `null`, which are hidden (B, L) bool, k (B,)."""
     n = scores.isfinite().sum(1)  # (B,)
     k = ((u * n).floor() + 1).minimum(n)  # in float32 the last u can round to 1
-    hidden = scores.argsort(1).argsort(1) < k[:, None]
+    hidden = ranks(scores) < k[:, None]
     return torch.where(hidden, null, codes), hidden, k
 
 
@@ -229,7 +234,7 @@ def masked_nll(model, codes, null, u, scores, run):
     with run.autocast():
         logits = model(visible)  # (B, L, V)
     nll = F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none")  # (B, L)
-    return (nll * hidden).sum(1) / k  # (L / k) Σ, over L
+    return (nll * hidden).sum(1) / k  # a token of L: (L / k) Σ / L
 
 
 def ar_nll(model, codes, run):
@@ -252,7 +257,8 @@ def bits_per_token(model, codes, run, draws=4, batch=500):
 
     The bound is averaged over `draws` random masks a code, with k spread evenly over 1..L.
     """
-    nll, generator = [], data.step_generator(0, 0)
+    generator = data.step_generator(0, 0)
+    nll = []
     for part in codes.split(batch):
         n = len(part)
         part = part.to(run.device)
@@ -287,27 +293,26 @@ def draw_values(logits, temperature, nucleus, u):
         if nucleus < 1:
             ordered, order = p.sort(-1, descending=True)
             before = ordered.cumsum(-1) - ordered  # probability of all likelier values
-            before[..., 0] = -1  # the most likely one stays, whatever the nucleus
+            before[..., 0] = -1  # the most likely one stays, also where the nucleus is 0
             p = p.masked_fill((before >= nucleus).gather(-1, order.argsort(-1)), 0.0)
         upto = p.cumsum(-1)  # (..., V)
-        u = u.to(p.device).clamp(max=1 - 2.0 ** -52)[..., None]  # so that no rounding reaches the last sum
+        u = u.to(p.device).clamp(max=1 - 2.0 ** -52)[..., None]  # rounded to 1, no sum would be above it
         values = (upto <= u * upto[..., -1:]).sum(-1)  # the first with a sum above u: none of probability 0
     log_p = log_p.gather(-1, values[..., None])[..., 0]
     return values.to(logits.device), log_p
 
 
-BATCH = 500  # samples drawn together; random numbers are drawn for all of them, however few are asked for
+BATCH = 500  # samples drawn together; random numbers are drawn for all: fewer samples are the same ones
 
 
 @torch.no_grad()
 def sample_masked(model, codes, sampler, run, generator, log_weights=None, condition=()):
     """Fill the hidden positions (value V) of codes (n, L) long; given positions never change.
 
-    sampler: dict with order ("ancestral", "event", "confidence"), steps (ancestral), per_step, remask,
-    remask_window, temperature, nucleus. log_weights (n, L, V): added to the logits, −inf forbids a value.
-    condition: tensors (n, ...) that the model is given beside the codes, row by row. Returns codes (n, L) and
-    the network calls each sample took (n,): at most one a hidden position unless remasking hides positions
-    again, because a step that reveals nothing costs nothing. """
+    sampler: the dict of sampler_settings. log_weights (n, L, V), from sample.py: added to the logits, −inf
+    forbids a value. condition, from text_prior.py: tensors (n, ...) that the model is given beside the codes,
+    row by row. Returns codes (n, L) and the network calls each sample took (n,): at most one a hidden
+    position unless remasking hides positions again, because a step that reveals nothing costs nothing. """
     codes = codes.clone().to(run.device)
     given = codes != model.V
     condition = [c.to(run.device) for c in condition]
@@ -317,7 +322,8 @@ def sample_masked(model, codes, sampler, run, generator, log_weights=None, condi
     def uniform():
         return torch.rand(max(n, BATCH), L, generator=generator, dtype=torch.float64)[:n]  # (n, L), CPU
 
-    def logits_of(rows):
+    def call_model(rows):
+        """Logits (m, L, V) of samples `rows` (m,), counted."""
         calls[rows.cpu()] += 1
         with run.autocast():
             logits = model(codes[rows], *(c[rows] for c in condition))  # (m, L, V)
@@ -326,64 +332,68 @@ def sample_masked(model, codes, sampler, run, generator, log_weights=None, condi
         return logits
 
     def reveal(rows, where, u):
-        """Draw values for positions `where` (m, L) of samples `rows` (m,) by u (n, L) in [0, 1)."""
-        logits, part = logits_of(rows), codes[rows]
-        u = u[rows.cpu()][where.cpu()]
+        """Draw values for positions `where` (m, L) of samples `rows` (m,) by u (m, L) in [0, 1)."""
+        logits, part = call_model(rows), codes[rows]
+        u = u[where.cpu()]
         part[where] = draw_values(logits[where], sampler["temperature"], sampler["nucleus"], u)[0]
         codes[rows] = part
 
     def reveal_surest(rows, u):
         """Draw values for all positions of samples `rows` (m,), and keep the most likely ones of those drawn,
         with Gumbel noise on the order so that samples differ."""
-        logits, part = logits_of(rows), codes[rows]
-        values, log_p = draw_values(logits, sampler["temperature"], sampler["nucleus"], u[rows.cpu()])
-        gumbel = -torch.log(-torch.log(uniform()[rows.cpu()].clamp(min=1e-300))).to(log_p.device)
-        score = log_p + sampler["order_noise"] * gumbel
+        logits, part = call_model(rows), codes[rows]
+        values, log_p = draw_values(logits, sampler["temperature"], sampler["nucleus"], u)
+        gumbel = -torch.log(-torch.log(uniform()[rows.cpu()].clamp(min=1e-300)))
+        score = log_p.cpu() + sampler["order_noise"] * gumbel
         hidden = part == model.V
-        ranks = score.masked_fill(~hidden.to(score.device), -math.inf).argsort(1, descending=True).argsort(1)
-        where = (ranks < sampler["per_step"]).to(run.device) & hidden
+        rank = ranks(score.masked_fill(~hidden.cpu(), -math.inf), descending=True).to(run.device)
+        where = (rank < sampler["per_step"]) & hidden
         part[where] = values[where]
         codes[rows] = part
 
-    if sampler["order"] == "ancestral":
-        steps = sampler["steps"]
+    def ancestral(steps):
+        """t → s: a hidden position is revealed with probability (t − s + σ (1 − t)) / t, a revealed one is
+        hidden again with probability σ (ReMDM; σ = 0: MDLM)."""
         for step in range(steps):
-            # t → s: a hidden position is revealed with probability (t − s + σ (1 − t)) / t, a revealed one is
-            # hidden again with probability σ (ReMDM; σ = 0: MDLM)
             t, s = 1 - step / steps, 1 - (step + 1) / steps
             inside = sampler["remask_window"][0] <= t <= sampler["remask_window"][1]
-            sigma = min(sampler["remask"], s / max(1 - t, 1e-9)) if inside and step > 0 else 0.0
-            rate = (t - s + sigma * (1 - t)) / t if s > 0 else 1.0
+            sigma = min(sampler["remask"], s / (1 - t)) if inside and step > 0 else 0.0
+            rate = (t - s + sigma * (1 - t)) / t
             u, hidden = uniform(), codes == model.V
             hidden_again = ~hidden & ~given & (u < sigma).to(run.device)
             where = hidden & (u < rate).to(run.device)
             rows = where.any(1).nonzero()[:, 0]
             if len(rows):
-                reveal(rows, where[rows], u / rate)  # where u < rate, u / rate is uniform again
-            codes = torch.where(hidden_again, model.V, codes)
+                reveal(rows, where[rows], u[rows.cpu()] / rate)  # where u < rate, u / rate is uniform again
+            codes[hidden_again] = model.V
+
+    if sampler["order"] == "ancestral":
+        ancestral(sampler["steps"])
         return codes.cpu(), calls
-    turn = (uniform() + given.cpu() * 2).argsort(1).argsort(1) // sampler["per_step"]  # (n, L), random order
+    turn = ranks(uniform() + given.cpu() * 2) // sampler["per_step"]  # event: (n, L), given positions last
     while True:
-        rows = (codes == model.V).any(1).nonzero()[:, 0]
+        hidden = codes == model.V
+        rows = hidden.any(1).nonzero()[:, 0]
         if not len(rows):
             return codes.cpu(), calls
+        u = uniform()[rows.cpu()]
         if sampler["order"] == "confidence":
-            reveal_surest(rows, uniform())
-        else:
+            reveal_surest(rows, u)
+        else:  # a sample's turn is the number of its calls so far
             now = (turn == calls[:, None]).to(run.device)
-            reveal(rows, now[rows] & (codes[rows] == model.V), uniform())
+            reveal(rows, (now & hidden)[rows], u)
 
 
 @torch.no_grad()
 def redraw_codes(model, codes, rounds, fraction, sampler, run, generator, log_weights=None):
-    """Codes (n, L) after `rounds` in each of which a random `fraction` of the positions is hidden and drawn
-    again given the others (one network call a round, each hidden position on its own: Gibbs sampling where
-    there is one, near it where there are more). log_weights as in sample_masked."""
-    hidden = max(1, round(fraction * model.L))
-    at_once = {**sampler, "order": "event", "per_step": hidden}
+    """Codes (n, L) after `rounds` of redrawing. In each, a random `fraction` of the positions is hidden and
+    drawn again in one network call, each hidden position on its own: Gibbs sampling where there is one, near
+    it where there are more. log_weights as in sample_masked."""
+    chosen = max(1, round(fraction * model.L))  # positions a round
+    at_once = {**sampler, "order": "event", "per_step": chosen}
     for _ in range(rounds):
-        chosen = torch.rand(codes.shape, generator=generator).argsort(1).argsort(1) < hidden
-        visible = torch.where(chosen, model.V, codes)
+        hidden = ranks(torch.rand(codes.shape, generator=generator)) < chosen
+        visible = torch.where(hidden, model.V, codes)
         codes, _ = sample_masked(model, visible, at_once, run, generator, log_weights)
     return codes
 
@@ -401,24 +411,24 @@ def sample_ar(model, count, sampler, run, generator):
 
 
 def sample_codes(model, count, sampler, run, seed=0, first=0):
-    """Draw codes (count, L) long and network calls (count,) with either kind of prior. Code k of all, of
-    which these are `first` and those after it (a multiple of BATCH), follows from (seed, k) alone."""
-    codes, calls = [], []
+    """Draw codes (count, L) long and network calls (count,) with either kind of prior: those from `first` on,
+    a multiple of BATCH, of an endless series in which code k follows from (seed, k) alone."""
+    drawn = []
     for start in range(0, count, BATCH):
         n = min(BATCH, count - start)
         generator = data.step_generator(seed, first + start)
         if model.causal:
-            drawn = sample_ar(model, n, sampler, run, generator)
+            drawn.append(sample_ar(model, n, sampler, run, generator))
         else:
-            drawn = sample_masked(model, torch.full((n, model.L), model.V), sampler, run, generator)
-        codes.append(drawn[0])
-        calls.append(drawn[1])
+            hidden = torch.full((n, model.L), model.V)
+            drawn.append(sample_masked(model, hidden, sampler, run, generator))
+    codes, calls = zip(*drawn)
     return torch.cat(codes), torch.cat(calls)
 
 
-SAMPLERS = {
-    "masked": {"temperature": 1.0, "nucleus": 0.95, "order": "event", "order_noise": 1.0},  # its tails err
-    "ar": {"temperature": 1.0, "nucleus": 1.0},  # less than all costs variety
+SAMPLERS = {  # unlikely values of the masked prior are often wrong; less than all costs the AR prior variety
+    "masked": {"temperature": 1.0, "nucleus": 0.95, "order": "event", "order_noise": 1.0},
+    "ar": {"temperature": 1.0, "nucleus": 1.0},
 }
 
 
@@ -426,7 +436,7 @@ def add_sampler_flags(parser):
     """How codes are drawn from a trained prior; where a flag is not given, what suits the kind of prior
     (SAMPLERS) holds."""
     add = parser.add_argument_group("code sampler").add_argument
-    add("--temperature", type=data.non_negative, help="0: the most likely value (default: by kind, mostly 1)")
+    add("--temperature", type=data.non_negative, help="0: the most likely value (default: 1)")
     add("--nucleus", type=data.fraction,
         help="draw from the smallest set of values that holds this probability (default: by kind)")
     add("--order", choices=("event", "ancestral", "confidence"),
@@ -440,12 +450,14 @@ def add_sampler_flags(parser):
 
 
 def sampler_settings(args, defaults):
-    """The sampler flags as the dict that the samplers take; `defaults` (as in SAMPLERS) for those not
-    given."""
-    given = {name: getattr(args, name) for name in ("temperature", "nucleus", "order", "order_noise")}
-    given = {name: value for name, value in given.items() if value is not None}
-    return {**defaults, **given, "per_step": args.per_step, "steps": args.ancestral_steps,
-            "remask": args.remask, "remask_window": args.remask_window}
+    """The sampler flags as the dict that the samplers take; `defaults` (as in SAMPLERS) for those that were
+    not given."""
+    sampler = {"per_step": args.per_step, "steps": args.ancestral_steps, "remask": args.remask,
+               "remask_window": args.remask_window, **defaults}
+    for name in ("temperature", "nucleus", "order", "order_noise"):
+        if getattr(args, name) is not None:
+            sampler[name] = getattr(args, name)
+    return sampler
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -458,12 +470,12 @@ def build_prior(config):
     return Prior(**{key: config[key] for key in keys}, causal=config["kind"] == "ar")
 
 
-def load_prior(args, kind, codes, device):
-    """The trained prior with averaged weights from OUT/<dataset>/prior-<kind>.pt; refuses one trained on
-    other codes than these (data.load_codes)."""
+def load_prior(args, kind, stored, device):
+    """The trained prior with averaged weights from OUT/<dataset>/prior-<kind>.pt; refuses one that was
+    trained on other codes than the `stored` (data.load_codes)."""
     path = data.run_folder(args) / f"prior-{kind}.pt"
     remedy = "train it with " + data.script_command(f"prior.py --kind {kind}", args)
-    state = data.load_trained(path, f"prior-{kind}", args.dataset, remedy, codes=codes["id"])
+    state = data.load_trained(path, f"prior-{kind}", args.dataset, remedy, codes=stored["id"])
     with data.reading(path, remedy):
         model = build_prior(state["config"])
         model.load_state_dict(state["ema"])
@@ -496,47 +508,48 @@ def main(argv=None):
     stage = f"prior-{args.kind}"
     run = data.Run(args, lock=stage)
     remedy = "make it with " + data.script_command("tokenizer.py", args)
-    codes = data.load_codes(run.folder / "codes.pt", remedy)
-    train = codes["splits"]["train"]
-    args.codes, args.values = codes["L"], codes["V"]
+    stored = data.load_codes(run.folder / "codes.pt", remedy)
+    train_rows = stored["splits"]["train"]
+    args.codes, args.values = stored["L"], stored["V"]
     torch.manual_seed(args.seed)
     model = build_prior(vars(args)).to(run.device)
     if args.dry_run:
-        data.dry_run(args, model, run)
+        data.dry_run(args, model, run)  # ends here; on CUDA after two steps
     ema = data.averaged(model, args.ema)
     optimizers = data.Optimizers(model, args)
-    made_from = {"codes": codes["id"]}
+    made_from = {"codes": stored["id"]}
     checkpoint = data.Checkpoint(stage, args, parser.settings, run, made_from, model, ema, optimizers)
     start = checkpoint.resume()
-    trained = run.wrap(model, args)
-    steps = data.Steps(run, args, stage, start, train, args.batch_size * args.codes, "tokens")
+    wrapped = run.wrap(model, args)  # after the average was copied from the model
+    steps = data.Steps(run, args, stage, start, train_rows, args.batch_size * args.codes, "tokens")
 
     for step in steps:
         loss = 0.0
-        for part in data.batch_parts(step, train, args, run, trained):
-            c = codes["codes"][part.rows, part.flips().long().cpu()].long().to(run.device)  # (b, L)
+        for part in data.batch_parts(step, train_rows, args, run, wrapped):
+            flip = part.flips().long().cpu()  # (b,) 0 or 1: the codes of images or of their mirror images
+            codes = stored["codes"][part.rows, flip].long().to(run.device)  # (b, L)
             if args.kind == "ar":
-                nll = ar_nll(trained, c, run)  # (b,)
+                nll = ar_nll(wrapped, codes, run)  # (b,)
             else:
                 u, scores = part.stratified(), part.uniform(args.codes)  # (b,), (b, L)
-                nll = masked_nll(trained, c, args.values, u, scores, run)  # (b,)
+                nll = masked_nll(wrapped, codes, args.values, u, scores, run)  # (b,)
             loss = loss + part.backward(nll.mean())
         loss = run.average(loss)
-        norm = optimizers.step(step, loss)
+        norm = optimizers.step(step, loss)  # stops where the loss or a gradient is not finite
         ema.update_parameters(model)
         steps.show(loss=loss, norm=norm)
-        if steps.saves():
+        if steps.save_due():  # also where the run was asked to stop
             checkpoint.save(step + 1)
 
     if run.main:
-        kind = "exact" if args.kind == "ar" else "upper bound"
+        meaning = "exact" if args.kind == "ar" else "upper bound"
         for split in ("val", "test"):
-            rows = codes["splits"][split]
-            held_out = codes["codes"][rows.start:rows.stop, 0].long()
+            rows = stored["splits"][split]
+            held_out = stored["codes"][rows.start:rows.stop, 0].long()
             bits, error = bits_per_token(ema.module, held_out, run)
             found = {f"{split} bits per token": round(bits, 4), "standard error": round(error, 4)}
             steps.log.write(args.steps, **found)
-            print(f"{split}: {bits:.4f} ± {error:.4f} bits per token ({kind}, {len(held_out):,} codes)")
+            print(f"{split}: {bits:.4f} ± {error:.4f} bits per token ({meaning}, {len(held_out):,} codes)")
         _, calls = sample_codes(ema.module, 100, sampler_settings(args, SAMPLERS[args.kind]), run)
         print(f"network calls per sample: {calls.float().mean():.1f} for {args.codes} positions")
     run.close()

@@ -534,7 +534,7 @@ def main(argv=None, dataset=None):
         norm = optimizers.step(step, loss)
         ema.update_parameters(model)
         steps.show(loss=loss, norm=norm)
-        if steps.saves():
+        if steps.save_due():
             checkpoint.save(step + 1)
 
     if run.main or args.shard:  # a sharded model is evaluated by all processes together

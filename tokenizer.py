@@ -950,7 +950,7 @@ def main(argv=None, dataset=None):
         steps.show(loss=loss, norm=norm, **parts)
         if step + 1 == args.steps and args.centre_codes:
             centre_codes(teacher.backbone, dataset, run)
-        if steps.saves():
+        if steps.save_due():
             checkpoint.save(step + 1)
 
     path, codes_from = run.folder / "codes.pt", made_from | {"tokenizer": checkpoint.id}

@@ -1,12 +1,13 @@
-"""Speed of each stage beside public models of the same size, run by hand: python tests/bench.py [--device cuda]
+"""Speed of each stage beside public models of the same size, by hand: python tests/bench.py [--device cuda]
 
-One table: forward passes, training steps (forward, backward, fused AdamW), autoregressive and masked sampling.
-Ours and the reference take turns, on the same machine, dtype, threads, batch and number of parameters; three
-warm-ups, medians, and the ratio of the medians. TFLOP/s are of the operations that torch counts in ours. On a
-CPU the reference runs once as its users run it and once with this project's choice of attention kernel (last
-column). With --device cuda the sizes are those of ImageNet, both are compiled, and the peak memory of each is
-shown. References: pip install transformers diffusers safetensors.
+Forward passes, training steps (forward, backward, fused AdamW), autoregressive and masked sampling. Ours and
+the reference take turns, on the same machine, dtype, threads, batch and number of parameters; three warm-ups,
+medians, and the ratio of the medians. TFLOP/s are of the operations that torch counts in ours. On a CPU the
+reference runs once as its users run it and once with this project's choice of attention kernel (last column).
+With --device cuda the sizes are those of ImageNet, both are compiled, and the peak memory of each is shown.
+References: pip install transformers diffusers safetensors.
 """
+import math
 import statistics
 import sys
 import time
@@ -46,34 +47,30 @@ def timed(run, call, own_kernels):
 
 
 def medians(run, rounds, *calls):
-    """Median seconds of several (function, own kernels or not): three warm-ups, then `rounds` in which all take
-    turns."""
+    """Median seconds of several (function, own kernels or not): three warm-ups, then rounds in all of which
+    they take turns."""
     seconds = [[timed(run, *call) for call in calls] for _ in range(3 + rounds)]
     return [statistics.median(values) for values in zip(*seconds[3:])]
 
 
-def forward_of(model, call, run):
-    """A forward pass without gradients."""
-    model.eval()
-
-    def forward():
-        with torch.no_grad(), run.autocast():
-            call(model)
-    return forward
-
-
-def step_of(model, call, run):
-    """A training step: forward, backward, AdamW."""
-    model.train()
+def ways_of(model, call, run):
+    """A forward pass without gradients, and a training step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
+    def forward():
+        model.eval()
+        with torch.no_grad(), run.autocast():
+            call(model)
+
     def step():
+        model.train()
         with run.autocast():
             loss = call(model).float().square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return step
+
+    return forward, step
 
 
 def flops_of(call):
@@ -84,15 +81,15 @@ def flops_of(call):
 
 
 def peak_of(run, call):
-    """GiB of a GPU's memory at the peak of a call, as text."""
-    if run.device.type != "cuda":
-        return "-"
+    """GiB of a GPU's memory at the peak of a call; on a CPU not measured."""
+    if run.device.type == "cpu":
+        return math.nan
     torch.cuda.reset_peak_memory_stats()
     call()
-    return f"{torch.cuda.max_memory_allocated() / 2 ** 30:.2f}"
+    return torch.cuda.max_memory_allocated() / 2 ** 30
 
 
-# --- pairs: ours, the reference, what is called of each ---
+# Of each stage: ours, the reference, what is called of ours, what of the reference.
 
 def tokenizers(run, args):
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
@@ -101,8 +98,8 @@ def tokenizers(run, args):
     ours = tokenizer.ViT(size, patch, width, depth, heads, 32, 16, 1.0, "registers", 4)
     del ours.sem_embed, ours.sem_norm, ours.sem_out  # the backbone alone, as in the reference
     theirs = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(
-        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, image_size=size, patch_size=patch,
-        num_register_tokens=4, mlp_ratio=4))
+        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, mlp_ratio=4, image_size=size,
+        patch_size=patch, num_register_tokens=4))
     x = torch.randn(args.batch, 3, size, size, device=run.device)
     return ours, theirs, lambda m: m.norm(m.tokens(x)), lambda m: m(x).last_hidden_state
 
@@ -112,14 +109,14 @@ def generators(run, args):
     width, depth, heads = LARGE["generator"] if args.large else SMALL
     channels, size, patch = (4, 32, 2) if args.large else (3, 32, 4)
     theirs = DiTTransformer2DModel(
-        num_attention_heads=heads, attention_head_dim=width // heads, in_channels=channels, out_channels=channels,
-        num_layers=depth, sample_size=size, patch_size=patch, num_embeds_ada_norm=1000)
+        num_attention_heads=heads, attention_head_dim=width // heads, in_channels=channels,
+        out_channels=channels, num_layers=depth, sample_size=size, patch_size=patch, num_embeds_ada_norm=1000)
 
     def build(values):
         return generator.DiT(size, patch, 0, width, depth, heads, 16, values, 4, "mean", "v", channels)
 
     missing = (millions(theirs) - millions(build(1))) * 1e6
-    ours = build(max(1, 1 + round(missing / (16 * width))))  # rows of the code table make up for its embeddings
+    ours = build(max(1, 1 + round(missing / (16 * width))))  # more rows of the code table make up for it
     x = torch.randn(args.batch, channels, size, size, device=run.device)
     t = torch.rand(args.batch, device=run.device)
     codes = torch.zeros(args.batch, 16, dtype=torch.long, device=run.device)
@@ -136,13 +133,13 @@ def llama_of(ours, vocabulary):
 
 
 def priors(run, args):
-    L = args.length
+    B, L = args.batch, args.length
     ours = prior.Prior(L, 256, *args.prior, 0.0, False, "shared")
-    del ours.ff_out  # the hidden states, as in the reference
-    codes = torch.zeros(args.batch, L, dtype=torch.long, device=run.device)
-    mask = torch.zeros(args.batch, 1, L, L, device=run.device)
-    return (ours, llama_of(ours, 257 + L), lambda m: m.transform(m.embed(codes)),
-            lambda m: m(codes, attention_mask=mask).last_hidden_state)
+    del ours.head  # the hidden states, as in the reference
+    theirs = llama_of(ours, 257 + L)
+    codes = torch.zeros(B, L, dtype=torch.long, device=run.device)
+    mask = torch.zeros(B, 1, L, L, device=run.device)
+    return ours, theirs, lambda m: m.transform(m.embed(codes)), lambda m: m(codes, mask).last_hidden_state
 
 
 def text_priors(run, args):
@@ -154,7 +151,7 @@ def text_priors(run, args):
     ids = torch.zeros(args.batch, N, dtype=torch.long, device=run.device)
     unseen = torch.randint(0, T, (args.batch, 1), device=run.device)  # captions of several lengths
     seen = (torch.arange(N, device=run.device) < N - unseen)[:, None, None]  # (B, 1, 1, N)
-    mask = torch.zeros(args.batch, 1, N, N, device=run.device).masked_fill(~seen, torch.finfo(torch.float32).min)
+    mask = torch.zeros(args.batch, 1, N, N, device=run.device).masked_fill(~seen, -1e30)
 
     def transform(model):
         x = model.wte(ids)
@@ -162,11 +159,12 @@ def text_priors(run, args):
             x = block(x, cos, sin, seen)
         return model.ln_f(x)
 
-    return (ours, llama_of(ours, ours.wte.num_embeddings), transform,
-            lambda m: m(ids, attention_mask=mask).last_hidden_state)
+    theirs = llama_of(ours, ours.wte.num_embeddings)
+    return ours, theirs, transform, lambda m: m(ids, mask).last_hidden_state
 
 
-PAIRS = {"tokenizer ViT": tokenizers, "generator": generators, "masked prior": priors, "text prior": text_priors}
+PAIRS = {"tokenizer ViT": tokenizers, "generator": generators, "masked prior": priors,
+         "text prior": text_priors}
 
 
 def print_pair(name, run, args):
@@ -177,16 +175,15 @@ def print_pair(name, run, args):
         model.to(run.device)
         if args.large:
             model.compile()
-    for kind, make in (("forward", forward_of), ("training step", step_of)):
-        a = make(ours, ours_call, run)
-        b = make(theirs, theirs_call, run)
+    pairs = zip(ways_of(ours, ours_call, run), ways_of(theirs, theirs_call, run))
+    for kind, (a, b) in zip(("forward", "training step"), pairs):
         mine, other, same = medians(run, args.rounds, (a, True), (b, False), (b, True))
-        print(f"{name + ', ' + kind:28} {mine * 1e3:7.1f} ms {other * 1e3:7.1f} ms {mine / other:6.2f} "
-              f"{flops_of(a) / mine / 1e12:8.3f} {peak_of(run, a):>8} {peak_of(run, b):>8} {mine / same:13.2f}   "
-              f"{millions(ours):.2f}M, {type(theirs).__name__} {millions(theirs):.2f}M", flush=True)
+        title = f"{name}, {kind}"
+        print(f"{title:28} {mine * 1e3:7.1f} ms {other * 1e3:7.1f} ms {mine / other:6.2f}",
+              f"{flops_of(a) / mine / 1e12:8.3f} {peak_of(run, a):8.2f} {peak_of(run, b):8.2f}",
+              f"{mine / same:13.2f}",
+              f" {millions(ours):.2f}M, {type(theirs).__name__} {millions(theirs):.2f}M", flush=True)
 
-
-# --- sampling ---
 
 def print_ar_sampling(run, args, L, B):
     """Tokens per second of our decoder and of transformers' GPT-2 with its cache."""
@@ -201,37 +198,38 @@ def print_ar_sampling(run, args, L, B):
 
     def cached():
         with torch.no_grad(), run.autocast():
-            theirs.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=L, do_sample=True, top_k=0)
+            theirs.generate(start, max_new_tokens=L, do_sample=True, top_k=0)
 
     def own():
         prior.sample_ar(ours, B, prior.SAMPLERS["ar"], run, torch.Generator())
 
     mine, other = medians(run, args.rounds, (own, True), (cached, False))
-    print(f"AR sampling, {L} tokens × {B}: ours {B * L / mine:,.0f} tokens/s, GPT-2, cached {B * L / other:,.0f}; "
-          f"{other / mine:.2f} times as fast ({millions(ours):.2f}M and {millions(theirs):.2f}M parameters)")
+    print(f"AR sampling, {L} tokens × {B}: {B * L / mine:,.0f} tokens/s, GPT-2 with its cache "
+          f"{B * L / other:,.0f}: {other / mine:.2f} times as fast ({millions(ours):.2f}M and "
+          f"{millions(theirs):.2f}M parameters)")
 
 
 def print_masked_sampling(run, args, steps):
-    """Calls and seconds of masked sampling, beside a loop that calls the network in every step asked for."""
+    """Seconds of masked sampling, beside a loop that calls the network in every step asked for."""
     model = prior.Prior(args.length, 256, *args.prior, 0.0, False, "shared").to(run.device).eval()
     hidden = torch.full((args.batch, args.length), 256, device=run.device)
-    sampler = {**prior.SAMPLERS["masked"], "order": "ancestral", "steps": steps, "remask": 0.0, "remask_window": [0, 1]}
-    calls = []
+    sampler = {**prior.SAMPLERS["masked"], "order": "ancestral", "steps": steps, "remask": 0.0,
+               "remask_window": [0, 1]}
 
     def one_call():
         with torch.no_grad(), run.autocast():
             prior.draw_values(model(hidden), 1.0, 1.0, torch.zeros(hidden.shape, dtype=torch.float64))
 
-    def whole():
-        calls.append(prior.sample_masked(model, hidden, sampler, run, torch.Generator())[1])
-
     one = min(timed(run, one_call, True) for _ in range(4))
-    print(f"masked sampling, L {args.length} × {args.batch}, {steps:,} steps: {timed(run, whole, True):.1f} s, "
-          f"{calls[0].float().mean():.0f} calls a sample; with a call in every step {steps * one:.1f} s")
+    start = time.perf_counter()
+    _, calls = prior.sample_masked(model, hidden, sampler, run, torch.Generator())
+    seconds = time.perf_counter() - start
+    print(f"masked sampling, L {args.length} × {args.batch}, {steps:,} steps: {seconds:.1f} s and "
+          f"{calls.float().mean():.0f} calls a sample; with a call in every step {steps * one:.1f} s")
 
 
 def main():
-    """Print the table."""
+    """Print the table of the rows asked for."""
     parser = data.make_parser(__doc__)
     add = parser.add_argument_group("bench").add_argument
     add("--batch", type=data.positive, default=32)
@@ -244,12 +242,9 @@ def main():
     args.large = run.device.type == "cuda"
     args.prior = LARGE["prior"] if args.large else SMALL
     args.length = args.length or (512 if args.large else 64)
-    machine = f"{torch.get_num_threads()} threads, eager"
-    if args.large:
-        peak, source = data.peak_flops(run)
-        machine = f"{torch.cuda.get_device_name()}, compiled, peak {peak / 1e12:.0f} TFLOP/s by {source}"
+    machine = torch.cuda.get_device_name() if args.large else f"{torch.get_num_threads()} threads"
     print(f"{run.device} ({machine}), {run.dtype}, batch {args.batch}")
-    print(f"{'':28} {'ours':>10} {'reference':>10} {'ratio':>6} {'TFLOP/s':>8} {'GiB, both':>17} same kernels")
+    print(f"{'':33} ours  reference  ratio  TFLOP/s {'GiB of both':>17}  same kernels")
 
     def wanted(name):
         return any(word in name for word in args.only)

@@ -139,7 +139,7 @@ class FakeRun:
     device = torch.device("cpu")
     dtype = torch.float32
     main = True
-    bar = sharded = stop_asked = False
+    shows_bars = sharded = stop_asked = False
     own_slice = data.Run.own_slice
     autocast = data.Run.autocast
     average = data.Run.average

@@ -80,11 +80,11 @@ def main(words):
 
 
 EARLIER = Path(__file__).with_name("checkpoints")  # of an earlier commit
-SMALLEST = "--steps 6 --batch-size 8 --width 8 --depth 1 --heads 2 --device cpu".split()
+SMALLEST = "--steps 6 --batch-size 8 --width 4 --depth 1 --heads 2 --device cpu".split()
 EARLIER_RUNS = {  # by stage: the words that made them
     "tokenizer": ["tokenizer", *SMALLEST, *"--stem 1 --codes 16 --values 4 --prototypes 8".split(),
                   *"--head-hidden 8 --bottleneck 8 --workers 0".split()],
-    "generator": ["generator", *SMALLEST, *"--stem 1 --groups 4 --sample-steps 1 --workers 0".split()],
+    "generator": ["generator", *SMALLEST, *"--stem 0 --groups 4 --sample-steps 1 --workers 0".split()],
     "prior-masked": ["prior", "--kind", "masked", *SMALLEST],
     "prior-ar": ["prior", "--kind", "ar", *SMALLEST],
     "text_prior": ["text_prior", *SMALLEST],

@@ -26,7 +26,7 @@ def tiny(causal, tables="position", codes=L, values=V):
     """A prior whose outputs and gains are not those that it starts with."""
     torch.manual_seed(0)
     model = prior.Prior(codes, values, 16, 2, 2, 0.0, causal, tables).requires_grad_(False).eval()
-    torch.nn.init.normal_(model.ff_out, std=0.5)
+    torch.nn.init.normal_(model.head, std=0.5)
     for name, p in model.named_parameters():
         if "norm" in name or "ln_f" in name:
             torch.nn.init.uniform_(p, 0.5, 2)
@@ -95,13 +95,20 @@ def test_ar_is_causal():
         assert same[:position + 1].all() and not same[position + 1:].any()
 
 
+def test_products_of_rotated_vectors_depend_on_their_distance_alone():
+    q, k = (prior.rotate(torch.randn(8).expand(6, 8), *prior.rope_table(6, 8)) for _ in range(2))
+    products = q @ k.T
+    assert torch.allclose(products[1:, 1:], products[:-1, :-1], atol=1e-5) and products[0].std() > 0.1
+
+
 @pytest.mark.parametrize("tables, length", [("position", L), ("shared", L), ("shared", 150)])
 def test_the_cache_equals_the_full_forward(run, tables, length):
     """Also where it grows: it doubles, and ends at a length that is no power of two."""
     model = tiny(True, tables, length, values=7)
     codes = torch.randint(0, 7, (3, length), generator=rng())
     decoder = prior.Decoder(model, 3, run)
-    stepwise = torch.stack([decoder(codes[:, at - 1], at) for at in range(length)], 1)
+    before = torch.cat([torch.full_like(codes[:, :1], model.V), codes[:, :-1]], 1)
+    stepwise = torch.stack([decoder(before[:, at], at) for at in range(length)], 1)
     assert torch.allclose(stepwise, model(codes), atol=1e-4) and decoder.cache.shape[3] == length
 
 
@@ -227,9 +234,9 @@ def test_values_are_drawn_by_temperature_and_nucleus(temperature, nucleus, expec
 
 @pytest.mark.parametrize("nucleus", [1.0, 0.95])
 def test_forbidden_values_are_not_drawn_even_at_the_ends(nucleus):
-    """At u = 0 and just below 1, where a sum that is off by rounding would reach them."""
+    """At u = 0 and 1, which quotients round to, where a sum that is off by rounding would reach them."""
     p = torch.tensor([0.0, 0.1, 0.2, 0.0, 0.7, 0.0])
-    u = torch.tensor([0.0, 1 - 2.0 ** -53], dtype=torch.float64)
+    u = torch.tensor([0.0, 1.0], dtype=torch.float64)
     values, _ = prior.draw_values((p * 3).log().expand(2, 6), 1.0, nucleus, u)
     assert values[0] in (1, 2) and values[1] == 4
 

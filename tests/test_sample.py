@@ -168,6 +168,15 @@ def numpy_scores(real, made, classes):
     return [fid, np.mean(score), inside(made, real), inside(real, made)]
 
 
+def test_precision_and_recall_equal_numpy():
+    rng = torch.Generator().manual_seed(0)
+    real = torch.randn(90, 3, generator=rng)
+    made = torch.randn(70, 3, generator=rng) * 0.8 + 1
+    found = sample.precision_recall(real, made, "cpu", batch=20)
+    assert np.allclose(found, numpy_scores(real.numpy(), made.numpy(), np.ones((10, 1)))[2:])
+    assert max(found) < 0.9
+
+
 def test_scores_by_inception_equal_numpy_and_go_on_after_a_stop(trained, tmp_path, monkeypatch):
     """Of the images that were really drawn; stopped in the middle and continued, the same again."""
     net = torch.jit.script(Net())
@@ -177,7 +186,7 @@ def test_scores_by_inception_equal_numpy_and_go_on_after_a_stop(trained, tmp_pat
 
     def noted(*args):
         if len(drawn) == most:
-            raise KeyboardInterrupt
+            raise InterruptedError
         drawn.append(draw(*args))
         return drawn[-1]
 
@@ -201,7 +210,7 @@ def test_scores_by_inception_equal_numpy_and_go_on_after_a_stop(trained, tmp_pat
             assert np.allclose(found, numpy_scores(real, made, classes), rtol=1e-4, atol=1e-6)
     drawn.clear()
     most = 3
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedError):
         scores()
     gc.collect()  # the frames of the stopped run, and with them its lock
     most = 8
