@@ -831,10 +831,12 @@ def read_captions(folder, files):
 
 
 def list_files(folder, out):
-    """Paths below `folder` of all files, sorted, but for those below `out`; linked folders are walked too."""
-    paths, out = [], os.path.realpath(out)
+    """Paths below `folder` of all files, sorted, but for those below `out`; linked folders are walked too,
+    once."""
+    paths, seen = [], {os.path.realpath(out)}
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) != out]
+        seen.add(os.path.realpath(parent))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) not in seen]
         paths += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
     return sorted(path for path in paths if os.path.isfile(folder / path))
 

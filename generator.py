@@ -1,19 +1,17 @@
-"""Stage 2: codes → images. A diffusion transformer (DiT, adaLN-Zero) that reads the code, trained by
-rectified flow.
+"""Stage 2: codes → images. A diffusion transformer (DiT, adaLN-Zero) that reads the code, by rectified flow.
 
 A straight path from noise e to image x; the network predicts x and is compared as a velocity:
     z_t = t·x + (1 − t)·e,  t = sigmoid(n), n ~ N(mu, sigma²)       v = x − e = (x − z_t) / (1 − t)        (1)
     loss = E ‖v_net(z_t, t, c) − v‖²                                                                       (2)
     dz/dt = v_null + w·(v_c − v_null) in the guidance interval of t, else v_c; from t = 0 (noise) to 1     (3)
-The code c (L positions) enters as the mean of one embedding per position, beside t in adaLN, and as G
-in-context tokens, each the mean over L / G positions (paper, section 3.2 has the mean alone). Whole codes are
-dropped for guidance.
+The code c (L positions) enters as the mean of one embedding per position, beside t in adaLN (as in section
+3.2 of the paper), and as G in-context tokens, each the mean over L / G positions. In training whole codes are
+dropped, for v_null.
 
-In pixels, or with --vae in the latents of an autoencoder, encoded once into OUT/<dataset>/latents.pt. Reads
-images and OUT/<dataset>/codes.pt; writes OUT/<dataset>/generator.pt, generator-early.pt (guidance by a weaker
-self); with --condition none, generator-uncond.pt: the baseline without codes; with --factors,
-generator-factors.pt: the reference that reads the true factors (shapes) in place of codes.
-    python generator.py                                                      # shapes on a CPU
+Reads images and OUT/<dataset>/codes.pt; writes generator.pt there and generator-early.pt, for guidance by a
+weaker self. --condition none: the baseline without codes, generator-uncond.pt. --factors: the reference that
+reads the true factors of shapes, generator-factors.pt. --vae: in latents, kept in latents.pt, not in pixels.
+    python generator.py                                                      # the dataset shapes, on a CPU
     python generator.py --dataset cifar10                                    # one GPU
     torchrun --nproc-per-node 8 generator.py --dataset imagenet              # a node, pixels, patch 16
     torchrun --nproc-per-node 8 generator.py --dataset imagenet --vae sd-vae-ft-ema --patch 2 --size XL
@@ -53,7 +51,7 @@ SIZES = {  # --size, over the preset; the names of DiT
 
 
 def modulate(x, shift, scale):
-    """LayerNorm without weights, then scale and shift each sample: x (B, N, D), shift and scale (B, D)."""
+    """LayerNorm of x (B, N, D), then shift and scale (B, D) of each sample."""
     return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale[:, None])
 
 
@@ -77,12 +75,11 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated MLP, w2(silu(w1 x) · w3 x), hidden 8/3 of the width, rounded up to a multiple of 64: as many
-    weights as an MLP of ratio 4. (..., D) → (..., D)."""
+    """Gated MLP, w2(silu(w1 x) · w3 x), with as many weights as an MLP of ratio 4. (..., D) → (..., D)."""
 
     def __init__(self, width):
         super().__init__()
-        hidden = (8 * width // 3 + 63) // 64 * 64
+        hidden = (8 * width // 3 + 63) // 64 * 64  # a multiple of 64
         self.w13 = nn.Linear(width, 2 * hidden, bias=False)
         self.w2 = nn.Linear(hidden, width, bias=False)
 
@@ -92,8 +89,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """DiT block: each branch is shifted, scaled and gated by the condition, and starts as the identity
-    (adaLN-Zero)."""
+    """DiT block, adaLN-Zero: the condition shifts, scales and gates each branch. It starts as identity."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -104,15 +100,15 @@ class Block(nn.Module):
         nn.init.zeros_(self.adaLN.bias)
 
     def forward(self, x, c):
-        """x (B, N, D) tokens, c (B, D) condition after its SiLU → (B, N, D)."""
+        """Tokens x (B, N, D), condition c (B, D) after its SiLU → (B, N, D)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN(c).chunk(6, -1)  # 6 × (B, D)
         x = torch.addcmul(x, gate_a[:, None], self.attn(modulate(x, shift_a, scale_a)))  # (B, N, D)
         return torch.addcmul(x, gate_m[:, None], self.mlp(modulate(x, shift_m, scale_m)))  # (B, N, D)
 
 
 class CodeEmbedding(nn.Module):
-    """Codes (B, L) with values 0..V (V: no code) → (B, groups, D): the mean of one embedding per position
-    over each group."""
+    """Codes (B, L) of values 0..V (V: no code) → (B, groups, D): one embedding per position, their mean over
+    each group."""
 
     def __init__(self, codes, values, groups, width):
         super().__init__()
@@ -129,17 +125,15 @@ class CodeEmbedding(nn.Module):
 
 
 def timestep_features(t):
-    """Sines and cosines (B, 256) of t (B,) in [0, 1] at frequencies from 1000 down to 0.1 (DiT's, with t ·
-    1000)."""
+    """Cosines and sines (B, 256) of t (B,) in [0, 1], as DiT's of 1000 t."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(128, device=t.device) / 128)
     angles = 1000 * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 class DiT(nn.Module):
-    """Diffusion transformer, with a few halving convolutions before the patches and their mirror image after.
-    What it draws, x, is pixels (C = 3) or latents of size × size; `vae` turns latents into pixels (set by
-    whoever draws; None: x is pixels)."""
+    """Diffusion transformer, with `stem` halving convolutions before the patches and their mirror image
+    after. It draws pixels (C = 3), or latents, for which whoever draws sets `vae`."""
 
     def __init__(self, size, patch, stem, width, depth, heads, codes, values, groups, condition, predict,
                  channels=3):
@@ -147,9 +141,9 @@ class DiT(nn.Module):
         self.patch, self.side = patch >> stem, size // patch
         self.V, self.condition, self.predict = values, condition, predict
         self.x_shape, self.vae = (channels, size, size), None
-        channels = [channels] + [32 << k for k in range(stem)]  # before each convolution, and of the patches
-        levels = list(zip(channels, channels[1:]))
-        pixels = channels[-1] * self.patch ** 2
+        widths = [channels] + [32 << k for k in range(stem)]  # before each convolution, and of the patches
+        levels = list(zip(widths, widths[1:]))
+        pixels = widths[-1] * self.patch ** 2
         self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in levels)
         self.head = nn.ModuleList(nn.Conv2d(b, 4 * a, 3, padding=1) for a, b in levels)
         self.x_embed = nn.Linear(pixels, width)
@@ -168,8 +162,7 @@ class DiT(nn.Module):
             nn.init.zeros_(p)
 
     def forward(self, z, t, codes=None):
-        """z (B, C, S, S) noisy x, t (B,) in [0, 1], codes (B, L) long with V for "no code" → x or v (B, C, S,
-        S)."""
+        """Noisy z (B, C, S, S), t (B,) in [0, 1], codes (B, L) long, V: no code → x or v (B, C, S, S)."""
         c = self.t_embed(timestep_features(t).to(z.dtype))  # (B, D)
         if self.code_mean is not None:
             c = c + self.code_mean(codes)[:, 0]  # (B, D)
@@ -197,25 +190,23 @@ class DiT(nn.Module):
 # loss
 # ----------------------------------------------------------------------------------------------------------
 
-NEAREST = 0.05  # least 1 − t in equation (2) with x-prediction: bounds the weight of late t
+NEAREST = 0.05  # least 1 − t in the loss with x-prediction: bounds the weight of late t
 
 
 def velocity(output, z, t, predict, nearest=0.0):
-    """The network's output as a velocity, equation (1). output, z (B, C, S, S); t (B,), 1 − t taken as at
-    least `nearest`."""
+    """Equation (1): the network's output (B, C, S, S) at z and t (B,) as a velocity; `nearest`: least 1 − t
+    to divide by."""
     output = output.float()
     return output if predict == "v" else (output - z) / (1 - t)[:, None, None, None].clamp(min=nearest)
 
 
 def drop_codes(codes, null, part, drop):
-    """Codes (B, L) of which a fraction `drop` of the rows is replaced by "no code" (all `null`), so that
-    guidance has a weak side."""
+    """Codes (B, L) with a fraction `drop` of the rows replaced by "no code" (all `null`)."""
     return torch.where(part.uniform(1) < drop, null, codes)
 
 
 def flow_loss(model, x, codes, part, args, run):
-    """Equation (2) on x (B, C, S, S), images in [-1, 1] or latents; codes (B, L) long or None. `part` gives
-    all randomness."""
+    """Equation (2) on x (B, C, S, S), images in [-1, 1] or latents; codes (B, L) long."""
     t = torch.sigmoid(args.t_mean + args.t_std * part.normal())  # (B,)
     e = part.normal(*x.shape[1:])  # (B, C, S, S)
     z = t[:, None, None, None] * x + (1 - t)[:, None, None, None] * e
@@ -233,11 +224,9 @@ def flow_loss(model, x, codes, part, args, run):
 # ----------------------------------------------------------------------------------------------------------
 
 def integrate(field, z, steps, method="heun"):
-    """Solve dz/dt = field(z, t) from t = 0 to 1 in equal steps; field takes z (B, ...) and a float t.
-
-    Euler is first order. Heun (second order) averages the slope at both ends of a step; its last step is an
-    Euler step, because the velocity of equation (1) is not defined at t = 1. Calls of the field: steps, or 2
-    · steps − 1. """
+    """Solve dz/dt = field(z, t) from t = 0 to 1 in equal steps; z (B, ...), t a float. Heun (second order)
+    averages the slope at both ends of a step, but for the last, which is Euler's: velocity (1) is not defined
+    at t = 1. Calls of the field: Euler steps, Heun 2 · steps − 1."""
     for k in range(steps):
         t, dt = k / steps, 1 / steps
         slope = field(z, t)
@@ -248,13 +237,9 @@ def integrate(field, z, steps, method="heun"):
 
 
 def guided_field(model, codes, guidance, interval, run, weak=None):
-    """The right-hand side of equation (3) as a function of (z, t).
-
-    The weak velocity is the model's own without code, or, with `weak` (an earlier checkpoint), that model's
-    with the code. Guidance 1, t outside the interval, or a model without codes: one network call, no
-    guidance. """
-    null = None if codes is None else torch.full_like(codes, model.V)
-
+    """The right-hand side of equation (3) as a function of (z, t). v_null is the model's own without code,
+    or, with `weak` (an earlier self), that model's with the code. Without guidance (w = 1, t outside the
+    interval, no codes) the network is called once."""
     def call(network, z, t, c):
         t = torch.full((len(z),), t, device=z.device)
         with run.autocast():
@@ -266,20 +251,21 @@ def guided_field(model, codes, guidance, interval, run, weak=None):
         if guidance == 1 or outside or (weak is None and model.condition == "none"):
             return call(model, z, t, codes)
         if weak is not None:
-            v, v_weak = call(model, z, t, codes), call(weak, z, t, codes)
+            v = call(model, z, t, codes)
+            v_null = call(weak, z, t, codes)
         else:  # both in one call
-            v, v_weak = call(model, z.repeat(2, 1, 1, 1), t, torch.cat([codes, null])).chunk(2)
-        return v_weak + guidance * (v - v_weak)
+            both = torch.cat([codes, torch.full_like(codes, model.V)])
+            v, v_null = call(model, z.repeat(2, 1, 1, 1), t, both).chunk(2)
+        return v_null + guidance * (v - v_null)
 
     return field
 
 
 @torch.no_grad()
 def generate(model, codes, count, sampler, run, seed=0, weak=None, first=0, batch=250):
-    """Images (count, 3, S, S) uint8 on the CPU, from codes (count, L) long (None: without codes).
-
-    sampler: dict with steps, method, guidance, interval. Image k of all, of which these are `first` and those
-    after it, follows from (seed, k) alone, whatever its neighbours. """
+    """Images (count, 3, S, S) uint8 on the CPU, from codes (count, L) long (None: without); sampler as
+    sampler_settings. Image k of all, of which these are `first` and those after it, follows from (seed, k)
+    alone."""
     images = []
     for start in range(0, count, batch):
         numbers = range(first + start, first + min(count, start + batch))
@@ -289,14 +275,14 @@ def generate(model, codes, count, sampler, run, seed=0, weak=None, first=0, batc
         field = guided_field(model, c, sampler["guidance"], sampler["interval"], run, weak)
         x = integrate(field, noise, sampler["steps"], sampler["method"])  # (n, C, S, S)
         if not x.isfinite().all():
-            data.fail("images that are not finite were drawn; lower --guidance, or try --dtype float32")
+            data.fail("an image that is not finite was drawn; lower --guidance, or try --dtype float32")
         pixels = model.vae.decode(x) if model.vae else x  # (n, 3, S, S)
         images.append(data.to_bytes(pixels.clamp(-1, 1)).cpu())
     return torch.cat(images)
 
 
 def add_sampler_flags(parser):
-    """How images are drawn from a trained generator; the one home of these defaults."""
+    """How images are drawn from a trained generator."""
     add = parser.add_argument_group("image sampler").add_argument
     add("--sample-steps", type=data.positive, default=4, help="steps from noise to image")
     add("--method", choices=("heun", "euler"), default="heun", help="ODE solver")
@@ -304,8 +290,7 @@ def add_sampler_flags(parser):
     add("--guidance-interval", type=data.fraction, nargs=2, default=[0.0, 1.0], metavar=("FROM", "TO"),
         help="t in which guidance acts")
     add("--vae", metavar="PATH",
-        help="work in the latents of this folder of diffusers' AutoencoderKL (default: in pixels; in "
-        "sample.py the folder of the training)")
+        help="folder of diffusers' AutoencoderKL: work in its latents (sample.py: where it is now, if moved)")
 
 
 def sampler_settings(args):
@@ -319,8 +304,8 @@ def sampler_settings(args):
 # ----------------------------------------------------------------------------------------------------------
 
 class VAE:
-    """An AutoencoderKL of diffusers: pixels (B, 3, S, S) in [-1, 1] ↔ scaled latents (B, C, S / down, S /
-    down), read from a folder of its config.json and weights. `id` is the checksum of the weights."""
+    """An AutoencoderKL of diffusers, from the folder of its config.json and weights: pixels (B, 3, S, S) in
+    [-1, 1] ↔ scaled latents (B, C, S / down, S / down). `id` is the checksum of the weights."""
 
     def __init__(self, path, device):
         path = Path(path)
@@ -331,7 +316,7 @@ class VAE:
             if config["_class_name"] != "AutoencoderKL":
                 raise data.Unfit(f"a {config['_class_name']}")
             self.channels = config["latent_channels"]
-            self.down = 2 ** (len(config["block_out_channels"]) - 1)  # pixels that are a side of a latent
+            self.down = 2 ** (len(config["block_out_channels"]) - 1)
             self.scale = config["scaling_factor"]  # with the shift it brings latents to about unit variance
             self.shift = config.get("shift_factor") or 0.0
             weights = sorted(path.glob("diffusion_pytorch_model.*"))[-1]  # .safetensors before .bin
@@ -352,8 +337,8 @@ class VAE:
 
 
 def load_latents(args, vae, dataset, run, batch=25):
-    """Latents (N, 2 flips, C, S, S) float16 of the whole dataset, memory-mapped from
-    OUT/<dataset>/latents.pt; made there by a VAE, once for the same images, image size and VAE."""
+    """Latents (N, 2 flips, C, S, S) float16 of the dataset, memory-mapped from OUT/<dataset>/latents.pt, and
+    made there unless they are of the same images, size and VAE already."""
     path = run.folder / "latents.pt"
     made_from = {"vae": vae.id, "images": dataset.id, "image size": args.image_size}
 
@@ -390,16 +375,16 @@ def build_generator(config):
 
 
 def load_generator(args, codes_id, device, stage="generator"):
-    """The trained model with averaged weights from OUT/<dataset>/<stage>.pt; refuses one that reads other
-    codes than those of `codes_id`, or was trained with another VAE, and an earlier self of another
-    generator."""
+    """The trained model with averaged weights from OUT/<dataset>/<stage>.pt. Refused: one that reads other
+    codes, an earlier self of another generator, another VAE than it was trained with."""
     folder = data.run_folder(args)
     path = folder / f"{stage}.pt"
     flags = {"generator-uncond": " --condition none", "generator-factors": " --factors --groups 5"}
     remedy = "train it with " + data.script_command("generator.py" + flags.get(stage, ""), args)
     state = data.load_trained(path, stage, args.dataset, remedy, codes=codes_id)
     if stage == "generator-early":
-        if state["id"] != data.load(folder / "generator.pt", "generator", remedy, only="ema")["id"]:
+        latest = data.load(folder / "generator.pt", "generator", remedy, only="ema")
+        if state["id"] != latest["id"]:
             data.fail(f"{path}: not an earlier self of generator.pt; {remedy} --restart")
     with data.reading(path, remedy):
         config, vae_id = state["config"], state["made_from"]["vae"]
@@ -408,10 +393,10 @@ def load_generator(args, codes_id, device, stage="generator"):
     if args.vae and not vae_id:
         data.fail(f"--vae {args.vae}: {path.name} was trained in pixels; leave the flag away")
     if vae_id:
-        folder = args.vae or config["vae"]
-        model.vae = VAE(folder, device)
+        vae_path = args.vae or config["vae"]
+        model.vae = VAE(vae_path, device)
         if model.vae.id != vae_id:
-            data.fail(f"--vae {folder}: not the weights that {path.name} was trained with")
+            data.fail(f"--vae {vae_path}: not the weights that {path.name} was trained with")
     return model.to(device).eval()
 
 
@@ -420,7 +405,8 @@ def add_flags(parser):
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, help="width, depth and heads by DiT's name (default: the preset's)")
     add("--patch", type=data.positive, default=8, help="patch side in pixels, or in latents")
-    add("--stem", type=data.count, default=2, help="halving convolutions before the patches, mirrored after")
+    add("--stem", type=data.number(0, 30, int), default=2,
+        help="halving convolutions before the patches, mirrored after")
     add("--width", type=data.positive, default=192, help="D, width of the tokens")
     add("--depth", type=data.positive, default=4, help="transformer blocks")
     add("--heads", type=data.positive, default=2, help="attention heads")
@@ -434,15 +420,14 @@ def add_flags(parser):
     add("--t-mean", type=data.number(), default=-0.4, help="mu of equation (1)")
     add("--t-std", type=data.non_negative, default=1.0, help="sigma of equation (1)")
     add("--drop", type=data.fraction, default=0.1, help="probability of training without the code")
-    add("--early", type=data.fraction, default=0.25,
-        help="part of the steps after which generator-early.pt is kept")
+    add("--early", type=data.fraction, default=0.25, help="share of the steps before generator-early.pt")
 
 
 def check_flags(parser, args):
     """What argparse cannot see: sizes that must divide."""
     if args.width % args.heads:
         parser.error(f"argument --heads: {args.heads} does not divide --width {args.width}")
-    if args.stem > 30 or args.patch % (1 << args.stem):
+    if args.patch % 2 ** args.stem:
         parser.error(f"argument --stem: {args.stem} halvings do not fit in --patch {args.patch}")
     if args.image_size % args.patch:
         parser.error(f"argument --patch: {args.patch} does not divide --image-size {args.image_size}")
@@ -450,15 +435,33 @@ def check_flags(parser, args):
         parser.error("argument --factors: only shapes has known factors, and --condition must read them")
 
 
-def codes_to_read(stage, args, dataset, run):
-    """Codes as from data.load_codes: those of the tokenizer, the true factors (--factors), or none."""
+def open_inputs(parser, args, stage, dataset, run):
+    """Codes, as from data.load_codes: the tokenizer's, the true factors (--factors) or zeros (--condition
+    none); and the VAE, or None. Sets in `args` what build_generator must know of both."""
     if stage == "generator-uncond":
-        return {"codes": None, "L": 1, "V": 1, "id": "none"}
-    if stage == "generator-factors":
+        codes = {"codes": torch.zeros(len(dataset), 2, 1), "L": 1, "V": 1, "id": "none"}
+    elif stage == "generator-factors":
         flips = dataset.labels[:, None].expand(-1, 2, -1)  # (N, 2, factors)
-        return {"codes": flips, "L": flips.shape[2], "V": int(flips.max()) + 1, "id": "factors"}
-    remedy = "make it with " + data.script_command("tokenizer.py", args)
-    return data.load_codes(run.folder / "codes.pt", remedy, images=dataset.id)
+        codes = {"codes": flips, "L": flips.shape[2], "V": int(flips.max()) + 1, "id": "factors"}
+    else:
+        remedy = "make it with " + data.script_command("tokenizer.py", args)
+        codes = data.load_codes(run.folder / "codes.pt", remedy, images=dataset.id)
+    vae = VAE(args.vae, run.device) if args.vae else None
+    args.codes, args.values = codes["L"], codes["V"]
+    args.channels, args.down = (vae.channels, vae.down) if vae else (3, 1)
+    if args.image_size // args.patch % args.down:
+        parser.error(f"argument --patch: {args.patch} latents of {args.down} pixels do not fit --image-size")
+    if args.condition in ("both", "context") and args.codes % args.groups:
+        parser.error(f"argument --groups: {args.groups} does not divide the {args.codes} code positions")
+    return codes, vae
+
+
+def save_samples(path, model, codes, dataset, args, run):
+    """Write a grid of 16 real images and what the model draws from their codes."""
+    rows = list(dataset.splits["val"])[:16]
+    drawn = generate(model, codes["codes"][rows, 0].long(), len(rows), sampler_settings(args), run)
+    images = torch.cat([dataset.pixels(rows), drawn])
+    data.save_grid(path, images, 16, settings={**vars(args), "rows": "real, generated"})
 
 
 def main(argv=None, dataset=None):
@@ -477,21 +480,14 @@ def main(argv=None, dataset=None):
     run = data.Run(args, lock=stage)
     dataset = dataset or data.load_dataset(args)
     train = dataset.splits["train"]
-    codes = codes_to_read(stage, args, dataset, run)
-    vae = VAE(args.vae, run.device) if args.vae else None
-    args.codes, args.values = codes["L"], codes["V"]
-    args.channels, args.down = (vae.channels, vae.down) if vae else (3, 1)
-    if args.image_size // args.patch % args.down:
-        parser.error(f"argument --patch: {args.patch} latents of {args.down} pixels do not fit --image-size")
-    if args.condition in ("both", "context") and args.codes % args.groups:
-        parser.error(f"argument --groups: {args.groups} does not divide the {args.codes} code positions")
-
+    codes, vae = open_inputs(parser, args, stage, dataset, run)
     torch.manual_seed(args.seed)
     model = build_generator(vars(args)).to(run.device)
     if args.dry_run:
         data.dry_run(args, model, run)
     latents = load_latents(args, vae, dataset, run) if vae else None
     ema = data.averaged(model, args.ema)
+    ema.module.vae = vae  # for its samples
     optimizers = data.Optimizers(model, args)
     made_from = {"images": dataset.id, "codes": codes["id"], "vae": vae.id if vae else None}
     checkpoint = data.Checkpoint(stage, args, parser.settings, run, made_from, model, ema, optimizers)
@@ -499,17 +495,6 @@ def main(argv=None, dataset=None):
     trained = run.wrap(model, args)
     steps = data.Steps(run, args, stage, start, train, args.batch_size)
     batches = None if vae else data.image_batches(dataset, run, args, start)
-
-    def grid(step):
-        return run.folder / "samples" / f"{stage}-{step:06d}.png"
-
-    def show_samples(step):
-        rows = list(dataset.splits["val"])[:16]
-        c = None if codes["codes"] is None else codes["codes"][rows, 0].long()
-        ema.module.vae = vae
-        samples = generate(ema.module, c, len(rows), sampler_settings(args), run)
-        images = torch.cat([dataset.pixels(rows), samples])
-        data.save_grid(grid(step), images, 16, settings={**vars(args), "rows": "real, generated"})
 
     for step in steps:
         images = None if vae else next(batches)  # of this process
@@ -520,11 +505,10 @@ def main(argv=None, dataset=None):
             if vae:
                 x = latents[rows, columns].to(run.device).float()  # (b, C, S, S)
             else:
-                x = data.from_bytes(images[part.own])
-                x = torch.where(flips[:, None, None, None], x.flip(3), x)  # (b, 3, S, S)
-            c = None
-            if codes["codes"] is not None:  # the code of the flip that the network is shown
-                c = codes["codes"][rows, columns].long().to(run.device)  # (b, L)
+                x = data.from_bytes(images[part.own])  # (b, 3, S, S)
+                x = torch.where(flips[:, None, None, None], x.flip(3), x)
+            c = codes["codes"][rows, columns].long().to(run.device)  # (b, L), of the flip that is shown
+            if args.condition != "none":
                 c = drop_codes(c, args.values, part, args.drop)
             loss = loss + part.backward(flow_loss(trained, x, c, part, args, run))
         loss = run.average(loss)
@@ -536,10 +520,8 @@ def main(argv=None, dataset=None):
         if steps.save_due():
             checkpoint.save(step + 1)
             if run.main and not steps.stop:
-                show_samples(step + 1)
-
-    if run.main and not grid(args.steps).exists():  # killed between the last checkpoint and its samples
-        show_samples(args.steps)
+                path = run.folder / "samples" / f"{stage}-{step + 1:06d}.png"
+                save_samples(path, ema.module, codes, dataset, args, run)
     run.close()
 
 

@@ -573,7 +573,8 @@ def precision_recall(real, made, device, k=3, batch=1000):
 
 def moments(features, batch=10_000):
     """Mean (d,) and covariance (d, d) in float64 of features (n, d) that may not fit in memory."""
-    n, total, square = len(features), 0.0, 0.0
+    n = len(features)
+    total = square = 0.0
     for part in features.split(batch):
         part = part.double()
         total = total + part.sum(0)

@@ -1,15 +1,15 @@
-"""Stage 1: images → discrete latent codes. A ViT with a simplicial embedding (SEM), trained by
-self-distillation (DINOv2).
+"""Stage 1: images → codes. A ViT with a simplicial embedding (SEM), trained by self-distillation (DINOv2).
 
-The SEM turns R read tokens h into L points on a simplex and back (paper, section 3.1):
+The SEM turns the tokens h that it reads into L points on a simplex and back (paper, section 3.1):
     z = LayerNorm(W_in · flatten(h)) as (L, V)   p = softmax(z / tau) over V   out = Norm(W_out · p)       (1)
     code_l = argmax_v z_lv − its mean over training images (ours: without it few values are used)          (2)
-Training (DINO on `out`, iBOT on masked patches, KoLeo spreads the batch; the teacher averages the student):
+Training (DINO on `out`, iBOT on masked patches, KoLeo spreads the batch; the teacher t averages the student
+s, k runs over the head's prototypes):
     loss = − Σ_k t_k log s_k over pairs of views + ibot · the same on masked patches                       (3)
            − koleo · mean log distance to the nearest other image
 
-Reads images; writes OUT/<dataset>/tokenizer.pt and codes.pt (codes (N, 2 flips, L) and a report on them).
-    python tokenizer.py                                                      # shapes on a CPU
+Reads images; writes OUT/<dataset>/tokenizer.pt and codes.pt: codes (N, 2 flips, L) and a report on them.
+    python tokenizer.py                                                      # the dataset shapes, on a CPU
     python tokenizer.py --dataset cifar10                                    # one GPU
     torchrun --nproc-per-node 8 tokenizer.py --dataset imagenet              # a node
 """
@@ -19,6 +19,7 @@ import json
 import math
 import re
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import data  # first: it sets the threads' waiting policy before torch starts them
@@ -75,32 +76,8 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
 
 
-class MLP(nn.Module):
-    """Two layers with a GELU between. (..., D) → (..., D)."""
-
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))  # (..., D)
-
-
-class LayerScale(nn.Module):
-    """One learned gain a channel, on each residual branch. (..., D) → (..., D)."""
-
-    def __init__(self, width, start):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), start))
-
-    def forward(self, x):
-        return x * self.gamma  # (..., D)
-
-
 class Block(nn.Module):
-    """Pre-norm transformer block with LayerScale and drop-path; without attention an MLP on each token.
-    (B, N, D) → (B, N, D)."""
+    """Pre-norm transformer block, without attention an MLP on each token. (B, N, D) → (B, N, D)."""
 
     def __init__(self, width, heads, attention, drop_path, layer_scale):
         super().__init__()
@@ -108,13 +85,16 @@ class Block(nn.Module):
         if attention:
             self.norm1 = nn.LayerNorm(width, eps=1e-6)
             self.attn = Attention(width, heads)
-            self.ls1 = LayerScale(width, layer_scale)
+            self.ls1 = nn.ParameterDict({"gamma": torch.full((width,), layer_scale)})  # LayerScale
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width, 4 * width)
-        self.ls2 = LayerScale(width, layer_scale)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(width, 4 * width),
+            gelu=nn.GELU(),
+            fc2=nn.Linear(4 * width, width)))
+        self.ls2 = nn.ParameterDict({"gamma": torch.full((width,), layer_scale)})
 
     def drop(self, branch):
-        """Drop the whole branch of some samples while training, keeping its mean."""
+        """In training, drop the whole branch of some samples, keeping the mean (drop-path)."""
         if not self.training or self.drop_path == 0:
             return branch
         keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
@@ -122,31 +102,24 @@ class Block(nn.Module):
 
     def forward(self, x):
         if self.attention:
-            x = x + self.drop(self.ls1(self.attn(self.norm1(x))))  # (B, N, D)
-        return x + self.drop(self.ls2(self.mlp(self.norm2(x))))  # (B, N, D)
+            x = x + self.drop(self.attn(self.norm1(x)) * self.ls1["gamma"])  # (B, N, D)
+        return x + self.drop(self.mlp(self.norm2(x)) * self.ls2["gamma"])  # (B, N, D)
 
 
-class PatchEmbed(nn.Module):
-    """Patches → tokens. (B, 3, S, S) → (B, N, D), N = (S / patch)². `stem` halving convolutions before the
-    projection help small images."""
-
-    def __init__(self, patch, width, stem):
-        super().__init__()
-        channels, layers = 3, []
-        for k in range(stem):
-            wider = 32 << k
-            layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GroupNorm(1, wider), nn.GELU()]
-            channels = wider
-        self.stem = nn.Sequential(*layers)
-        self.proj = nn.Conv2d(channels, width, patch >> stem, stride=patch >> stem)
-
-    def forward(self, x):
-        return self.proj(self.stem(x)).flatten(2).transpose(1, 2)  # (B, N, D)
+def patch_embedding(patch, width, stem):
+    """Module that embeds patches, (B, 3, S, S) → (B, D, S / patch, S / patch), with `stem` halving
+    convolutions before the projection, which help small images."""
+    channels, layers = 3, []
+    for k in range(stem):
+        wider = 32 << k
+        layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GroupNorm(1, wider), nn.GELU()]
+        channels = wider
+    proj = nn.Conv2d(channels, width, patch >> stem, stride=patch >> stem)
+    return nn.Sequential(OrderedDict(stem=nn.Sequential(*layers), proj=proj))
 
 
 def resize_positions(positions, side):
-    """Positions of CLS and patches (1, 1 + N, D) → (1, 1 + side², D), bicubic with antialias, for another
-    image size."""
+    """Positions of CLS and patches for another image size: (1, 1 + N, D) → (1, 1 + side², D)."""
     own = math.isqrt(positions.shape[1] - 1)
     if side == own:
         return positions
@@ -156,28 +129,28 @@ def resize_positions(positions, side):
 
 
 def projection(inputs, outputs, rank):
-    """A matrix, as the product of two of this rank; rank 0: whole."""
+    """A linear layer without bias, as the product of two of this rank; rank 0: whole."""
     if rank == 0:
         return nn.Linear(inputs, outputs, bias=False)
     return nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False))
 
 
 class ViT(nn.Module):
-    """Vision transformer with registers and the simplicial embedding. sem_rank: of W_in and W_out of equation
-    (1)."""
+    """Vision transformer with registers, and the simplicial embedding of equation (1)."""
 
     def __init__(self, image_size, patch, width, depth, heads, codes, values, tau, sem_read, registers,
                  stem=0, attention=True, drop_path=0.0, layer_scale=1e-5, sem_rank=0):
         super().__init__()
         self.L, self.V, self.tau, self.sem_read = codes, values, tau, sem_read
-        self.image_size, self.side, self.first_patch = image_size, image_size // patch, 1 + registers
-        self.patch_embed = PatchEmbed(patch, width, stem)
+        self.image_size, self.side = image_size, image_size // patch
+        self.first_patch = 1 + registers  # of the tokens
+        self.patch_embed = patch_embedding(patch, width, stem)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, width))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side ** 2, width))
-        blocks = [Block(width, heads, attention, drop_path, layer_scale) for _ in range(depth)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, attention, drop_path, layer_scale) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         if sem_read == "registers":  # CLS and registers together
             reads, inputs = 1, (1 + registers) * width
@@ -187,7 +160,7 @@ class ViT(nn.Module):
         self.sem_embed = projection(inputs, simplices, sem_rank)
         self.sem_norm = nn.LayerNorm(simplices)
         self.sem_out = projection(simplices, width, sem_rank)
-        self.register_buffer("sem_centre", torch.zeros(codes, values))  # set after training by centre_codes
+        self.register_buffer("sem_centre", torch.zeros(codes, values))  # of z, set by centre_codes
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02 if width >= 384 else width ** -0.5 / 1.5)
@@ -197,8 +170,8 @@ class ViT(nn.Module):
             nn.init.normal_(p, std=0.02)
 
     def tokens(self, images, mask=None):
-        """Un-normalised tokens (B, 1 + R + N, D): CLS, registers, patches. mask (B, N) bool hides patches."""
-        x = self.patch_embed(images)  # (B, N, D)
+        """CLS, R registers and patches (B, 1 + R + N, D), not normalised; mask (B, N) bool hides patches."""
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         B, N, _ = x.shape
@@ -210,7 +183,7 @@ class ViT(nn.Module):
         return x
 
     def logits(self, x):
-        """z of equation (1) from un-normalised tokens: (B, reads, L · V / reads)."""
+        """z of equation (1) from `tokens`: (B, reads, L · V / reads)."""
         if self.sem_read == "registers":
             h = x[:, :self.first_patch].flatten(1)[:, None]  # (B, 1, (1 + R) · D)
         else:
@@ -218,7 +191,7 @@ class ViT(nn.Module):
         return self.sem_norm(self.sem_embed(h))
 
     def forward(self, images, mask=None):
-        """Returns out (B, D) of equation (1) and the normalised patch tokens (B, N, D)."""
+        """out (B, D) of equation (1) and the normalised patches (B, N, D)."""
         x = self.tokens(images, mask)
         z = self.logits(x)
         p = (z.unflatten(-1, (-1, self.V)).float() / self.tau).softmax(-1)  # (B, reads, L / reads, V)
@@ -227,7 +200,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """Codes (B, L) long of equation (2) and features (B, D) of images (B, 3, S, S) in [-1, 1]: the
+        """Codes (B, L) long, equation (2), and features (B, D) of images (B, 3, S, S) in [-1, 1]: the
         normalised CLS, or the mean of the normalised patches where the SEM reads those."""
         x = self.tokens(images)
         z = self.logits(x).float().view(len(x), self.L, self.V)
@@ -240,7 +213,7 @@ class ViT(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """MLP, L2 norm, then cosine similarity to prototypes of unit length. (..., D) → (..., K)."""
+    """MLP, then cosine similarity to K prototypes. (..., D) → (..., K)."""
 
     def __init__(self, width, hidden, bottleneck, prototypes):
         super().__init__()
@@ -254,19 +227,16 @@ class DINOHead(nn.Module):
 
 
 class Student(nn.Module):
-    """Backbone and head; the teacher is another copy of it. One call does all views, so that DDP sees one
-    forward."""
+    """Backbone and head; the teacher is a copy of it. One call does all views: DDP allows one a step."""
 
     def __init__(self, backbone, head):
         super().__init__()
         self.backbone, self.head = backbone, head
 
     def forward(self, global_crops, local_crops=None, mask=None, chosen=None):
-        """global_crops (2B, 3, S, S), local_crops (K·B, 3, s, s), mask (2B, N), chosen: rows of the flattened
-        (2B · N) patches.
-
-        Returns head outputs of the views (2B or 2B + K·B, prototypes), of the chosen patches (n, prototypes)
-        or None, and out (2B, D) of the global crops. """
+        """global_crops (2B, 3, S, S), local_crops (locals · B, 3, s, s), mask (2B, N) bool, chosen (n,): rows
+        of the flattened (2B · N) patches → head outputs of all views (views · B, K), of the chosen patches
+        (n, K) or None, and out (2B, D) of the global crops."""
         out, patches = self.backbone(global_crops, mask)  # (2B, D), (2B, N, D)
         views = out if local_crops is None else torch.cat([out, self.backbone(local_crops)[0]])
         masked = None if chosen is None else self.head(patches.flatten(0, 1)[chosen])
@@ -278,18 +248,15 @@ class Student(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 def view_sizes(args):
-    """(size, scale) of the views of an image: two global crops, then the local ones. scale: least and largest
-    share of the image's area."""
+    """[(size, scale), ...] of two global crops, then the local ones; scale: share of the image's area, from
+    and to."""
     return [(args.global_size, args.global_scale)] * 2 + [(args.local_size, args.local_scale)] * args.locals
 
 
 def crop_boxes(u, scale, ratio, aspect=1.0):
-    """Boxes of random resized crops and whether to mirror (p 0.5), from u (..., 5) uniform, for images whose
-    width / height is `aspect`.
-
-    scale: the crop's share of the area, from and to; ratio: smallest width / height, the largest is its
-    inverse. Returns centre x, y in [-1, 1], width and height as shares of the image's, mirror: each (...).
-    """
+    """Boxes of random resized crops from u (..., 5) uniform, for images whose width / height is `aspect`.
+    scale as in view_sizes; ratio: smallest width / height, the largest is its inverse. Returns centre x, y in
+    [-1, 1], width and height as shares of the image's, and whether to mirror: each (...)."""
     area = scale[0] + (scale[1] - scale[0]) * u[..., 0]
     shape = torch.exp((2 * u[..., 1] - 1) * math.log(ratio)) / aspect
     width = (area * shape).sqrt().clamp(max=1)
@@ -300,21 +267,23 @@ def crop_boxes(u, scale, ratio, aspect=1.0):
 
 
 def read_crops(path, u, views, ratio):
-    """Random resized crops of an image file, cut from the whole of it: views [(size, scale), ...] as
-    view_sizes, u (views, 5) uniform → [(3, size, size) uint8, ...]. Raises as data.open_image."""
-    def boxes(width, height):
-        return [crop_boxes(u_k, scale, ratio, width / height) for u_k, (_, scale) in zip(u, views)]
+    """Random resized crops of an image file, cut from the whole of it: u (views, 5) uniform, views as
+    view_sizes → [(3, size, size) uint8, ...]. Raises as data.open_image."""
+    def boxes(w, h):
+        return [crop_boxes(u_k, scale, ratio, w / h) for u_k, (_, scale) in zip(u, views)]
 
-    def least_scale(width, height):
-        sides = zip(boxes(width, height), views)
-        return min(1.0, max(size / min(box[2] * width, box[3] * height) for box, (size, _) in sides))
+    def least_scale(w, h):
+        sides = [min(width * w, height * h) for _, _, width, height, _ in boxes(w, h)]
+        return min(1.0, max(size / side for side, (size, _) in zip(sides, views)))
 
     crops = []
     with data.open_image(path, least_scale) as image:
         w, h = image.size
         for (x, y, width, height, mirror), (size, _) in zip(boxes(w, h), views):
-            left, top = float((1 + x - width) / 2 * w), float((1 + y - height) / 2 * h)
-            right, bottom = float(left + width * w), float(top + height * h)
+            left = float((1 + x - width) / 2 * w)
+            top = float((1 + y - height) / 2 * h)
+            right = float(left + width * w)
+            bottom = float(top + height * h)
             box = (max(0.0, left), max(0.0, top), min(w, right), min(h, bottom))
             crop = data.to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
             crops.append(crop.flip(2) if mirror else crop)
@@ -322,16 +291,12 @@ def read_crops(path, u, views, ratio):
 
 
 def random_crops(images, size, scale, ratio, part):
-    """Random resized crop and flip of a batch, as crop_boxes, bilinear, all in one grid_sample. images (B, 3,
-    S, S) in [-1, 1] → (B, 3, size, size)."""
-    b = len(images)
+    """A random resized crop of each image, bilinear: (B, 3, S, S) → (B, 3, size, size)."""
     x, y, width, height, mirror = crop_boxes(part.uniform(5), scale, ratio)
-    theta = torch.zeros(b, 2, 3, device=images.device)
-    theta[:, 0, 0] = width * torch.where(mirror, -1.0, 1.0)
-    theta[:, 0, 2] = x
-    theta[:, 1, 1] = height
-    theta[:, 1, 2] = y
-    grid = F.affine_grid(theta, (b, 3, size, size), align_corners=False)
+    zero = torch.zeros_like(x)
+    width = width * torch.where(mirror, -1.0, 1.0)
+    box = torch.stack([width, zero, x, zero, height, y], 1).view(-1, 2, 3)
+    grid = F.affine_grid(box, (len(images), 3, size, size), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
@@ -339,29 +304,34 @@ LUMA = (0.299, 0.587, 0.114)
 YIQ = (LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # brightness and two axes of chroma, from RGB
 
 
+def luma(x):
+    """Perceived brightness (B, 1, S, S) of RGB (B, 3, S, S)."""
+    weights = torch.tensor(LUMA, device=x.device)[:, None, None]
+    return (x * weights).sum(1, keepdim=True)
+
+
 def colour_jitter(x, jitter, part):
-    """Brightness, contrast, saturation and hue of images (B, 3, S, S) in [0, 1], each changed by at most its
-    part of `jitter`."""
-    luma = torch.tensor(LUMA, device=x.device)[None, :, None, None]
+    """Change brightness, contrast, saturation and hue of images (B, 3, S, S) in [0, 1], each by at most its
+    entry of `jitter`."""
     brightness, contrast, saturation, hue = (1 + (2 * part.uniform(1, 1, 1) - 1) * most for most in jitter)
     y = (x * brightness).clamp(0, 1)
-    mean = (y * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    mean = luma(y).mean((2, 3), keepdim=True)
     y = ((y - mean) * contrast + mean).clamp(0, 1)
-    grey = (y * luma).sum(1, keepdim=True)
+    grey = luma(y)
     y = ((y - grey) * saturation + grey).clamp(0, 1)
     if jitter[3] == 0:
         return y
-    to_yiq = torch.tensor(YIQ, device=x.device)  # a shift of hue rotates the two axes of chroma
-    angle = (hue.flatten() - 1) * 2 * math.pi
-    turn = torch.eye(3, device=x.device).repeat(len(x), 1, 1)
-    turn[:, 1, 1] = turn[:, 2, 2] = angle.cos()
-    turn[:, 1, 2] = -angle.sin()
-    turn[:, 2, 1] = angle.sin()
-    return torch.einsum("bij,bjhw->bihw", to_yiq.inverse() @ turn @ to_yiq, y).clamp(0, 1)
+    angle = (hue.flatten() - 1) * 2 * math.pi  # by which the two axes of chroma are rotated
+    rotation = torch.eye(3, device=x.device).repeat(len(x), 1, 1)
+    rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
+    rotation[:, 1, 2] = -angle.sin()
+    rotation[:, 2, 1] = angle.sin()
+    to_yiq = torch.tensor(YIQ, device=x.device)
+    return torch.einsum("bij,bjhw->bihw", to_yiq.inverse() @ rotation @ to_yiq, y).clamp(0, 1)
 
 
 def blur(x, part):
-    """Gaussian blur of images (B, 3, S, S), one width each: deviation 0.1 to 2 pixels of 224."""
+    """Gaussian blur of images (B, 3, S, S), each of its own width: deviation 0.1 to 2 pixels of 224."""
     b, side = len(x), x.shape[-1]
     sigma = (0.1 + 1.9 * part.uniform(1, 1, 1)) * side / 224
     radius = max(1, round(4 * side / 224))
@@ -375,53 +345,50 @@ def blur(x, part):
 
 
 def colour_augment(images, jitter, jitter_p, grey_p, blur_p, solarise_p, part):
-    """Colour jitter, grey, blur and solarisation, each with its probability per picture.
+    """Colour jitter, grey, blur and solarisation, each with its probability per image; what has probability 0
+    costs nothing. images (B, 3, S, S) in [-1, 1] → the same shape; jitter: largest relative change of
+    brightness, contrast, saturation, and of hue as a share of the colour circle."""
+    def chosen(probability):
+        return part.uniform(1, 1, 1) < probability  # (B, 1, 1, 1)
 
-    images (B, 3, S, S) in [-1, 1] → the same shape; jitter = (brightness, contrast, saturation, hue) as
-    largest relative changes (hue as a share of the colour circle). Steps with probability 0 cost nothing. """
     x = (images + 1) / 2
     if jitter_p > 0 and any(jitter):
-        chosen = part.uniform(1, 1, 1) < jitter_p
-        x = torch.where(chosen, colour_jitter(x, jitter, part), x)
+        x = torch.where(chosen(jitter_p), colour_jitter(x, jitter, part), x)
     if grey_p > 0:
-        luma = torch.tensor(LUMA, device=x.device)[None, :, None, None]
-        x = torch.where(part.uniform(1, 1, 1) < grey_p, (x * luma).sum(1, keepdim=True), x)
+        x = torch.where(chosen(grey_p), luma(x), x)
     if blur_p > 0:
-        chosen = part.uniform(1, 1, 1) < blur_p
-        x = torch.where(chosen, blur(x, part), x)
+        x = torch.where(chosen(blur_p), blur(x, part), x)
     if solarise_p > 0:
-        x = torch.where((part.uniform(1, 1, 1) < solarise_p) & (x >= 0.5), 1 - x, x)
+        x = torch.where(chosen(solarise_p) & (x >= 0.5), 1 - x, x)
     return x * 2 - 1
 
 
 def make_views(images, args, part):
-    """The views of images (b, 3, S, S) uint8, or of their crops [(b, 3, size, size), ...] as view_sizes: a
-    list of (b, 3, size, size) in [-1, 1]."""
-    views = []
+    """The views of view_sizes, a list of (b, 3, size, size) in [-1, 1], from images (b, 3, S, S) uint8, or
+    from a list of their crops (b, 3, size, size) uint8."""
     whole = data.from_bytes(images) if torch.is_tensor(images) else None
+    views = []
     for k, (size, scale) in enumerate(view_sizes(args)):
-        if whole is not None:
-            crop = random_crops(whole, size, scale, args.ratio, part)
-        else:
+        if whole is None:
             crop = data.from_bytes(images[k])
+        else:
+            crop = random_crops(whole, size, scale, args.ratio, part)
         solarise = args.solarise if k == 1 else 0.0
         blur_p = args.blur[min(k, 2)]
         views.append(colour_augment(crop, args.jitter, args.jitter_p, args.grey, blur_p, solarise, part))
     return views
 
 
-MASK_RATIOS = (0.1, 0.23, 0.37, 0.5)  # of the patches, in every second image: as many in each batch
+MASK_RATIOS = (0.1, 0, 0.23, 0, 0.37, 0, 0.5, 0)  # of the patches of image i mod 8: as many in each batch
 
 
 def mask_counts(patches, images, first=0):
-    """How many of its patches each of `images` images hides, MASK_RATIOS[i mod 4] of them for image 2i, none
-    for odd ones; `first`: which image of the whole batch the first is."""
-    numbers = range(first, first + images)
-    return [round(MASK_RATIOS[i // 2 % 4] * patches) if i % 2 == 0 else 0 for i in numbers]
+    """How many of its patches each image hides; `first`: which image of the whole batch the first is."""
+    return [round(MASK_RATIOS[i % 8] * patches) for i in range(first, first + images)]
 
 
 def patch_masks(scores, first=0):
-    """iBOT masks (B, N) bool from uniform scores (B, N), as many a row as mask_counts says."""
+    """iBOT masks (B, N) bool from uniform scores (B, N), with as many patches a row as mask_counts says."""
     counts = torch.tensor(mask_counts(scores.shape[1], len(scores), first), device=scores.device)
     return scores.argsort(1).argsort(1) < counts[:, None]
 
@@ -431,7 +398,7 @@ def patch_masks(scores, first=0):
 # ----------------------------------------------------------------------------------------------------------
 
 def sum_over_processes(x):
-    """Sum over processes, without gradient."""
+    """Sum of a tensor over processes, in place, without gradient."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -439,8 +406,8 @@ def sum_over_processes(x):
 
 @torch.no_grad()
 def sinkhorn(logits, temperature, iterations=3):
-    """Teacher targets (n, K) whose prototypes are used equally often over the whole batch (SwAV, used by
-    DINOv2)."""
+    """Teacher targets (n, K) from logits (n, K), with all prototypes used equally often in the batch of all
+    processes (SwAV, DINOv2)."""
     logits = logits.float() / temperature
     top = logits.max()
     if dist.is_initialized():
@@ -453,8 +420,8 @@ def sinkhorn(logits, temperature, iterations=3):
 
 
 class Centering(nn.Module):
-    """Teacher targets softmax((logits − centre) / temperature), the centre a moving average of the teacher's
-    mean logits (DINO)."""
+    """Teacher targets softmax((logits − centre) / temperature), (n, K) → (n, K); the centre is a moving
+    average of the teacher's mean logits (DINO)."""
 
     def __init__(self, prototypes, momentum=0.9):
         super().__init__()
@@ -463,7 +430,6 @@ class Centering(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits, temperature):
-        """logits (n, K) → targets (n, K)."""
         logits = logits.float()
         targets = ((logits - self.centre) / temperature).softmax(-1)
         world = dist.get_world_size() if dist.is_initialized() else 1
@@ -478,7 +444,7 @@ def cross_entropy(targets, logits, temperature):
 
 
 def dino_loss(targets, logits, temperature):
-    """Mean over all pairs of a teacher's global view i and a student's other view j. targets (2, B, K),
+    """Mean over pairs of a teacher's global view i and another view j of the student: targets (2, B, K),
     logits (views, B, K)."""
     pairs = [cross_entropy(targets[i], logits[j], temperature).mean()
              for i in range(2) for j in range(len(logits)) if i != j]
@@ -486,8 +452,8 @@ def dino_loss(targets, logits, temperature):
 
 
 def koleo_loss(x):
-    """− mean log distance to the nearest neighbour on the unit sphere (Sablayrolles et al. 2019), over the
-    samples of all processes. x (B, D)."""
+    """− mean log distance to the nearest neighbour on the unit sphere (Sablayrolles et al. 2019): x (B, D) of
+    this process, among those of all."""
     x = F.normalize(x.float(), dim=-1, eps=1e-8)
     if dist.is_initialized():
         x = torch.cat(dist_nn.all_gather(x))
@@ -498,12 +464,10 @@ def koleo_loss(x):
 
 
 def step_loss(student, teacher, centering, images, part, args, run, temperature):
-    """Equation (3) on images as make_views; temperature: the teacher's. Returns the loss and its parts.
-    `part` gives all randomness."""
+    """Equation (3) and its parts by name, on images as in make_views; temperature: the teacher's."""
     def targets_of(logits, kind):
-        if args.centering == "centre":
-            return centering[kind](logits, temperature)
-        return sinkhorn(logits, temperature)
+        method = centering[kind] if args.centering == "centre" else sinkhorn
+        return method(logits, temperature)
 
     views = make_views(images, args, part)
     b = len(views[0])
@@ -538,8 +502,7 @@ def step_loss(student, teacher, centering, images, part, args, run, temperature)
 # ----------------------------------------------------------------------------------------------------------
 
 def build_student(config):
-    """Backbone and head of a dict of settings (a checkpoint's config, or vars(args)); the teacher is a copy
-    of it."""
+    """The student of a dict of settings (a checkpoint's config)."""
     keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "registers", "stem",
             "attention", "drop_path", "layer_scale", "sem_rank")
     backbone = ViT(config["global_size"], **{key: config[key] for key in keys})
@@ -549,7 +512,7 @@ def build_student(config):
 
 
 def load_tokenizer(args, device):
-    """The trained teacher's backbone from OUT/<dataset>/tokenizer.pt, ready to encode."""
+    """The trained teacher's backbone from OUT/<dataset>/tokenizer.pt."""
     path = data.run_folder(args) / "tokenizer.pt"
     remedy = "train it with " + data.script_command("tokenizer.py", args)
     state = data.load_trained(path, "tokenizer", args.dataset, remedy)
@@ -560,7 +523,7 @@ def load_tokenizer(args, device):
 
 
 def to_input(images, backbone, run):
-    """Bytes (B, 3, S, S) → floats in [-1, 1] on the device, at the size the ViT was trained on."""
+    """Bytes (B, 3, S, S) → what the ViT takes: in [-1, 1], on the device, of the size it was trained on."""
     x = data.from_bytes(images.to(run.device))
     if x.shape[-1] == backbone.image_size:
         return x
@@ -568,15 +531,15 @@ def to_input(images, backbone, run):
 
 
 def encode_images(backbone, images, run):
-    """Codes (B, L) and features (B, D) of images (B, 3, S, S) uint8."""
+    """Codes (B, L) long and features (B, D) of images (B, 3, S, S) uint8."""
     with run.autocast():
         return backbone.encode(to_input(images, backbone, run))
 
 
 @torch.no_grad()
 def centre_codes(backbone, dataset, run, most=4000):
-    """Set the mean of z (L, V) that equation (2) subtracts, over training images: each value is chosen where
-    it is unusually likely."""
+    """Set the mean of z (L, V), over `most` training images, that equation (2) subtracts: each value is then
+    chosen where it is unusually likely."""
     rows = torch.as_tensor(np.random.default_rng(0).permutation(dataset.splits["train"])[:most])
     sums = []
     for part in rows.split(500):
@@ -586,35 +549,10 @@ def centre_codes(backbone, dataset, run, most=4000):
     backbone.sem_centre.copy_(torch.stack(sums).sum(0) / len(rows))
 
 
-def encode_dataset(backbone, dataset, folder, run, workers, batch=500):
-    """{"codes": (N, 2 flips, L), "features": (N, D) float16 of the unflipped images} of the whole dataset,
-    made in `folder` by data.fill_rows."""
-    def encode(rows):
-        codes, features = [], []
-        for images in dataset.batches(rows, batch, workers):
-            straight, straight_features = encode_images(backbone, images, run)
-            mirrored, _ = encode_images(backbone, images.flip(3), run)
-            codes.append(torch.stack([straight, mirrored], 1).cpu())
-            features.append(straight_features.half().cpu())
-        return {"codes": torch.cat(codes), "features": torch.cat(features)}
-
-    width = backbone.pos_embed.shape[2]
-    shapes = {"codes": ((2, backbone.L), data.code_type(backbone.V)), "features": ((width,), torch.float16)}
-    return data.fill_rows(folder, len(dataset), run, encode, shapes)
-
-
-def accuracies(found, y):
-    """How often each factor is right: found [(n,) a factor], y (n, factors)."""
-    return [(values == y[:, k]).float().mean().item() for k, values in enumerate(found)]
-
-
 def linear_probe(x, y, sizes, tests, values=None):
-    """Fit one linear softmax classifier a factor by L-BFGS; y (n, factors) long, sizes: values a factor; x
-    (n, d) features, or, with `values`, codes (n, L) long, which stand for their one-hot vectors (n, L ·
-    values) without these being made.
-
-    tests {name: (x, y)} → {name: [accuracy a factor]}. Inputs are standardised by the training mean and
-    deviation. """
+    """Fit a linear softmax classifier of each factor by L-BFGS: x (n, d) features, or, with `values`, codes
+    (n, L) long, which stand for their one-hot vectors (n, L · values) without these being made; y (n,
+    factors) long, sizes: values a factor. tests {name: x} → {name: predictions (n, factors)}."""
     if values:
         first = torch.arange(x.shape[1], device=x.device) * values  # of each position
         mean = torch.bincount((x + first).flatten(), minlength=len(first) * values) / len(x)
@@ -630,7 +568,7 @@ def linear_probe(x, y, sizes, tests, values=None):
 
     def closure():
         optimizer.zero_grad()
-        nll = sum(F.cross_entropy(s, y[:, k]) for k, s in enumerate(scores(x)))
+        nll = sum(F.cross_entropy(logits, y[:, k]) for k, logits in enumerate(scores(x)))
         loss = nll + 1e-4 * weight[1:].square().sum()
         loss.backward()
         return loss
@@ -638,30 +576,29 @@ def linear_probe(x, y, sizes, tests, values=None):
     optimizer = torch.optim.LBFGS([weight], max_iter=60, history_size=5, line_search_fn="strong_wolfe")
     optimizer.step(closure)
     result = {}
-    for name, (test_x, test_y) in tests.items():
-        found = [logits.argmax(1) for logits in scores(test_x)]
-        result[name] = accuracies(found, test_y)
+    for name, test_x in tests.items():
+        result[name] = torch.stack([logits.argmax(1) for logits in scores(test_x)], 1)
     return result
 
 
 def knn(x, y, sizes, tests, values=None, k=20):
-    """Accuracy a factor of a vote of the k nearest training rows, by inner product or, for codes, equal
-    positions; arguments as linear_probe."""
+    """Votes of the k nearest training rows, by inner product or, for codes, equal positions; arguments and
+    result as linear_probe."""
     result = {}
-    for name, (test_x, test_y) in tests.items():
+    for name, test_x in tests.items():
         nearest = []
         for part in test_x.split(500):
             likeness = -torch.cdist(part.float(), x.float(), p=0) if values else part @ x.T  # (500, n)
             nearest.append(likeness.topk(min(k, len(x)), 1).indices)
         votes = y[torch.cat(nearest)]  # (n, k, factors)
-        found = [F.one_hot(votes[:, :, k], size).sum(1).argmax(1) for k, size in enumerate(sizes)]
-        result[name] = accuracies(found, test_y)
+        found = [F.one_hot(votes[:, :, f], size).sum(1).argmax(1) for f, size in enumerate(sizes)]
+        result[name] = torch.stack(found, 1)
     return result
 
 
 def report(dataset, codes, features, values, run, most=10_000):
-    """What the tokenizer is judged by, on all splits but train: how many values are used and how evenly,
-    linear probe and k-NN of each factor on codes and features. codes (N, 2, L) unsigned, features (N, D)."""
+    """What the tokenizer is judged by: how many values train uses, how evenly, and the accuracy of linear
+    probe and k-NN on the other splits. codes (N, 2, L) unsigned, features (N, D)."""
     train = dataset.splits["train"]
     train_codes = codes[train.start:train.stop, 0]  # (n, L)
     counts = [torch.bincount(position.long(), minlength=values) for position in train_codes.T]
@@ -674,26 +611,51 @@ def report(dataset, codes, features, values, run, most=10_000):
               "distinct codes": len(distinct) / len(train)}
     if not dataset.factors:
         return result
-    rng, rows = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+    inputs, y = {"codes": {}, "features": {}}, {}
     for split, whole in dataset.splits.items():
-        chosen = np.sort(rng.choice(whole, most, replace=False)) if len(whole) > most else np.array(whole)
-        rows[split] = torch.from_numpy(chosen)
+        rows = np.sort(rng.choice(whole, most, replace=False)) if len(whole) > most else np.array(whole)
+        rows = torch.from_numpy(rows)
+        inputs["codes"][split] = codes[rows, 0].long().to(run.device)
+        inputs["features"][split] = F.normalize(features[rows].float(), dim=1).to(run.device)
+        y[split] = dataset.labels[rows].to(run.device)
+    train_y = y.pop("train")
     sizes = [len(names) for names in dataset.factors.values()]
-    y = {split: dataset.labels[chosen].to(run.device) for split, chosen in rows.items()}
-    for name in ("codes", "features"):
-        x = {}
-        for split, chosen in rows.items():
-            if name == "codes":
-                x[split] = codes[chosen, 0].long().to(run.device)
-            else:
-                x[split] = F.normalize(features[chosen].float(), dim=1).to(run.device)
-        tests = {split: (x[split], y[split]) for split in rows if split != "train"}
+    for name, tests in inputs.items():
+        train_x = tests.pop("train")
         for method, probe in (("linear", linear_probe), ("knn", knn)):
-            found = probe(x["train"], y["train"], sizes, tests, values if name == "codes" else None)
-            for split, right in found.items():
-                line = {factor: round(share, 4) for factor, share in zip(dataset.factors, right)}
-                result[f"{method} on {name}, {split}"] = line
+            found = probe(train_x, train_y, sizes, tests, values if name == "codes" else None)
+            for split, predictions in found.items():
+                right = (predictions == y[split]).float().mean(0).tolist()
+                accuracies = {factor: round(value, 4) for factor, value in zip(dataset.factors, right)}
+                result[f"{method} on {name}, {split}"] = accuracies
     return result
+
+
+def write_codes(backbone, dataset, run, args, made_from, batch=500):
+    """Encode the dataset into OUT/<dataset>/codes.pt, with its report, unless that is made from these ids
+    already; where this was stopped before, it goes on."""
+    path = run.folder / "codes.pt"
+    if data.is_made_from(path, "codes", made_from):
+        return
+
+    def encode(rows):
+        codes, features = [], []
+        for images in dataset.batches(rows, batch, args.workers):
+            straight, straight_features = encode_images(backbone, images, run)
+            mirrored, _ = encode_images(backbone, images.flip(3), run)
+            codes.append(torch.stack([straight, mirrored], 1).cpu())  # (b, 2, L)
+            features.append(straight_features.half().cpu())  # (b, D)
+        return {"codes": torch.cat(codes), "features": torch.cat(features)}
+
+    folder = run.folder / f".codes-{data.checksum(made_from)[:16]}"
+    shapes = {"codes": ((2, backbone.L), data.code_type(backbone.V)),
+              "features": ((args.width,), torch.float16)}
+    made = data.fill_rows(folder, len(dataset), run, encode, shapes)
+    if run.main:
+        found = report(dataset, **made, values=backbone.V, run=run)
+        data.save_codes(path, made["codes"], backbone.V, dataset, found, made_from)
+        shutil.rmtree(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -701,9 +663,8 @@ def report(dataset, codes, features, values, run, most=10_000):
 # ----------------------------------------------------------------------------------------------------------
 
 def read_weights(path):
-    """Tensors by name from a file of weights: .pth, .pt or .bin (no code in it is run), .safetensors, or the
-    .index.json of several such files. A dict inside under "teacher" or "model" is taken; the prefixes
-    _orig_mod., module. and backbone. are removed."""
+    """{name: tensor} of a file of weights: .pth, .pt or .bin (no code in it is run), .safetensors, or the
+    .index.json of several. A dict inside under "teacher" or "model" is taken."""
     path = Path(path)
     with data.reading(path, "expected .pth, .pt, .bin, .safetensors, or an .index.json of such files"):
         if path.suffix == ".json":
@@ -718,69 +679,55 @@ def read_weights(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
         for inside in ("teacher", "model"):
             state = state.get(inside, state)
-        if not state or not all(torch.is_tensor(value) for value in state.values()):
+        if not all(torch.is_tensor(value) for value in state.values()):
             raise data.Unfit("expected tensors by name")
-        prefixes = re.compile(r"^((_orig_mod|module|backbone)\.)+")
-        return {prefixes.sub("", name): value for name, value in state.items()}
-
-
-def check_weights(path, state, model_state):
-    """Fail, naming it, where a weight is missing in `state` read from `path`, left over, or of another shape
-    than in `model_state`."""
-    for name in sorted(model_state.keys() | state.keys()):
-        found = tuple(state[name].shape) if name in state else None
-        expected = tuple(model_state[name].shape) if name in model_state else None
-        if found is None:
-            data.fail(f"{path}: lacks {name} {expected}; of another architecture")
-        if expected is None:
-            data.fail(f"{path}: has {name} {found}, which is not expected; of another architecture")
-        if found != expected:
-            data.fail(f"{path}: {name} is {found}, expected {expected}; set the sizes by flags")
+        return {re.sub(r"^((_orig_mod|module|backbone)\.)+", "", name): x for name, x in state.items()}
 
 
 def from_transformers(state):
-    """Names of transformers' Dinov2WithRegisters → those of DINOv2's release; queries, keys and values become
-    one matrix."""
+    """Weights of transformers' Dinov2WithRegisters under the names of DINOv2's release, where queries, keys
+    and values are one matrix."""
     names = {"embeddings.position_embeddings": "pos_embed",
              "embeddings.patch_embeddings.projection": "patch_embed.proj",
-             "attention.output.dense": "attn.proj", "layer_scale": "ls", ".lambda1": ".gamma",
+             "attention.attention.query": "attn.qkv", "attention.output.dense": "attn.proj",
+             "layer_scale": "ls", ".lambda1": ".gamma",
              "encoder.layer.": "blocks.", "layernorm.": "norm.", "embeddings.": ""}
-    query, *others = (f"attention.attention.{part}" for part in ("query", "key", "value"))
     found = {}
-    for name, value in state.items():
-        if any(other in name for other in others):
+    for name, x in state.items():
+        if ".key." in name or ".value." in name:
             continue
-        if query in name:
-            value = torch.cat([value, *(state[name.replace(query, other)] for other in others)])
-            name = name.replace(query, "attn.qkv")
+        if ".query." in name:
+            x = torch.cat([state[name.replace("query", part)] for part in ("query", "key", "value")])
         for theirs, ours in names.items():
             name = name.replace(theirs, ours)
-        found[name] = value
+        found[name] = x
     return found
 
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # and deviation, of the images that DINOv2 sees, in [0, 1]
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
 def load_init(backbone, path):
-    """Start from DINOv2's weights (a ViT with registers, as released or in transformers' names; a simplicial
-    embedding in it is taken too).
-
-    Positions are resized to the images at hand. DINOv2 sees images whose channels have mean 0 and deviation 1
-    over ImageNet, this ViT pixels in [-1, 1]: the difference goes into the patch projection. """
+    """Start from a DINOv2 with registers, under its own names or transformers', of any image size, with a
+    simplicial embedding or without. It sees pixels normalised with the mean and deviation below, this ViT
+    pixels in [-1, 1]: the difference goes into the patch projection."""
     state = read_weights(path)
-    with data.reading(path, "expected the weights of a DINOv2 with registers"):
+    own = backbone.state_dict()
+    with data.reading(path, "expected a DINOv2 with registers, of the sizes that the flags set"):
         if any(name.startswith("embeddings.") for name in state):
             state = from_transformers(state)
         left_out = ("dino_head.", "ibot_head.", "sem_cls_norm.")
-        state = {name: value.float() for name, value in state.items() if not name.startswith(left_out)}
-        own = backbone.state_dict()
-        state = {name: value for name, value in own.items() if name.startswith("sem_")} | state
-        if "pos_embed" in state:
-            state["pos_embed"] = resize_positions(state["pos_embed"], backbone.side)
-        check_weights(path, state, own)
-        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        state = {name: x.float() for name, x in state.items() if not name.startswith(left_out)}
+        state = {name: x for name, x in own.items() if name.startswith("sem_")} | state
+        missing = own.keys() - state.keys()
+        extra = state.keys() - own.keys()
+        if missing:
+            raise data.Unfit(f"lacks {min(missing)}")
+        if extra:
+            raise data.Unfit(f"has {min(extra)}, which is not expected")
+        state["pos_embed"] = resize_positions(state["pos_embed"], backbone.side)
+        for name, x in state.items():
+            if x.shape != own[name].shape:
+                raise data.Unfit(f"{name} is {tuple(x.shape)}, expected {tuple(own[name].shape)}")
+        mean = torch.tensor([0.485, 0.456, 0.406])  # of ImageNet's pixels in [0, 1], and deviation
+        std = torch.tensor([0.229, 0.224, 0.225])
         weight = state["patch_embed.proj.weight"]  # (D, 3, patch, patch)
         shift = (weight * ((0.5 - mean) / std)[:, None, None]).sum((1, 2, 3))
         state["patch_embed.proj.bias"] = state["patch_embed.proj.bias"] + shift
@@ -793,26 +740,26 @@ def load_init(backbone, path):
 # ----------------------------------------------------------------------------------------------------------
 
 def lr_scale(args):
-    """name → what its learning rate is multiplied by: --layer-decay for each block between it and the head,
+    """name → what its learning rate is multiplied by: --layer-decay for each layer between it and the head,
     --patch-lr on patches."""
     inputs = ("patch_embed", "pos_embed", "cls_token", "mask_token", "register_tokens")
 
     def scale(name):
         name = name.removeprefix("backbone.")
-        layer = args.depth + 1
+        above = 0  # layers between it and the head
         if name.startswith("blocks."):
-            layer = int(name.split(".")[1]) + 1
+            above = args.depth - int(name.split(".")[1])
         elif name.startswith(inputs):
-            layer = 0
+            above = args.depth + 1
         patches = args.patch_lr if name.startswith("patch_embed") else 1.0
-        return args.layer_decay ** (args.depth + 1 - layer) * patches
+        return args.layer_decay ** above * patches
 
     return scale
 
 
 def teacher_temperature(step, args):
     """Of the teacher's softmax: from --teacher-start, linear over --teacher-warmup steps."""
-    progress = min(1.0, step / args.teacher_warmup) if args.teacher_warmup else 1.0
+    progress = step / args.teacher_warmup if step < args.teacher_warmup else 1.0
     return args.teacher_start + progress * (args.teacher_temperature - args.teacher_start)
 
 
@@ -824,8 +771,8 @@ def add_flags(parser):
     add("--depth", type=data.positive, default=2, help="transformer blocks")
     add("--heads", type=data.positive, default=2, help="attention heads")
     add("--attention", action=argparse.BooleanOptionalAction, default=False,
-        help="patches see each other; without it each is encoded on its own (only with --sem-read patches)")
-    add("--stem", type=data.count, default=2, help="halving convolutions before the patches; 0: as DINOv2")
+        help="patches see each other; without it each is encoded on its own")
+    add("--stem", type=data.number(0, 30, int), default=2, help="halving convolutions before the patches")
     add("--layer-scale", type=data.number(), default=1.0, help="start of the gains on residual branches")
     add("--drop-path", type=data.fraction, default=0.0, help="probability of dropping a residual branch")
     add("--codes", type=data.positive, default=16, help="L, code positions")
@@ -834,17 +781,15 @@ def add_flags(parser):
     add("--registers", type=data.count, default=0, help="register tokens beside CLS")
     add("--sem-read", choices=("registers", "patches"), default="patches",
         help="what the SEM reads: CLS and registers together (the paper), or each patch its own positions")
-    add("--sem-rank", type=data.count, default=0,
-        help="rank of the SEM's two projections, which may outweigh the ViT; 0: full")
+    add("--sem-rank", type=data.count, default=0, help="rank of the SEM's two projections; 0: full")
     add("--centre-codes", action=argparse.BooleanOptionalAction, default=True,
         help="subtract the mean of z in equation (2); the paper does not")
     add = parser.add_argument_group("schedules").add_argument
     add("--weight-decay-final", type=data.non_negative, help="weight decay at the end, by a cosine")
     add("--layer-decay", type=data.fraction, default=1.0, help="learning rate of a block over the next one's")
     add("--patch-lr", type=data.fraction, default=1.0, help="factor on the patch projection's learning rate")
-    add("--teacher-start", type=data.above_zero, default=0.04,
-        help="temperature of the teacher's softmax at the start, with --teacher-warmup")
-    add("--teacher-warmup", type=data.count, default=0, help="steps until it is --teacher-temperature")
+    add("--teacher-start", type=data.above_zero, default=0.04, help="first value of --teacher-temperature")
+    add("--teacher-warmup", type=data.count, default=0, help="steps from --teacher-start to its final value")
     add = parser.add_argument_group("loss").add_argument
     add("--head-hidden", type=data.positive, default=512, help="hidden width of the DINO head")
     add("--bottleneck", type=data.positive, default=128, help="output width of the DINO head")
@@ -858,50 +803,48 @@ def add_flags(parser):
     add("--koleo", type=data.non_negative, default=1.0, help="weight of KoLeo")
     add = parser.add_argument_group("views").add_argument
     add("--global-size", type=data.positive, default=32, help="side of global crops in pixels")
-    add("--global-scale", type=data.fraction, nargs=2, default=[0.6, 1.0],
-        help="share of the area of a global crop, from and to")
-    add("--ratio", type=data.number(1e-3, 1), default=0.9,
-        help="smallest width / height of a crop; the largest is its inverse")
+    add("--global-scale", type=data.fraction, nargs=2, default=[0.6, 1.0], help="share of the area, from, to")
+    add("--ratio", type=data.number(1e-3, 1), default=0.9, help="smallest width / height; largest: 1 / RATIO")
     add("--locals", type=data.count, default=0, help="local crops per image")
     add("--local-size", type=data.positive, default=16, help="side of local crops in pixels")
-    add("--local-scale", type=data.fraction, nargs=2, default=[0.2, 0.5], help="the same of a local crop")
+    add("--local-scale", type=data.fraction, nargs=2, default=[0.2, 0.5], help="share of the area, from, to")
     add("--jitter", type=data.fraction, nargs=4, default=[0.15, 0.15, 0.0, 0.0],
         help="brightness, contrast, saturation, hue: largest change")
     add("--jitter-p", type=data.fraction, default=0.8, help="probability of the jitter")
     add("--grey", type=data.fraction, default=0.0, help="probability of grey")
     add("--blur", type=data.fraction, nargs=3, default=[0.0] * 3, metavar=("FIRST", "SECOND", "LOCALS"),
         help="probability of blur, on each global crop and on local ones")
-    add("--solarise", type=data.fraction, default=0.0,
-        help="probability of solarisation, on the second global crop")
+    add("--solarise", type=data.fraction, default=0.0, help="probability of it, on the second global crop")
     add = parser.add_argument_group("start of the run").add_argument
     add("--init", metavar="FILE", help="start from DINOv2's weights (.pth, .safetensors, .index.json)")
 
 
 def check_flags(parser, args):
     """What argparse cannot see: sizes that must divide, and what needs what."""
-    patches = (args.global_size // args.patch) ** 2
-    if args.width % args.heads:
-        parser.error(f"argument --heads: {args.heads} does not divide --width {args.width}")
-    if args.stem > 30 or args.patch % (1 << args.stem):
-        parser.error(f"argument --stem: {args.stem} halvings do not fit in --patch {args.patch}")
-    for name, size in (("--global-size", args.global_size), ("--local-size", args.local_size)):
-        if size % args.patch:
-            parser.error(f"argument {name}: {size} is no multiple of --patch {args.patch}")
-    if args.sem_read == "patches" and args.codes % patches:
-        parser.error(f"argument --codes: {args.codes} is no multiple of the {patches} patches that are read")
-    if not args.attention and (args.sem_read == "registers" or args.ibot > 0):
-        parser.error("argument --attention: needed by --sem-read registers and --ibot; add it")
-    for name, (low, high) in (("--global-scale", args.global_scale), ("--local-scale", args.local_scale)):
-        if not 0 < low <= high:
-            parser.error(f"argument {name}: expected two shares above 0, the smaller first, got {low} {high}")
-    if args.weight_decay_final is not None and args.weight_decay == 0:
-        parser.error("argument --weight-decay-final: only with a --weight-decay above 0 to start from")
-    if args.init and args.stem:
-        parser.error("argument --init: DINOv2's patches have no convolutions before them; add --stem 0")
-    if args.accumulate != 1:
-        parser.error("argument --accumulate: the losses look at the whole batch; use more processes instead")
-    if args.ibot > 0 and args.batch_size % 8:
-        parser.error(f"argument --batch-size: {args.batch_size} is no multiple of 8, as iBOT's masks need")
+    def expect(holds, flag, message):
+        if not holds:
+            parser.error(f"argument --{flag}: {message}")
+
+    patch = args.patch
+    expect(args.width % args.heads == 0, "heads", f"{args.heads} does not divide --width {args.width}")
+    expect(patch % 2 ** args.stem == 0, "stem", f"{args.stem} halvings do not fit in --patch {patch}")
+    expect(args.global_size % patch == 0, "global-size", f"no multiple of --patch {patch}")
+    expect(args.local_size % patch == 0, "local-size", f"no multiple of --patch {patch}")
+    patches = (args.global_size // patch) ** 2
+    expect(args.sem_read == "registers" or args.codes % patches == 0,
+           "codes", f"{args.codes} is no multiple of the {patches} patches that are read")
+    expect(args.attention or (args.sem_read == "patches" and args.ibot == 0),
+           "attention", "needed by --sem-read registers and --ibot; add it")
+    for flag, (low, high) in (("global-scale", args.global_scale), ("local-scale", args.local_scale)):
+        expect(0 < low <= high, flag, f"expected two shares above 0, the smaller first, got {low} {high}")
+    expect(args.weight_decay_final is None or args.weight_decay > 0,
+           "weight-decay-final", "only with a --weight-decay above 0 to start from")
+    expect(not (args.init and args.stem),
+           "init", "DINOv2's patches have no convolutions before them; add --stem 0")
+    expect(args.accumulate == 1,
+           "accumulate", "the losses look at the whole batch; use more processes instead")
+    expect(args.ibot == 0 or args.batch_size % 8 == 0,
+           "batch-size", f"{args.batch_size} is no multiple of 8, as iBOT's masks need")
 
 
 def main(argv=None, dataset=None):
@@ -921,8 +864,8 @@ def main(argv=None, dataset=None):
     train = dataset.splits["train"]
     if args.init and (args.restart or not (run.folder / "tokenizer.pt").exists()):
         load_init(student.backbone, args.init)
-    kinds = ("views", "patches")
-    centering = nn.ModuleDict({kind: Centering(args.prototypes) for kind in kinds}).to(run.device)
+    centering = nn.ModuleDict({kind: Centering(args.prototypes) for kind in ("views", "patches")})
+    centering.to(run.device)
     average = data.averaged(student, lambda n: data.cosine(n - 1, args.steps, args.momentum, 1.0))
     teacher = average.module
     optimizers = data.Optimizers(student, args, lr_scale(args))
@@ -932,6 +875,7 @@ def main(argv=None, dataset=None):
     start = checkpoint.resume(finished_on_others=True)  # a finished tokenizer may encode other images
     trained = run.wrap(student, args)
     steps = data.Steps(run, args, "tokenizer", start, train, args.batch_size)
+    last_decay = args.weight_decay if args.weight_decay_final is None else args.weight_decay_final
     views = view_sizes(args)
     crops = functools.partial(read_crops, views=views, ratio=args.ratio)
     batches = data.image_batches(dataset, run, args, start, crops, (len(views), 5))
@@ -942,9 +886,7 @@ def main(argv=None, dataset=None):
         temperature = teacher_temperature(step, args)
         loss, parts = step_loss(trained, teacher, centering, images, part, args, run, temperature)
         loss = run.average(part.backward(loss))
-        decay = None
-        if args.weight_decay_final is not None:
-            decay = data.cosine(step, args.steps, args.weight_decay, args.weight_decay_final)
+        decay = data.cosine(step, args.steps, args.weight_decay, last_decay)
         norm = optimizers.step(step, loss, decay)
         average.update_parameters(student)
         steps.show(loss=loss, norm=norm, **parts)
@@ -953,16 +895,9 @@ def main(argv=None, dataset=None):
         if steps.save_due():
             checkpoint.save(step + 1)
 
-    path, codes_from = run.folder / "codes.pt", made_from | {"tokenizer": checkpoint.id}
-    if not data.is_made_from(path, "codes", codes_from):
-        folder = run.folder / f".codes-{data.checksum(codes_from)[:16]}"
-        made = encode_dataset(teacher.backbone, dataset, folder, run, args.workers)
-        if run.main:
-            found = report(dataset, **made, values=args.values, run=run)
-            data.save_codes(path, made["codes"], args.values, dataset, found, codes_from)
-            shutil.rmtree(folder)
+    write_codes(teacher.backbone, dataset, run, args, made_from | {"tokenizer": checkpoint.id})
     if run.main:
-        for name, value in data.read(path, "codes", only="codes")["report"].items():
+        for name, value in data.read(run.folder / "codes.pt", "codes", only="codes")["report"].items():
             values = value if isinstance(value, dict) else {"": value}
             shown = [f"{factor} {number:.3f}".strip() for factor, number in values.items()]
             print(f"{name:44} " + " ".join(shown))

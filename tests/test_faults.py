@@ -1,12 +1,10 @@
 """Faults, injected for real: kills, full and read-only disks, damaged and foreign files, a process that dies,
-hangs or meets a NaN, odd flags.
-
-What must hold: a run goes on as if nothing had happened, or it stops with one line that names the file or
-flag; nothing is lost, and no code in a file is run. Kills, mutations and flags are random; more of them:
+hangs or meets a NaN, odd flags. A run goes on as if nothing had happened, or it stops with one line that
+names the file or flag; nothing is lost, and no code in a file is run. More of what is random:
     python -m pytest tests/test_faults.py --kills 50 --mutations 1000 --flag-values 100000 --seed 1
 """
+import functools
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -58,18 +56,8 @@ def prepare(trained, out, stage, *flags):
     return out / "shapes", [name, *tiny, *flags, "--out", out]
 
 
-def link_all(trained, out):
-    """A new OUT with all files of `trained`, which are replaced, never changed; returns its shapes folder."""
-    return shutil.copytree(trained / "shapes", out / "shapes", copy_function=os.link)
-
-
-def put(path, content):
-    """Another file in the place of one to which other names may link."""
-    data.write_atomic(path, lambda file: file.write(content))
-
-
 def end(process, said, code=0, within=60):
-    """What a process of `start` has said, whose exit code is this: where it is 1, the one line of its error."""
+    """What a process of `start` said, which ends with this code: where it is 1, the line of its error."""
     found, text = ended(process, said, within)
     assert found == code and "Traceback" not in text and "Exception ignored" not in text, text[-3000:]
     last = text.strip().split("\n")[-1]
@@ -84,16 +72,15 @@ def finish(said, words, code=0, **environment):
 
 def wait_for(condition):
     """Until a condition holds, for a minute at most."""
-    end = time.time() + 60
+    deadline = time.time() + 60
     while not condition():
-        assert time.time() < end, "waited in vain"
+        assert time.time() < deadline, "waited in vain"
         time.sleep(0.01)
 
 
-def workers_of(process):
-    """The ids of the processes that a process has started."""
-    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
-        return [int(pid) for pid in file.read().split()]
+def children_of(process):
+    """The ids of the processes that a process has started, as text."""
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
 
 
 # --- kills and stops --------------------------------------------------------------------------------------
@@ -125,7 +112,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(trained, tmp_pa
     def fresh():
         out = tmp_path / str(next(numbers))
         if stage == "sample":
-            return link_all(trained, out), [*score, out]
+            return shutil.copytree(trained / "shapes", out / "shapes"), [*score, out]
         folder, words = prepare(trained, out, stage, "--steps", 24, "--save-every", 2)
         (folder / f".{stage}.pt.tmp").write_bytes(b"half a checkpoint")
         return folder, words
@@ -175,10 +162,10 @@ def test_a_signal_lets_the_step_end_and_saves(trained, places, tmp_path, stage, 
         words += [*SMALL_IMAGES, "--dataset", dataset, *places[dataset], "--workers", 2]
     process = start(tmp_path / "said", *words)
     wait_for((tmp_path / dataset / f"{stage}.pt").exists)
-    workers = workers_of(process)
+    workers = children_of(process)
     assert len(workers) >= 2 or dataset == "shapes"
     for pid in (process.pid, *workers):
-        os.kill(pid, signal.Signals[name])
+        os.kill(int(pid), signal.Signals[name])
     stopped = re.search(r"stopped at step (\d+) of 100000", end(process, tmp_path / "said", code=143))
     assert weights(tmp_path, stage, dataset)["step"] == int(stopped[1])
 
@@ -232,13 +219,13 @@ def test_a_nan_in_one_process_stops_all_before_the_update(trained, tmp_path, sta
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
-def test_a_process_that_dies_or_hangs_stops_the_other(trained, tmp_path, name):
+def test_a_process_that_dies_or_hangs_stops_the_other(trained, tmp_path, name, request):
     folder, words = prepare(trained, tmp_path, "prior-ar", "--steps", 100_000, "--save-every", 3)
     first, second = start_pair(tmp_path / "said", *words, TIMEOUT=3)
+    request.addfinalizer(second[0].kill)
     wait_for((folder / "prior-ar.pt").exists)
     os.kill(second[0].pid, signal.Signals[name])
     assert "another process of this run died or did not answer" in end(*first, code=1, within=20)
-    second[0].kill()
     assert weights(tmp_path, "prior-ar")["step"] >= 3
 
 
@@ -371,17 +358,14 @@ def use(out, stage, dataset="shapes"):
 
 def checkpoint_of(out, stage, monkeypatch):
     """The data.Checkpoint that a script makes, before it goes on from it."""
-    made = []
-
     def leave(checkpoint, **_):
-        made.append(checkpoint)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(checkpoint)
 
     name, flags = flags_of(stage)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as left:
         patch.setattr(data.Checkpoint, "resume", leave)
         call(name, *flags, "--out", out)
-    return made[0]
+    return left.value.args[0]
 
 
 class Bomb:
@@ -409,32 +393,37 @@ def spoil(value, rng):
 
 
 @pytest.mark.parametrize("stage", (*STAGES, "codes"))
-def test_damaged_files_and_those_of_another_version_are_refused(trained, tmp_path, stage, request, monkeypatch):
+def test_damaged_files_and_those_of_another_version_are_refused(trained, tmp_path, stage, request,
+                                                                monkeypatch):
     """Cut, empty, zeros, with code inside, of the version before files had kinds, and whole ones in which
     something is missing or of another kind (these may be read too): with one line, by who uses them and by
     who goes on. They are not touched, and no code is run."""
-    path, executed = link_all(trained, tmp_path) / f"{stage}.pt", tmp_path / "executed"
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    path, executed = tmp_path / "shapes" / f"{stage}.pt", tmp_path / "executed"
     whole, state = path.read_bytes(), weights(tmp_path, stage)
     rng = random.Random(f"{request.config.getoption('--seed')} {stage}")
     earlier = of_torch_alone({"stage": stage, "ema": {}})
-    bomb = of_torch_alone({**state, "bomb": Bomb(executed)})
     spoiled = [of_torch_alone(spoil(state, rng)) for _ in range(request.config.getoption("--mutations") // 3)]
-    readers = [lambda: use(tmp_path, stage)]
+    bomb = of_torch_alone({**state, "bomb": Bomb(executed)})
+    readers = [functools.partial(use, tmp_path, stage)]
     if stage in STAGES:
         readers.append(checkpoint_of(tmp_path, stage, monkeypatch).resume)
-    for content in (whole[:len(whole) // 2], b"", bytes(9999), earlier, bomb, *spoiled):
-        put(path, content)
+    for content in (whole[:len(whole) // 2], b"", bytes(9999), earlier, *spoiled, bomb):
+        path.write_bytes(content)
         for read in readers:
             try:
                 read()
                 assert content in spoiled
             except SystemExit as problem:
                 line = str(problem)
-                assert line.startswith("error: ") and "\n" not in line and f"{stage}.pt: " in line, line
+                assert re.match(f"error: .*({stage}.pt: |--vae)", line) and "\n" not in line, line
                 assert content != earlier or "of an earlier version" in line
         assert path.read_bytes() == content
+    assert not data.is_made_from(path, stage, state["made_from"])
+    with pytest.raises(SystemExit, match="not readable"):
+        tokenizer.load_init(None, path)
     assert not executed.exists()
-    torch.load(io.BytesIO(bomb), weights_only=False)
+    torch.load(path, weights_only=False)
     assert executed.exists()  # the bomb was a real one
 
 
@@ -458,32 +447,17 @@ def test_any_flipped_byte_is_refused_or_harmless(trained, tmp_path, request):
     assert refused > 0.2 * tries  # the rest is padding between its parts
 
 
-def test_no_code_in_latents_or_weights_is_run(tmp_path):
-    latents = {"kind": "latents", "latents": torch.zeros(3), "made_from": {}}
-    for more, reads in (({}, True), ({"bomb": Bomb(tmp_path / "executed")}, False)):
-        put(tmp_path / "file.pt", of_torch_alone(latents | more))
-        assert data.is_made_from(tmp_path / "file.pt", "latents", {}) == reads
-    with pytest.raises(SystemExit, match="file.pt: not readable"):
-        tokenizer.load_init(None, tmp_path / "file.pt")
-    assert not (tmp_path / "executed").exists()
-
-
-def test_checkpoints_of_other_stages_sizes_datasets_and_captions_are_refused(trained, tmp_path, monkeypatch):
-    folder = link_all(trained, tmp_path)
+def test_checkpoints_of_another_stage_dataset_or_other_captions_are_refused(trained, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained / "shapes", tmp_path / "shapes")
     state = weights(tmp_path, "text_prior")
     state["made_from"]["captions"] = "others"
-    put(folder / "text_prior.pt", of_torch_alone(state))
-    os.replace(folder / "prior-ar.pt", folder / "prior-masked.pt")
-    shutil.copytree(folder, tmp_path / "cifar10")
+    torch.save(state, folder / "text_prior.pt")
     monkeypatch.setattr(sample, "load_judge", lambda *_: None)
-    train = ["tokenizer", *TINY["tokenizer"]]
-    for words, file, problem in (
-            (["sample", "--score", "--count", 8], "text_prior.pt", "other captions"),
-            (["sample", "unconditional"], "prior-masked.pt", "prior-ar"),
-            (["prior", "--kind", "masked", *TINY["prior"]], "prior-masked.pt", "prior-ar"),
-            ([*train, "--codes", 32], "tokenizer.pt", "codes 16 → 32"),
-            ([*train, "--values", 8], "tokenizer.pt", "values 4 → 8")):
-        refuse(*words, "--out", tmp_path, words=[file, problem])
+    refuse("sample", "--score", "--count", 8, "--out", tmp_path, words=["text_prior.pt", "other captions"])
+    os.replace(folder / "prior-ar.pt", folder / "prior-masked.pt")
+    for words in (["sample", "unconditional"], ["prior", "--kind", "masked", *TINY["prior"]]):
+        refuse(*words, "--out", tmp_path, words=["prior-masked.pt: ", "prior-ar"])
+    folder.rename(tmp_path / "cifar10")
     with pytest.raises(SystemExit, match="generator.pt: trained on shapes, expected cifar10"):
         use(tmp_path, "generator", "cifar10")
 
@@ -535,17 +509,53 @@ def mutate(blob, rng):
         noise = rng.randbytes(len(part))
         changes = (flipped, constant, noise, b"", part * 3, blob[other:other + size])
         blob[at:at + size] = rng.choice(changes)
-    return bytes(blob[:rng.randrange(len(blob) + 1) if rng.random() < 0.1 else None])
+    if rng.random() < 0.1:
+        del blob[rng.randrange(len(blob) + 1):]
+    return bytes(blob)
 
 
-def picture_readers(folder, trained, places, monkeypatch):
-    """Images of every format and mode, read whole and in crops."""
+@pytest.fixture
+def mutated(request):
+    """A function that tries a reader on a file changed at random: it is read, or refused with one line; no
+    other exception, no hang, no memory without measure."""
+    rng = random.Random(f"{request.config.getoption('--seed')} {request.node.name}")
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30), limits[1]))
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    verdicts = set()
+
+    def try_out(path, read):
+        whole = path.read_bytes()
+        for _ in range(request.config.getoption("--mutations")):
+            changed = mutate(whole, rng)
+            if path.suffix == ".json" and rng.random() < 0.5:
+                changed = json.dumps(spoil(json.loads(whole), rng)).encode()
+            path.write_bytes(changed)
+            signal.alarm(100)
+            try:
+                read(path)
+                verdicts.add("read")
+            except SystemExit as problem:
+                verdicts.add("refused")
+                line = str(problem)
+                assert line.startswith("error: ") and "\n" not in line and len(line) < 3000, line
+            except BaseException as problem:
+                pytest.fail(f"{path}: {problem!r} on {changed[:2000]!r}")
+            finally:
+                signal.alarm(0)
+        path.write_bytes(whole)
+        read(path)
+
+    yield try_out
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert verdicts == {"read", "refused"}
+
+
+@pytest.mark.filterwarnings("ignore")  # of Pillow, on what is odd in them
+def test_mutated_pictures_of_every_format_and_mode(mutated, tmp_path):
+    """Read whole and in crops."""
     grey = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24), dtype=np.uint8))
-    names = ("RGB.png P.png RGBA.png LA.png 1.png I;16.png RGB.jpg CMYK.jpg RGB.webp RGB.gif RGB.bmp RGB.ppm "
-             "RGB.tif F.tif L.tiff").split()
-    for name in names:
-        packed = {"compression": "tiff_lzw"} if name == "L.tiff" else {}
-        grey.convert(name.split(".")[0]).save(folder / name, **packed)
 
     def read(path):
         files, u = data.ImageFiles([path], 16), torch.full((1, 5), 0.5)
@@ -555,92 +565,62 @@ def picture_readers(folder, trained, places, monkeypatch):
             data.fail(problem)
         assert files[0].shape == (3, 16, 16) and crop.shape == (3, 8, 8)
 
-    return [(folder / name, read) for name in names]
+    for name in ("RGB.png P.png RGBA.png LA.png 1.png I;16.png RGB.jpg CMYK.jpg RGB.webp RGB.gif RGB.bmp "
+                 "RGB.ppm RGB.tif F.tif L.tiff").split():
+        packed = {"compression": "tiff_lzw"} if name == "L.tiff" else {}
+        grey.convert(name.split(".")[0]).save(tmp_path / name, **packed)
+        mutated(tmp_path / name, read)
 
 
-def text_readers(folder, trained, places, monkeypatch):
-    """Captions, prompts, encodings."""
-    make_folder(folder, 3)
-    (folder / "prompts.txt").write_text("a red ring\n\nein großer Kreis\n", encoding="utf-8")
-    ranks = text_prior.learn_merges(["a small red ring on a dotted background"] * 3)
-    (folder / "a.tiktoken").write_text(text_prior.Text(ranks, text_prior.PATTERN).state()["ranks"])
-    write_tokenizer_json(folder / "tokenizer.json")
-
+def test_mutated_captions_prompts_and_encodings(mutated, tmp_path):
     def encode(path):
         text = text_prior.build_text(str(path), [])
         assert text.decode(text.encode(["abc, def"])[0]) == "abc, def" and text.state()
 
-    def read_captions(path):
-        text_prior.build_text("captions", list(data.read_captions(folder, [path.name]).values()))
+    folder = make_folder(tmp_path / "pictures", 3)
+    (tmp_path / "prompts.txt").write_text("a red ring\n\nein großer Kreis\n", encoding="utf-8")
+    ranks = text_prior.learn_merges(["a small red ring on a dotted background"] * 3)
+    (tmp_path / "a.tiktoken").write_text(text_prior.Text(ranks, text_prior.PATTERN).state()["ranks"])
+    write_tokenizer_json(tmp_path / "tokenizer.json")
+    mutated(folder / "metadata.jsonl", lambda path: data.read_captions(folder, [path.name]))
+    mutated(tmp_path / "prompts.txt", lambda path: sample.read_prompts(
+        SimpleNamespace(inputs=[], prompts=path), None))
+    mutated(tmp_path / "a.tiktoken", encode)
+    mutated(tmp_path / "tokenizer.json", encode)
 
-    def read_prompts(path):
-        sample.read_prompts(SimpleNamespace(inputs=[], prompts=path), None)
 
-    return [(folder / "metadata.jsonl", read_captions), (folder / "prompts.txt", read_prompts),
-            (folder / "a.tiktoken", encode), (folder / "tokenizer.json", encode)]
+@pytest.mark.filterwarnings("ignore")  # of torch
+def test_mutated_checkpoints_codes_logs_and_lists_of_images(mutated, trained, places, tmp_path):
+    folder = shutil.copytree(trained / "shapes", tmp_path / "shapes")
+    for stage in (*STAGES, "codes"):
+        mutated(folder / f"{stage}.pt", lambda path: use(tmp_path, path.stem))
+    run = SimpleNamespace(folder=folder, main=True)
+    mutated(folder / "prior-ar.jsonl", lambda path: data.Log(run, "prior-ar", 6))
+    args = SimpleNamespace(dataset="imagenet", data_dir=places["imagenet"][1], out=tmp_path, image_size=32,
+                           workers=0)
+    data.load_folder(args)
+    mutated(tmp_path / "imagenet" / "files.json", lambda path: data.load_folder(args))
 
 
-def other_readers(folder, trained, places, monkeypatch):
-    """Checkpoints, codes, the log, weights, an autoencoder's folder, the list of broken images, and a small
-    archive of CIFAR-10, whose checksum is taken for right, so that the reader itself is tried."""
-    out, vae = link_all(trained, folder), make_vae(folder / "vae", 2.0)
-    run = SimpleNamespace(folder=out, main=True)
-    torch.save({"w": torch.arange(20.0), "b": torch.zeros(3)}, folder / "w.pth")
-    (folder / "w.index.json").write_text('{"weight_map": {"w": "w.pth", "b": "w.pth"}}')
+@pytest.mark.filterwarnings("ignore")  # of torch
+def test_mutated_weights_autoencoders_and_archives(mutated, places, tmp_path, monkeypatch):
+    """The checksum of the archive is taken for right, so that the reader itself is tried."""
+    torch.save({"w": torch.arange(20.0), "b": torch.zeros(3)}, tmp_path / "w.pth")
+    (tmp_path / "w.index.json").write_text('{"weight_map": {"w": "w.pth", "b": "w.pth"}}')
     monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=AutoencoderKL))
-    archive = folder / "cifar-10-binary.tar.gz"
+    vae = make_vae(tmp_path / "vae", 2.0)
+    archive = tmp_path / "cifar-10-binary.tar.gz"
     with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
         tar.add(places["cifar10"][1], "cifar-10-batches-bin")
-    args = SimpleNamespace(dataset="imagenet", data_dir=places["imagenet"][1], out=folder, image_size=32, workers=0)
-    data.load_folder(args)
 
     def read_archive(path):
         monkeypatch.setattr(data, "CIFAR_MD5", hashlib.md5(path.read_bytes()).hexdigest())
-        data.load_cifar10(SimpleNamespace(data_dir=folder, image_size=32))
+        data.load_cifar10(SimpleNamespace(data_dir=tmp_path, image_size=32))
 
-    own = [(out / f"{stage}.pt", lambda path: use(folder, path.stem)) for stage in (*STAGES, "codes")]
-    return own + [
-        (out / "prior-ar.jsonl", lambda path: data.Log(run, "prior-ar", 6)),
-        (folder / "w.pth", tokenizer.read_weights), (folder / "w.index.json", tokenizer.read_weights),
-        (vae / "config.json", lambda path: generator.VAE(vae, "cpu")),
-        (folder / "imagenet" / "files.json", lambda path: data.load_folder(args)), (archive, read_archive)]
-
-
-@pytest.mark.filterwarnings("ignore")  # of Pillow and torch, on what is odd in them
-@pytest.mark.parametrize("readers", [picture_readers, text_readers, other_readers])
-def test_mutated_files_are_read_or_refused_with_one_line(trained, places, tmp_path, monkeypatch, request, readers):
-    """Every reader, on files changed at random: no other exception, no hang, no memory without measure."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_AS, limits))
-    resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30), limits[1]))
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
-    rng = random.Random(f"{request.config.getoption('--seed')} {readers.__name__}")
-    verdicts = set()
-    for path, read in readers(tmp_path, trained, places, monkeypatch):
-        whole = path.read_bytes()
-        path.unlink()  # it may be a link to a file of other tests
-        for _ in range(request.config.getoption("--mutations")):
-            changed = mutate(whole, rng)
-            if path.suffix == ".json" and rng.random() < 0.5:
-                changed = json.dumps(spoil(json.loads(whole), rng)).encode()
-            path.write_bytes(changed)
-            signal.alarm(20)
-            try:
-                read(path)
-                verdicts.add("read")
-            except SystemExit as problem:
-                verdicts.add("refused")
-                line = str(problem)
-                assert line.startswith("error: ") and "\n" not in line and len(line) < 3000, line
-            except BaseException:
-                print(f"{path}: {changed[:2000]!r}")
-                raise
-            finally:
-                signal.alarm(0)
-        path.write_bytes(whole)
-        read(path)
-    assert verdicts == {"read", "refused"}
+    mutated(tmp_path / "w.pth", tokenizer.read_weights)
+    mutated(tmp_path / "w.index.json", tokenizer.read_weights)
+    mutated(vae / "config.json", lambda path: generator.VAE(vae, "cpu"))
+    mutated(archive, read_archive)
 
 
 def test_odd_images_are_read_right_or_named(tmp_path, capsys):
@@ -648,7 +628,7 @@ def test_odd_images_are_read_right_or_named(tmp_path, capsys):
     that lead round, nowhere and elsewhere."""
     folder = make_folder(tmp_path / "in", 40)
     Image.new("1", (20_000, 10_000)).save(folder / "huge.png")
-    (folder / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n%%EOF\n")
+    (folder / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
     Image.new("RGB", (50, 50)).save(folder / "cut.jpg")
     os.truncate(folder / "cut.jpg", 300)
     make_folder(tmp_path / "elsewhere", 6, captions=False)
@@ -660,24 +640,22 @@ def test_odd_images_are_read_right_or_named(tmp_path, capsys):
     assert re.search("^.* 3 of 49 .*: cut.jpg, huge.png, program.png\n$", capsys.readouterr().err)
 
 
-def test_an_archive_with_links_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
-    """Links, devices, paths that lead out: even if their checksum were right, nothing reaches the disk."""
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
+def test_an_archive_with_links_is_refused_and_nothing_is_written(tmp_path, monkeypatch, kind):
+    """Links and devices in the place of files: even if the checksum is right, nothing reaches the disk."""
     archive = tmp_path / "data" / "cifar-10-binary.tar.gz"
     archive.parent.mkdir()
-    words = ["data", "--dataset", "cifar10", "--data-dir", archive.parent, "--out", tmp_path / "out"]
-    inside = [f"cifar-10-batches-bin/{name}" for name in data.CIFAR_FILES]
-    outside = ["../escaped", str(tmp_path / "escaped")]
-    for names, kind in ((inside, tarfile.SYMTYPE), (inside, tarfile.CHRTYPE), (outside, tarfile.REGTYPE)):
-        with tarfile.open(archive, "w:gz") as tar:
-            for name in names:
-                member = tarfile.TarInfo(name)
-                member.type = kind
-                member.linkname = "/etc/passwd"
-                tar.addfile(member)
-        refuse(*words, words=[archive, "md5"])
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in data.CIFAR_FILES:
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.type = kind
+            member.linkname = "/etc/passwd"
+            tar.addfile(member)
+    for problem in ("md5", "not readable"):
+        refuse("data", "--dataset", "cifar10", "--data-dir", archive.parent, "--out", tmp_path / "out",
+               words=[archive, problem])
         monkeypatch.setattr(data, "CIFAR_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
-        refuse(*words, words=[archive, "not readable"])
-    assert list(archive.parent.iterdir()) == [archive] and not (tmp_path / "escaped").exists()
+    assert list(archive.parent.iterdir()) == [archive]
 
 
 def test_a_picture_that_vanishes_ends_the_run_with_one_line(places, tmp_path):
@@ -687,7 +665,7 @@ def test_a_picture_that_vanishes_ends_the_run_with_one_line(places, tmp_path):
              *"--workers 2 --save-every 3 --steps 100000 --out".split(), tmp_path]
     process = start(said, *words)
     wait_for((tmp_path / "imagenet" / "tokenizer.pt").exists)
-    workers = workers_of(process)
+    workers = children_of(process)
     (tree / "train" / "cats" / "1.png").unlink()
     assert "1.png: does not open" in end(process, said, code=1)
     assert "made from other images" in finish(said, words, code=1)  # the lock is taken before
@@ -710,11 +688,11 @@ def test_nothing_on_the_default_path_needs_a_network_nor_plain_paths(tmp_path):
     for pictures in (["unconditional"], ["reconstruct", picture], ["text", "a red ring"]):
         words += ["sample", *pictures, *ONE_PICTURE, "--out", out, "+"]
     words += ["data", "--dataset", "cifar10", "--download", "--data-dir", tmp_path / "c", "--out", out]
-    done = subprocess.run(["unshare", "-n", *command(*words)], capture_output=True, text=True, env=ENVIRONMENT)
+    words = ["unshare", "-n", *command(*words)]
+    text = subprocess.run(words, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT).stderr
     names = {path.stem for path in (out / "shapes" / "samples").glob("*.png")}
-    assert names >= {"unconditional-masked", "reconstruct", "text"}, done.stderr
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: ") and str(tmp_path / "c" / "cifar-10-binary.tar.gz") in line
+    assert names >= {"unconditional-masked", "reconstruct", "text"}, text
+    assert re.fullmatch(f"error: cannot download .*{tmp_path}/c/cifar-10-binary.tar.gz\n", text), text
 
 
 def test_a_download_that_never_ends_ends_in_one_line(tmp_path, monkeypatch):
@@ -728,9 +706,10 @@ def test_a_download_that_never_ends_ends_in_one_line(tmp_path, monkeypatch):
         threading.Thread(target=serve).start()
         monkeypatch.setattr(data, "CIFAR_URL", f"http://127.0.0.1:{server.getsockname()[1]}/archive")
         monkeypatch.setattr(data, "PATIENCE", 1)
-        words = ["data", "--dataset", "cifar10", "--download", "--data-dir", tmp_path / "c", "--out", tmp_path]
-        refuse(*words, words=["cannot download", "timed out", tmp_path / "c" / "cifar-10-binary.tar.gz"])
-    assert not any((tmp_path / "c").iterdir())
+        folder = tmp_path / "c"
+        refuse("data", "--dataset", "cifar10", "--download", "--data-dir", folder, "--out", tmp_path,
+               words=["cannot download", "timed out", folder / "cifar-10-binary.tar.gz"])
+    assert not any(folder.iterdir())
 
 
 VALUES = ["", "x", "-1", "0", "1", "3", "0.5", "1e400", "nan", "inf", "-0", "9" * 20, "1" * 5000, "☃", "²",
@@ -750,7 +729,7 @@ def test_any_value_of_any_flag_runs_or_is_one_line(trained, tmp_path, capsys, mo
         flags -= {"--out", "--help", "--compile", "--no-compile", "--tensorboard"}
         cases += itertools.product([name], sorted(flags), VALUES)
     random.Random(request.config.getoption("--seed")).shuffle(cases)
-    link_all(trained, tmp_path)
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     for name, flag, value in cases[:request.config.getoption("--flag-values")]:
         anew = [] if name in ("data", "sample") else ["--restart"]
         words = [name, *SCRIPTS[name], *anew, "--out", tmp_path, flag, *(value.split() or [value])]

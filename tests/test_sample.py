@@ -41,7 +41,7 @@ def test_moments_taken_in_parts_equal_numpy():
 
 def test_nearest_distance_counts_differing_positions():
     train = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.uint8)
-    codes = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [2, 2, 0, 1]])
+    codes = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [3, 3, 0, 1]])
     assert sample.nearest_distance(codes, train, batch=2).tolist() == [1, 0, 3]
 
 
@@ -68,6 +68,15 @@ def stages_of(trained):
     """The trained stages of an OUT."""
     args = sample.parse(["compose", "--rounds", "2", "--out", str(trained)])
     return sample.Stages(args, data.Run(args))
+
+
+def test_a_stored_code_is_that_of_its_image_by_the_averaged_tokenizer(trained):
+    """Of either flip, but for rounding."""
+    stages = stages_of(trained)
+    rows = torch.arange(0, 270, 3)
+    for flip in (0, 1):
+        codes = stages.encode(stages.dataset.pixels(rows, torch.full((90,), flip == 1)))
+        assert (codes == stages.codes["codes"][rows, flip]).double().mean() > 0.98
 
 
 @pytest.mark.parametrize("choose", ["prior", "random"])
