@@ -832,11 +832,13 @@ def read_captions(folder, files):
 
 def list_files(folder, out):
     """Paths below `folder` of all files, sorted, but for those below `out`; linked folders are walked too,
-    once."""
-    paths, seen = [], {os.path.realpath(out)}
+    unless they hold the link."""
+    paths, out = [], os.path.realpath(out)
     for parent, folders, files in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(parent))
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) not in seen]
+        here = os.path.realpath(parent)
+        targets = [os.path.realpath(os.path.join(parent, name)) for name in folders]
+        ends = [target == out or Path(here).is_relative_to(target) for target in targets]
+        folders[:] = [name for name, end in zip(folders, ends) if not end]
         paths += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
     return sorted(path for path in paths if os.path.isfile(folder / path))
 
@@ -1139,10 +1141,11 @@ def code_type(values):
 
 
 def save_codes(path, codes, values, dataset, report, made_from):
-    """Write codes (N, 2 flips, L) with all that later stages need to know of them, for load_codes."""
+    """Write codes (N, 2 flips, L) with all that later stages need to know of them, for load_codes. Made again
+    from the same tokenizer and images (ids by name), they have the same id."""
     codes = codes.to(code_type(values))
     splits = {name: [rows.start, rows.stop] for name, rows in dataset.splits.items()}
-    id = secrets.token_hex(8)
+    id = checksum(made_from)[:16]
     save(path, "codes", codes=codes, V=values, splits=splits, report=report, id=id, made_from=made_from)
 
 
@@ -1171,12 +1174,15 @@ def fill_rows(folder, size, run, work, shapes, chunk=2000):
             continue
         for name, rows in work(range(start, min(size, start + chunk))).items():
             rows = rows.to(shapes[name][1]).numpy()
-            (folder / name).touch()
-            with open(folder / name, "r+b") as file:
-                file.seek(start * rows[0].nbytes)
-                file.write(rows.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                (folder / name).touch()
+                with open(folder / name, "r+b") as file:
+                    file.seek(start * rows[0].nbytes)
+                    file.write(rows.tobytes())
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as problem:
+                cannot_write(folder / name, problem)
         done.touch()
     run.wait()
     filled = {}
@@ -1507,7 +1513,7 @@ class Steps:
                     yield self.step
                 if self.stop:
                     self.leave()
-                if args.dry_run and self.step == self.start + 1:
+                if args.dry_run and self.step in (self.start + 1, args.steps - 1):
                     memory = torch.cuda.max_memory_allocated() / 2 ** 30
                     print(f"{self.flops / 1e12:.3f} TFLOP and {memory:.2f} GiB a step, in each process")
                     raise SystemExit(0)

@@ -358,6 +358,7 @@ def load_latents(args, vae, dataset, run, batch=25):
         made = data.fill_rows(folder, len(dataset), run, encode, shapes)
         if run.main:
             data.save(path, "latents", **made, made_from=made_from)
+            del made  # Windows removes no file that is mapped
             shutil.rmtree(folder)
         run.wait()
     return data.read(path, "latents", only="latents")["latents"]

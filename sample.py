@@ -25,6 +25,7 @@ OUT/<dataset>/inception.json.
 """
 import functools
 import hashlib
+import os
 import re
 import shutil
 import sys
@@ -78,8 +79,12 @@ class Stages:
     @functools.cached_property
     def codes(self):
         """The codes of the dataset, as data.load_codes."""
+        return self.load_codes()
+
+    def load_codes(self, images=None):
+        """Read the codes; images: the id of the dataset whose codes they must be."""
         remedy = "make it with " + data.script_command("tokenizer.py", self.args)
-        return data.load_codes(self.run.folder / "codes.pt", remedy)
+        return data.load_codes(self.run.folder / "codes.pt", remedy, images)
 
     @functools.cached_property
     def backbone(self):
@@ -329,8 +334,7 @@ class Scores:
         self.dataset = stages.dataset
         self.names = list(self.dataset.factors)
         self.shapes = args.dataset == "shapes"
-        remedy = "make it with " + data.script_command("tokenizer.py", args)
-        stages.codes = data.load_codes(run.folder / "codes.pt", remedy, images=self.dataset.id)
+        stages.codes = stages.load_codes(self.dataset.id)
         self.judge = load_judge(self.dataset, args, run) if self.names else None
         self.rows = np.random.default_rng(0).permutation(self.dataset.splits["test"])[:self.n].tolist()
         text_path = run.folder / "text_prior.pt"
@@ -587,6 +591,7 @@ def inception_scores(stages, args, run):
     """FID, Inception Score, precision and recall of --count samples of the prior --kind, and of as many from
     true codes, on the first process. Processes share the samples; a stopped run goes on."""
     net = Inception(args.inception, run.device)
+    stages.codes = stages.load_codes(stages.dataset.id)
     stages.generator_model()  # what is missing is said now, not after hours
     stages.prior_model(args.kind)
     names = ["generator", f"prior-{args.kind}"] + ["generator-early"] * (args.guide == "early")
@@ -624,6 +629,7 @@ def inception_scores(stages, args, run):
             precision, recall = precision_recall(reference[some], made["features"], run.device)
             result[name] = {"FID": fid, "IS": score, "IS deviation": deviation, "precision": precision,
                             "recall": recall, "samples": args.count}
+            del made  # Windows removes no file that is mapped
             shutil.rmtree(folder)
         run.wait()
     return result
@@ -835,12 +841,12 @@ def main(argv=None):
     """Train what is missing, make pictures, measure."""
     start = time.time()
     args = parse(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not args.inception:
+        data.fail("sample.py: several processes share --score --inception alone; start it without torchrun")
     if args.train:
         dataset = data.load_dataset(args)
         train_stages(args, dataset)
     run = data.Run(args, lock="sample" if args.inception else None)
-    if run.world > 1 and not args.inception:
-        data.fail("sample.py: several processes share --score --inception alone; start it without torchrun")
     stages = Stages(args, run)
     commands = [args.command] if args.command else []
     if args.train:

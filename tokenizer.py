@@ -655,6 +655,7 @@ def write_codes(backbone, dataset, run, args, made_from, batch=500):
     if run.main:
         found = report(dataset, **made, values=backbone.V, run=run)
         data.save_codes(path, made["codes"], backbone.V, dataset, found, made_from)
+        del made  # Windows removes no file that is mapped
         shutil.rmtree(folder)
 
 

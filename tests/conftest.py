@@ -26,8 +26,8 @@ torch.set_num_threads(1)
 CIFAR_RECORDS = 60  # in each file, instead of 10,000
 NETWORK = "--steps 6 --batch-size 8 --width 16 --depth 1 --heads 2".split()
 TINY = {
-    "tokenizer": [*NETWORK, *"--attention --stem 1 --codes 16 --values 4 --prototypes 16 --head-hidden 16".split(),
-                  *"--bottleneck 8 --locals 1 --ibot 0.5 --registers 2 --workers 0".split()],
+    "tokenizer": [*NETWORK, *"--attention --stem 1 --codes 16 --values 4 --prototypes 16".split(),
+                  *"--head-hidden 16 --bottleneck 8 --locals 1 --ibot 0.5 --registers 2 --workers 0".split()],
     "generator": [*NETWORK, *"--groups 4 --sample-steps 2 --workers 0".split()],
     "prior": NETWORK,
     "text_prior": NETWORK,
@@ -61,7 +61,7 @@ def refuse(name, *flags, words=()):
         call(name, *flags)
     line = str(stopped.value)
     del stopped
-    gc.collect()  # the frames of the stopped script, and with them its lock, which the end of a process releases
+    gc.collect()  # the frames of the stopped script, and with them its lock
     assert line.startswith("error: ") and "\n" not in line, line
     for word in words:
         assert str(word) in line, line
@@ -78,8 +78,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def command(name, *flags, launcher=()):
-    """The command line of `script`; `launcher` is torchrun's module and flags. A flag "+" starts another script
-    in the same process."""
+    """The command line of `script`; `launcher` is torchrun's module and flags. A flag "+" starts another
+    script in the same process."""
     return [sys.executable, *launcher, str(Path(__file__).with_name("launch.py")), name, *map(str, flags)]
 
 
@@ -169,7 +169,7 @@ def part(size, seed=0, step=0):
 
 @pytest.fixture(autouse=True)
 def same_for_all(monkeypatch):
-    """All tests in this process see the small set of shapes, take CIFAR-10 for small, and draw the same numbers."""
+    """All tests see the small set of shapes, take CIFAR-10 for small, and draw the same random numbers."""
     torch.manual_seed(0)
     monkeypatch.setattr(data, "SHAPES_COUNTS", SMALL)
     monkeypatch.setattr(data, "CIFAR_BYTES", CIFAR_RECORDS * 3073)

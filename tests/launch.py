@@ -36,8 +36,8 @@ def function(where):
 
 
 def poison(where, rank, call, what):
-    """Make a loss ("loss") or the gradients alone ("gradient") not a number: in the process of this rank, from
-    one call of the function "module.name" on."""
+    """Make a loss ("loss") or the gradients alone ("gradient") not a number: in the process of this rank,
+    from one call of the function "module.name" on."""
     module, name = function(where)
     usual = getattr(module, name)
     calls = []
@@ -92,8 +92,8 @@ EARLIER_RUNS = {  # by stage: the words that made them
 
 
 def make_checkpoints():
-    """Write EARLIER anew: of each stage the checkpoint of a run that was stopped at step 3 of 6, beside the codes
-    of the tokenizer at its end. They are made in a temporary folder, under a path that says nothing of it."""
+    """Write EARLIER anew: of each stage the checkpoint of a run that was stopped at step 3 of 6, beside the
+    codes of the tokenizer at its end. They are made in a temporary folder, by relative paths."""
     data.SHAPES_COUNTS = SMALL
     EARLIER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
@@ -109,13 +109,13 @@ def make_checkpoints():
 
 
 def child(words, output, environment):
-    """As a process forked from one that has everything imported: `main`, what it says in the file `output`."""
+    """As a process forked from one that has everything imported: `main`; what it says goes to a file."""
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     data.torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as Linux does before Python 3.14
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as on Linux before Python 3.14
     data.run_script(lambda: main(words))
 
 

@@ -55,8 +55,8 @@ def test_code_embedding_is_the_mean_over_each_group_and_deviates_by_point_seven(
 def test_sizes_have_as_many_parameters_as_those_of_dit(name, parameters):
     """DiT-S/2 and DiT-XL/2 with 1,000 classes."""
     with torch.device("meta"):
-        model = generator.DiT(32, 2, 0, **generator.SIZES[name], codes=1, values=1000, groups=1, condition="mean",
-                              predict="v", channels=4)
+        model = generator.DiT(32, 2, 0, **generator.SIZES[name], codes=1, values=1000, groups=1,
+                              condition="mean", predict="v", channels=4)
     assert abs(sum(p.numel() for p in model.parameters()) / parameters - 1) < 0.02
 
 
@@ -96,7 +96,7 @@ def test_codes_are_dropped_whole_and_as_often_as_said():
 # --- sampler ----------------------------------------------------------------------------------------------
 
 def test_solvers_reach_the_known_solution_at_their_order():
-    """dz/dt = a z + cos t has a closed solution; halving the step divides Euler's error by 2 and Heun's by 4."""
+    """That of dz/dt = a z + cos t; halving the step divides Euler's error by 2 and Heun's by 4."""
     a = -1.5
     start = torch.tensor([1.0, -2.0])
 
@@ -137,7 +137,7 @@ class Constant:
 
 @pytest.mark.parametrize("guidance, t, weak, expected, calls", [
     (1.0, 0.5, None, 1.0, [2]), (0.0, 0.5, None, 5.0, [4]), (3.0, 0.5, None, -7.0, [4]),  # 5: without code
-    (3.0, 0.3, None, -7.0, [4]), (3.0, 0.2, None, 1.0, [2]), (3.0, 0.7, None, 1.0, [2]),  # ends of the interval
+    (3.0, 0.3, None, -7.0, [4]), (3.0, 0.2, None, 1.0, [2]), (3.0, 0.7, None, 1.0, [2]),  # its ends
     (2.0, 0.5, 0.25, 0.25 + 2 * (1 - 0.25), [2])])  # from a weaker model
 def test_guidance_is_linear_one_means_none_and_the_interval_holds(run, guidance, t, weak, expected, calls):
     model = Constant()
@@ -165,7 +165,7 @@ def test_images_follow_from_seed_and_number_alone(run):
 # --- latents ----------------------------------------------------------------------------------------------
 
 class AutoencoderKL(torch.nn.Module):
-    """Stands for diffusers' class: folds 2 × 2 pixels into 12 channels, times a gain, which is all its weights."""
+    """Stands for diffusers' class: folds 2 × 2 pixels into 12 channels, times its only weight, a gain."""
 
     @classmethod
     def from_pretrained(cls, path, local_files_only):
@@ -217,7 +217,8 @@ def test_latents_hold_both_flips_and_come_back_as_the_images(vae, run, tmp_path)
         images = dataset.pixels(range(5), torch.full((5,), bool(flip)))
         pixels = model.decode(latents[:5, flip].float())
         assert (data.to_bytes(pixels).int() - images.int()).abs().max() <= 1
-        assert torch.allclose(model.encode(data.from_bytes(images)), F.pixel_unshuffle(data.from_bytes(images), 2))
+        x = data.from_bytes(images)
+        assert torch.allclose(model.encode(x), F.pixel_unshuffle(x, 2))
     made = path.stat().st_mtime_ns
     load()
     assert path.stat().st_mtime_ns == made  # once
@@ -232,7 +233,7 @@ def test_latents_hold_both_flips_and_come_back_as_the_images(vae, run, tmp_path)
     assert not list(run.folder.glob(".latents-*"))
 
 
-def test_a_generator_of_latents_trains_and_draws_pixels_with_its_own_autoencoder_alone(vae, trained, tmp_path):
+def test_a_generator_of_latents_draws_pixels_with_its_own_autoencoder_alone(vae, trained, tmp_path):
     out = tmp_path / "out"
     folder = link_codes(trained, out)
     call("generator", *LATENT, "--vae", vae, "--out", out)
@@ -240,7 +241,8 @@ def test_a_generator_of_latents_trains_and_draws_pixels_with_its_own_autoencoder
     assert state["config"]["predict"] == "v" and state["ema"]["x_embed.weight"].shape[1] == 12 * 16
     pictures = ["sample", "reconstruct", "--rows", "1", "--sample-steps", "2", "--out", out]
     call(*pictures)
-    assert Image.open(folder / "samples" / "reconstruct.png").height == 14 + 2 + 2 * 66  # titles, two rows of pixels
+    picture = Image.open(folder / "samples" / "reconstruct.png")
+    assert picture.height == 14 + 2 + 2 * 66  # titles, and two rows of pixels
     moved = vae.rename(tmp_path / "elsewhere")
     refuse(*pictures, words=["--vae", "vae"])
     call(*pictures, "--vae", moved)

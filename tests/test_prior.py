@@ -1,5 +1,5 @@
-"""The prior against mathematics: every code of L = 4 positions and V = 3 values can be listed. Then a device without
-float64, and its training where a flag came later and where the system is not Linux."""
+"""The prior against mathematics: every code of L = 4 positions and V = 3 values can be listed. Then a device
+without float64, and its training where a flag came later and where the system is not Linux."""
 import itertools
 import math
 import subprocess
@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 L, V = 4, 3
 CODES = torch.tensor(list(itertools.product(range(V), repeat=L)))  # all 81
-SAMPLER = {"temperature": 1.0, "nucleus": 1.0, "order": "event", "per_step": 1, "order_noise": 1.0, "steps": 64,
-           "remask": 0.0, "remask_window": [0.3, 0.55]}
+SAMPLER = {"temperature": 1.0, "nucleus": 1.0, "order": "event", "per_step": 1, "order_noise": 1.0,
+           "steps": 64, "remask": 0.0, "remask_window": [0.3, 0.55]}
 
 
 def tiny(causal, tables="position", codes=L, values=V):
@@ -34,14 +34,17 @@ def tiny(causal, tables="position", codes=L, values=V):
 
 
 class Known:
-    """A masked "network" that knows a distribution over the 81 codes and answers with its exact conditionals."""
+    """A masked "network" that knows a distribution over the 81 codes, and so all conditional ones."""
 
     def __init__(self, p):
-        self.p, self.asked = p / p.sum(), []
-        self.L, self.V, self.causal = L, V, False
+        self.p = p / p.sum()
+        self.L, self.V = L, V
+        self.causal = False
+        self.asked = []
 
     def __call__(self, codes):
-        device, codes = codes.device, codes.cpu()
+        device = codes.device
+        codes = codes.cpu()
         self.asked.append(codes)
         fits = ((codes[:, None] == CODES) | (codes[:, None] == V)).all(2) * self.p  # (B, 81)
         p = torch.einsum("bc,clv->blv", fits / fits.sum(1, keepdim=True), F.one_hot(CODES, V).double())
@@ -87,7 +90,8 @@ def test_ar_likelihoods_of_all_codes_sum_to_one(run, tables):
 
 
 def test_ar_is_causal():
-    model, codes = tiny(True), CODES[:1]
+    model = tiny(True)
+    codes = CODES[:1]
     for position in range(L):
         other = codes.clone()
         other[0, position] = 2
@@ -125,17 +129,17 @@ def exact_bound(model):
 
 
 def test_the_masked_estimate_is_unbiased_for_the_bound_of_every_code(run):
-    model, draws = tiny(False), 3000
-    codes = CODES[[0, 33, 80]].repeat_interleave(draws, 0)
+    model = tiny(False)
+    codes = CODES[[0, 33, 80]].repeat_interleave(3000, 0)
     uniform = torch.rand(len(codes), 1 + L, generator=rng())
-    estimate = prior.masked_nll(model, codes, V, uniform[:, 0], uniform[:, 1:], run).view(3, draws).mean(1)
+    estimate = prior.masked_nll(model, codes, V, uniform[:, 0], uniform[:, 1:], run).view(3, 3000).mean(1)
     assert (estimate - exact_bound(model)[[0, 33, 80]]).abs().max() < 0.03
     bits, error = prior.bits_per_token(model, CODES.repeat(100, 1), run)
     assert 0 < error < 0.02 and abs(bits - exact_bound(model).mean() / math.log(2)) < 4 * error
 
 
 def test_the_bound_is_above_the_truth_and_tight_for_exact_conditionals(known):
-    """Averaged over the data, that of a network is at least the entropy, which it reaches where it is exact."""
+    """Averaged over the data it is at least the entropy, which an exact network reaches."""
     entropy = -(known.p * known.p.log()).sum() / L
     assert abs((known.p * exact_bound(known)).sum() - entropy) < 1e-5
     assert (known.p * exact_bound(tiny(False))).sum() > entropy + 0.01
@@ -145,9 +149,11 @@ def test_the_bound_is_above_the_truth_and_tight_for_exact_conditionals(known):
 
 @pytest.mark.parametrize("order", ["event", "ancestral", "confidence", "ar"])
 def test_a_sample_does_not_depend_on_how_many_are_drawn(run, order):
-    """Code k follows from (seed, k): the same alone, among many, and where another process draws a later part."""
+    """Code k follows from (seed, k): the same alone, among many, and in a later part."""
+    sampler = SAMPLER | {"order": order}
+
     def draw(count, first=0):
-        return prior.sample_codes(tiny(order == "ar"), count, SAMPLER | {"order": order}, run, seed=3, first=first)[0]
+        return prior.sample_codes(tiny(order == "ar"), count, sampler, run, seed=3, first=first)[0]
 
     many = draw(prior.BATCH + 20)
     assert torch.equal(draw(7), many[:7])
@@ -164,7 +170,8 @@ def test_ar_samples_follow_the_likelihood(run):
 @pytest.mark.parametrize("sampler", [
     {"order": "event"}, {"order": "ancestral", "steps": 400},
     {"order": "ancestral", "steps": 100, "remask": 0.05, "remask_window": [0.2, 0.8]},
-    {"order": "confidence", "order_noise": 1e6}], ids=["event", "ancestral", "remasking", "confidence, random order"])
+    {"order": "confidence", "order_noise": 1e6},
+], ids=["event", "ancestral", "remasking", "confidence in random order"])
 def test_one_by_one_samplers_follow_the_distribution_and_what_is_given(known, sampler):
     codes, calls = sample(known, hidden(30_000), **sampler)
     assert distance(codes, known.p) < 0.07 and (calls.max() <= L) == ("remask" not in sampler)
@@ -259,7 +266,8 @@ class PretendMPS(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         leaves = tree_leaves((args, kwargs or {}))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-        assert len({x.device for x in tensors if x.ndim}) < 2 or function is torch.Tensor.__getitem__, function
+        mixed = len({x.device for x in tensors if x.ndim}) > 1
+        assert not mixed or function is torch.Tensor.__getitem__, f"two devices in {function}"
         devices = [x for x in leaves if isinstance(x, torch.device)] or [x.device for x in tensors]
         there = MPS in devices and function is not torch.Tensor.cpu
 
@@ -279,8 +287,10 @@ class PretendMPS(TorchFunctionMode):
 
 def test_sampling_and_bits_are_the_same_on_a_device_without_float64(known):
     def results(device):
-        run, found, model = FakeRun(), [], tiny(True)
+        run = FakeRun()
         run.device = device
+        model = tiny(True)
+        found = []
         for order in ("event", "ancestral", "confidence"):
             sampler = SAMPLER | {"order": order, "nucleus": 0.9}
             found += prior.sample_masked(known, hidden(200), sampler, run, rng(), torch.ones(200, L, V))
@@ -307,9 +317,9 @@ def make_codes(out):
     """OUT with random codes; returns the path of what is trained on them."""
     folder = out / "shapes"
     folder.mkdir(parents=True)
-    dataset = types.SimpleNamespace(splits={"train": range(100), "val": range(100, 120), "test": range(120, 140)})
+    splits = {"train": range(100), "val": range(100, 120), "test": range(120, 140)}
     codes = torch.randint(0, V, (140, 2, L), generator=rng())
-    data.save_codes(folder / "codes.pt", codes, V, dataset, {}, {"images": "none"})
+    data.save_codes(folder / "codes.pt", codes, V, types.SimpleNamespace(splits=splits), {}, {"images": ""})
     return folder / "prior-ar.pt"
 
 

@@ -7,6 +7,7 @@ import shutil
 from contextlib import contextmanager
 
 import data
+import generator
 import pytest
 import sample
 import test_sample
@@ -25,8 +26,7 @@ def weights(out, stage, dataset="shapes"):
 
 
 def results(out, stage, dataset="shapes"):
-    """What a run leaves: its checkpoint, but for settings and names, and [step, loss, norm of the gradient] of
-    its log."""
+    """What a run leaves: its checkpoint, but for settings and names, and loss and norm of its log."""
     state = weights(out, stage, dataset)
     lines = (out / dataset / f"{stage}.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "loss" in record]
@@ -131,6 +131,21 @@ def test_codes_are_the_same_however_they_came_about(trained, tmp_path, monkeypat
         same({**found, "id": 0, "made_from": 0}, {**whole, "id": 0, "made_from": 0})
 
 
+def test_the_generator_is_shown_each_image_with_the_code_of_its_own_flip(trained, tmp_path, monkeypatch):
+    seen, flow_loss = [], generator.flow_loss
+
+    def noted(model, x, codes, *rest):
+        seen.append((data.to_bytes(x), codes))
+        return flow_loss(model, x, codes, *rest)
+
+    monkeypatch.setattr(generator, "flow_loss", noted)
+    train(trained, tmp_path / "out", "generator", "--drop", "0")
+    args = sample.parse(["reconstruct", "--out", str(trained)])
+    stages = sample.Stages(args, data.Run(args))
+    for images, codes in seen:
+        assert (stages.encode(images) == codes).double().mean() > 0.98  # but for rounding
+
+
 def test_the_references_leave_the_files_of_the_generator_alone(tmp_path):
     """The true factors, and no codes."""
     for flags in (["--factors", "--groups", "5"], ["--condition", "none"]):
@@ -140,7 +155,7 @@ def test_the_references_leave_the_files_of_the_generator_alone(tmp_path):
 
 
 def test_saving_memory_changes_no_result(trained, tmp_path):
-    """Activations computed twice: bit for bit, dropout included. A batch in four parts: up to rounding."""
+    """Activations computed twice: bit for bit, dropout included. A batch in four parts: but for rounding."""
     for stage in STAGES:
         flags = ["--steps", "3", "--depth", "2"] + ["--dropout", "0.2"] * ("prior" in stage)
         plain = train(trained, tmp_path / f"{stage}-plain", stage, *flags)
@@ -168,16 +183,15 @@ def test_a_dry_run_prints_the_parameters_and_touches_nothing(trained, tmp_path, 
 
 
 def test_two_processes_equal_one_and_go_on_from_one(trained, tmp_path, monkeypatch):
-    """The same batches on one process, on two, and on one for the first step: the same weights up to rounding,
-    in every stage."""
+    """The same batches on one process, on two, and on one for the first step: the same but for rounding."""
     runs = [(stage, stage, []) for stage in STAGES]
-    runs += [("no ibot", "tokenizer", ["--ibot", "0"]), ("begun alone", "prior-masked", ["--accumulate", "2"])]
+    runs += [("no ibot", "tokenizer", ["--ibot", "0"]), ("goes on", "prior-masked", ["--accumulate", "2"])]
     words, one = [], {}
     for title, stage, extra in runs:
         flags = [*COMPARABLE, *extra, "--steps", "3"]
         out = tmp_path / "two" / title
         one[title] = train(trained, tmp_path / "one" / title, stage, *flags)
-        if title == "begun alone":
+        if title == "goes on":
             with stopped_after(1, monkeypatch):
                 train(trained, out, stage, *flags)
         elif stage != "tokenizer":
@@ -191,7 +205,7 @@ def test_two_processes_equal_one_and_go_on_from_one(trained, tmp_path, monkeypat
 
 def test_a_sharded_text_prior_equals_a_whole_one_and_resumes(trained, tmp_path):
     """--shard on two processes leaves one ordinary file, and goes on from it bit for bit."""
-    flags = [*COMPARABLE, "--accumulate", "2", "--save-every", "3"]
+    flags = [*COMPARABLE, "--accumulate", "2"]
     words = ["text_prior", *TINY["text_prior"], *flags, "--shard", "--out"]
     link_codes(trained, tmp_path / "whole")
     link_codes(trained, tmp_path / "cut")
@@ -228,7 +242,7 @@ def test_two_processes_check_encode_and_crop_an_imagenet_tree_as_one(places, tmp
 
 def test_scores_by_inception_are_the_same_on_two_processes(trained, tmp_path):
     torch.jit.script(test_sample.Net()).save(str(tmp_path / "net.pt"))
-    words = ["sample", "--score", "--inception", tmp_path / "net.pt", "--count", "1100", "--sample-steps", "1"]
+    words = ["sample", *"--score --count 1100 --sample-steps 1 --inception".split(), tmp_path / "net.pt"]
     file = trained / "shapes" / "inception.json"
     call(*words, "--out", trained)
     one = json.loads(file.read_text())
@@ -321,6 +335,12 @@ def test_stages_of_another_tokenizer_are_refused(trained, tmp_path):
         name, tiny = flags_of(stage)
         refuse(name, *tiny, "--out", tmp_path, words=[f"{stage}.pt", "other codes"])
         refuse("sample", *command.split(), "--out", tmp_path, words=[f"{stage}.pt", "other codes"])
+
+
+def test_several_processes_are_refused_where_they_share_nothing(tmp_path, monkeypatch):
+    """Before anything is trained."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuse("sample", "--train", "--out", tmp_path, words=["without torchrun"])
 
 
 def test_what_cannot_be_read_or_written_is_one_line_and_exit_code_1(trained, tmp_path):

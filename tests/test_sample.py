@@ -226,8 +226,8 @@ def test_scores_by_inception_equal_numpy_and_go_on_after_a_stop(trained, tmp_pat
     assert scores() == whole and len(drawn) == 8 and not list(folder.glob(".samples-*"))
 
 
-def test_files_that_are_no_inception_are_refused(trained, tmp_path):
-    """And what is missing is said before anything is drawn."""
+def test_files_that_are_no_inception_are_refused(trained, tmp_path, monkeypatch):
+    """And what is missing, or belongs to other images, is said before anything is drawn."""
     (tmp_path / "text.pt").write_text("no network")
     torch.jit.script(nn.ReLU()).save(str(tmp_path / "relu.pt"))
     torch.jit.script(Net()).save(str(tmp_path / "net.pt"))
@@ -236,3 +236,6 @@ def test_files_that_are_no_inception_are_refused(trained, tmp_path):
     for name in ("text.pt", "missing.pt", "relu.pt"):
         refuse("sample", *flags, tmp_path / name, words=["--inception", name, "inception-2015-12-05.pt"])
     refuse("sample", *flags, tmp_path / "net.pt", words=["generator.pt", "python generator.py"])
+    monkeypatch.setattr(data, "SHAPES_COUNTS", {**data.SHAPES_COUNTS, "train": 150})
+    flags = ["--score", "--count", "8", "--out", trained, "--inception", tmp_path / "net.pt"]
+    refuse("sample", *flags, words=["codes.pt", "other images"])

@@ -3,6 +3,7 @@ import base64
 import json
 import math
 import time
+import types
 
 import data
 import numpy as np
@@ -241,22 +242,21 @@ def test_scores_count_what_was_asked_for(trained, monkeypatch, shift):
     def turned(labels):
         return [labels[0], (labels[1] + shift) % 8, *labels[2:]]
 
-    def from_prompts(stages, prompts, *_):
+    def from_prompts(prompts, *_):
         factors = [turned(sample.read_shapes_caption(prompt)) for prompt in prompts]
         return torch.tensor(factors), torch.full((len(prompts),), 16)
 
-    def captions(stages, factors, seed):
+    def captions(factors, seed):
         return [data.shapes_caption(turned(row)) for row in factors.tolist()]
 
     args = sample.parse(["--score", "--count", "40", "--out", str(trained)])
     run = data.Run(args)
     monkeypatch.setattr(sample, "load_judge", lambda *_: None)
     scores = sample.Scores(sample.Stages(args, run), args, run)
-    monkeypatch.setattr(sample.Stages, "codes_from_prompts", from_prompts)
-    monkeypatch.setattr(sample.Stages, "captions_from_codes", captions)
-    monkeypatch.setattr(sample.Stages, "codes_of", lambda stages, rows: scores.dataset.labels[rows])
-    monkeypatch.setattr(sample.Stages, "draw", lambda stages, codes, seed: codes)
-    monkeypatch.setattr(scores, "judged", lambda seen: (None, seen, torch.ones(len(seen)).bool()))
+    scores.judged = lambda seen: (None, seen, torch.ones(len(seen)).bool())
+    scores.stages = types.SimpleNamespace(
+        codes_from_prompts=from_prompts, captions_from_codes=captions,
+        codes_of=lambda rows: scores.dataset.labels[rows], draw=lambda codes, seed: codes)
     drawn = scores.score_text(2.0)
     written = scores.score_captions()
     right = float(shift == 0)
