@@ -430,8 +430,9 @@ def checksum(value):
 
 def ignore_signals(worker=0):
     """For a process that decodes images: be deaf to what is for the process that it serves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class Dataset:

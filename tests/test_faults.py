@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -44,6 +45,14 @@ ONE_PICTURE = "--rows 1 --columns 1 --sample-steps 1".split()
 SCRIPTS = {"data": [], "tokenizer": TINY["tokenizer"], "generator": TINY["generator"],
            "prior": ["--kind", "ar", *TINY["prior"]], "text_prior": TINY["text_prior"],
            "sample": ["unconditional", *ONE_PICTURE]}
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    """Whatever becomes of the test."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def prepare(trained, out, stage, *flags):
@@ -225,10 +234,9 @@ def test_a_nan_in_one_process_stops_all_before_the_update(trained, tmp_path, sta
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
-def test_a_process_that_dies_or_hangs_stops_the_other(trained, tmp_path, name, request):
+def test_a_process_that_dies_or_hangs_stops_the_other(trained, tmp_path, name):
     folder, words = prepare(trained, tmp_path, "prior-ar", "--steps", 100_000, "--save-every", 3)
     first, second = start_pair(tmp_path / "said", *words, TIMEOUT=3)
-    request.addfinalizer(second[0].kill)
     wait_for((folder / "prior-ar.pt").exists)
     os.kill(second[0].pid, signal.Signals[name])
     assert "another process of this run died or did not answer" in end(*first, code=1, within=20)
