@@ -1305,6 +1305,29 @@ def averaged(model, decay):
     return average
 
 
+def whole_states(model, average, optimizers):
+    """The states of a sharded model, its averages and optimizers, whole, in the memory of the first
+    process."""
+    from torch.distributed.checkpoint import state_dict as api
+    options = api.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    parts = [api.get_optimizer_state_dict(model, part, options=options) for part in optimizers.optimizers]
+    return {"ema": api.get_model_state_dict(average, options=options),
+            "model": api.get_model_state_dict(model, options=options), "optimizers": parts}
+
+
+def split_states(state, model, average, optimizers):
+    """Inverse of whole_states, on any number of processes; state: what the first process has, None in
+    others."""
+    from torch.distributed.checkpoint import state_dict as api
+    options = api.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    empty = {"ema": {}, "model": {}, "optimizers": [{} for _ in optimizers.optimizers]}
+    state = state or empty
+    api.set_model_state_dict(average, state["ema"], options=options)
+    api.set_model_state_dict(model, state["model"], options=options)
+    for part, values in zip(optimizers.optimizers, state["optimizers"], strict=True):
+        api.set_optimizer_state_dict(model, part, values, options=options)
+
+
 class Checkpoint:
     """OUT/<dataset>/<stage>.pt: what a training run goes on from, and what others use of it (its averaged
     weights).
@@ -1385,29 +1408,6 @@ class Checkpoint:
             path = self.run.folder / f"{stage}.pt"
             save(path, stage, **states, **self.more, config=vars(self.args), step=step, id=self.id,
                  made_from=self.made_from)
-
-
-def whole_states(model, average, optimizers):
-    """The states of a sharded model, its averages and optimizers, whole, in the memory of the first
-    process."""
-    from torch.distributed.checkpoint import state_dict as api
-    options = api.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    parts = [api.get_optimizer_state_dict(model, part, options=options) for part in optimizers.optimizers]
-    return {"ema": api.get_model_state_dict(average, options=options),
-            "model": api.get_model_state_dict(model, options=options), "optimizers": parts}
-
-
-def split_states(state, model, average, optimizers):
-    """Inverse of whole_states, on any number of processes; state: what the first process has, None in
-    others."""
-    from torch.distributed.checkpoint import state_dict as api
-    options = api.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    empty = {"ema": {}, "model": {}, "optimizers": [{} for _ in optimizers.optimizers]}
-    state = state or empty
-    api.set_model_state_dict(average, state["ema"], options=options)
-    api.set_model_state_dict(model, state["model"], options=options)
-    for part, values in zip(optimizers.optimizers, state["optimizers"], strict=True):
-        api.set_optimizer_state_dict(model, part, values, options=options)
 
 
 def load_trained(path, stage, dataset, remedy, **made_from):

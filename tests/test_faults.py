@@ -149,8 +149,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(trained, tmp_pa
 
 
 def test_crops_resume_on_any_number_of_workers(places, tmp_path):
-    """Files decoded and cropped by 2 workers, stopped in mid-epoch, then by 1, and in one go by none: the
-    same weights, codes and losses, bit for bit."""
+    """By 2 workers, stopped in mid-epoch, then by 1: all is that of one go by none, bit for bit."""
     words = ["tokenizer", *TINY["tokenizer"], *SMALL_IMAGES, "--dataset", "imagenet", *places["imagenet"]]
     words += "--steps 9 --drop-path 0.2 --jitter 0.4 0.4 0.2 0.1 --blur 0.5 0.5 0.5".split()
     for out, workers, stop in (("whole", 0, 0), ("cut", 2, 4), ("cut", 1, 0)):
@@ -223,8 +222,7 @@ LOSSES = {"tokenizer": "tokenizer.step_loss", "generator": "generator.flow_loss"
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_nan_in_one_process_stops_all_before_the_update(trained, tmp_path, stage, what):
-    """Met by the second of two processes in its fourth step: both stop with the same line, and the last
-    checkpoint is that of step 3."""
+    """Met by the second of two processes in its fourth step: the last checkpoint is that of step 3."""
     _, words = prepare(trained, tmp_path, stage, "--save-every", 1)
     for process, said in start_pair(tmp_path / "said", *words, POISON=f"{LOSSES[stage]} 1 4 {what}"):
         assert f"step 3: the {what}" in end(process, said, code=1)
@@ -287,8 +285,7 @@ def test_waiting_threads_are_told_to_sleep_before_torch_starts_them(name):
 
 @pytest.mark.parametrize("compiler", [False, True])
 def test_a_compiled_run_leaves_the_same_checkpoint(trained, tmp_path, compiler):
-    """The same keys, the same weights up to rounding, and it goes on without being compiled. Where there is
-    no compiler, this is said, and the run is like any other."""
+    """It goes on without being compiled. Where there is no compiler, this is said, and all is as without."""
     if compiler and not shutil.which("g++"):
         pytest.skip("torch.compile on a CPU needs a C++ compiler")
     nothing = {} if compiler else {"PATH": tmp_path / "nothing", "CXX": "nothing"}
@@ -409,9 +406,8 @@ def spoil(value, rng):
 @pytest.mark.parametrize("stage", (*STAGES, "codes"))
 def test_damaged_files_and_those_of_another_version_are_refused(trained, tmp_path, stage, request,
                                                                 monkeypatch):
-    """Cut, empty, zeros, with code inside, of the version before files had kinds, and whole ones in which
-    something is missing or of another kind (these may be read too): with one line, by who uses them and by
-    who goes on. They are not touched, and no code is run."""
+    """Cut, empty, zeros, with code inside, from before files had kinds; whole ones in which one thing is odd
+    may be read too. One line, to who uses them as to who goes on; they are not touched, no code is run."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     path, executed = tmp_path / "shapes" / f"{stage}.pt", tmp_path / "executed"
     whole, state = path.read_bytes(), weights(tmp_path, stage)
@@ -442,8 +438,7 @@ def test_damaged_files_and_those_of_another_version_are_refused(trained, tmp_pat
 
 
 def test_any_flipped_byte_is_refused_or_harmless(trained, tmp_path, request):
-    """It is refused, or gives the same values (a byte that nothing reads), to who goes on and to who uses the
-    averaged weights alone."""
+    """To who goes on as to who uses the averaged weights alone: a byte that nothing reads changes nothing."""
     rng = random.Random(request.config.getoption("--seed"))
     tries, refused = request.config.getoption("--mutations"), 0
     whole, good = (trained / "shapes" / "prior-ar.pt").read_bytes(), weights(trained, "prior-ar")
@@ -610,8 +605,8 @@ def test_mutated_checkpoints_codes_logs_and_lists_of_images(mutated, trained, pl
         mutated(folder / f"{stage}.pt", lambda path: use(tmp_path, path.stem))
     run = SimpleNamespace(folder=folder, main=True)
     mutated(folder / "prior-ar.jsonl", lambda path: data.Log(run, "prior-ar", 6))
-    args = SimpleNamespace(dataset="imagenet", data_dir=places["imagenet"][1], out=tmp_path, image_size=32,
-                           workers=0)
+    tree = places["imagenet"][1]
+    args = SimpleNamespace(dataset="imagenet", data_dir=tree, out=tmp_path, image_size=32, workers=0)
     data.load_folder(args)
     mutated(tmp_path / "imagenet" / "files.json", lambda path: data.load_folder(args))
 
@@ -732,8 +727,7 @@ VALUES = ["", "x", "-1", "0", "1", "3", "0.5", "1e400", "nan", "inf", "-0", "9" 
 
 
 def test_any_value_of_any_flag_runs_or_is_one_line(trained, tmp_path, capsys, monkeypatch, request):
-    """Flags as --help lists them, values of wrong kind, sign, size and number: one step is taken, or one line
-    says why not."""
+    """Flags as --help lists them, values of wrong kind, sign, size and number."""
     monkeypatch.setattr(data.Run, "stopping", lambda run: True)
     cases = []
     for name in SCRIPTS:
