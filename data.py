@@ -1171,7 +1171,7 @@ def fill_rows(folder, size, run, work, shapes, chunk=2000):
     starts = range(run.rank * chunk, size, run.world * chunk)
     for start in tqdm(starts, desc=folder.name.lstrip("."), disable=not run.shows_bars):
         done = folder / f"{start}.done"
-        if done.exists():
+        if done.exists() and all((folder / name).exists() for name in shapes):
             continue
         for name, rows in work(range(start, min(size, start + chunk))).items():
             rows = rows.to(shapes[name][1]).numpy()

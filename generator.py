@@ -308,10 +308,10 @@ class VAE:
     [-1, 1] ↔ scaled latents (B, C, S / down, S / down). `id` is the checksum of the weights."""
 
     def __init__(self, path, device):
-        path = Path(path)
         with data.needed_package("diffusers transformers", "--vae"):
             from diffusers import AutoencoderKL
         with data.reading(f"--vae {path}", "expected a folder of diffusers' AutoencoderKL, as sd-vae-ft-ema"):
+            path = Path(path)
             config = json.loads((path / "config.json").read_text())
             if config["_class_name"] != "AutoencoderKL":
                 raise data.Unfit(f"a {config['_class_name']}")
