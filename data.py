@@ -42,6 +42,7 @@ import math
 import multiprocessing
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import tarfile
@@ -66,9 +67,7 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-# ----------------------------------------------------------------------------------------------------------
-# flags and run
-# ----------------------------------------------------------------------------------------------------------
+# -------- flags and run --------------------------------------------------------------------------------
 
 PATIENCE = 10  # seconds for an answer from the network
 TIMEOUT = 1800  # seconds that processes wait for one of them that does not answer, before they stop
@@ -119,7 +118,7 @@ def number(low=-math.inf, high=math.inf, kind=float):
     """An argparse type: a finite number of `kind` from `low` to `high`."""
     def convert(text):
         with suppress(ValueError):
-            value = kind(text) if len(text) < 30 else math.nan
+            value = kind(text) if len(text) < 30 else math.nan  # int() of thousands of digits is slow
             if math.isfinite(value) and low <= value <= high:
                 return value
         what = "whole number" if kind is int else "number"
@@ -173,7 +172,7 @@ def add_training_flags(parser, steps, batch_size, lr, lr_matrix, warmup, ema=Non
     add("--lr-final", type=fraction, default=0.05, help="share of the learning rates at the end (cosine)")
     add("--warmup", type=count, default=warmup, help="steps of linear warm-up")
     add("--weight-decay", type=non_negative, default=0.0, help="decoupled weight decay")
-    add("--clip", type=non_negative, default=3.0, help="largest gradient norm")
+    add("--clip", type=non_negative, default=3.0, help="largest gradient norm; 0: any")
     if ema is not None:
         add("--ema", type=fraction, default=ema, help="decay a step of the averaged weights")
     add = parser.add_argument_group("training run").add_argument
@@ -193,22 +192,22 @@ def parse(parser, presets, argv=None, sizes=None):
         if not group.title.endswith(("run", "sampler")):
             parser.settings |= {flag.dest: flag.default for flag in group._group_actions}
     del parser.settings["help"]
-    args = parser.parse_intermixed_args(argv)  # image names may follow flags
+    args = parser.parse_intermixed_args(argv)  # for --dataset and --size; image names may follow flags
     preset = presets.get(args.dataset, {}) | (sizes[args.size] if sizes and args.size else {})
     assert set(preset) <= set(vars(args)), f"preset of {args.dataset} names a flag that is not there"
     parser.set_defaults(**preset)
     args = parser.parse_intermixed_args(argv)
     args.data_dir = args.data_dir or f"data/{args.dataset}"
-    if "accumulate" in args and args.batch_size % args.accumulate:
-        parser.error(f"argument --accumulate: {args.accumulate} does not divide --batch-size")
     return args
 
 
 def script_command(words, args):
     """The command line that runs a script with its own flags, `words`, on the dataset and folders of
     `args`."""
-    where = f" --data-dir {args.data_dir}" if args.dataset != "shapes" else ""
-    return f"python {words} --dataset {args.dataset} --out {args.out}{where}"
+    flags = ["--dataset", args.dataset, "--out", args.out]
+    if args.dataset != "shapes":
+        flags += ["--data-dir", args.data_dir]
+    return f"python {words} {shlex.join(flags)}"
 
 
 def run_folder(args):
@@ -244,7 +243,7 @@ def find_device(name):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if device.type == "cpu":  # the plain formula beats the flash kernel 4 times at these lengths
-        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_flash_sdp(False)  # these two speak for the CPU as well
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return device
 
@@ -335,7 +334,7 @@ class Run:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def average(self, value):
-        """Mean of a tensor over all processes."""
+        """Mean of a tensor over all processes; the tensor itself is used up."""
         if self.world > 1:
             dist.all_reduce(value)
             value = value / self.world
@@ -371,16 +370,10 @@ class Run:
                 fully_shard(part, mp_policy=policy)
             model.to(self.device)
 
-    def close(self):
-        """Wait for the others and release the folder."""
-        self.wait()
-        if self.lock:
-            self.lock.close()
-
 
 class Unreadable(Exception):
-    """An image that opened before and does not any more. (From a loader's worker it comes as a long text, of
-    which the last line counts.)"""
+    """An image that opened before and does not any more. (From a loader's worker it comes with the worker's
+    traceback as its text, of which the last line counts.)"""
 
     def __init__(self, text):
         super().__init__(text.strip().rsplit("Unreadable: ")[-1])
@@ -415,13 +408,11 @@ def run_script(main):
     finally:
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader takes the end of its workers for a fault
-        for worker in multiprocessing.active_children():  # deaf to the signal by which Python would end them
+        for worker in multiprocessing.active_children():  # Python would wait: they are deaf (ignore_signals)
             worker.kill()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# data sets and batches
-# ----------------------------------------------------------------------------------------------------------
+# -------- data sets and batches ------------------------------------------------------------------------
 
 def checksum(value):
     """SHA-256 of a plain value, as hexadecimal text."""
@@ -491,9 +482,9 @@ RGB = {"red": (.88, .13, .13), "orange": (.98, .55, .08), "yellow": (.96, .90, .
        "cyan": (.20, .82, .88), "blue": (.15, .28, .85), "purple": (.48, .15, .68), "pink": (.98, .50, .75),
        "white": (1., 1., 1.), "black": (.05, .05, .05)}
 # Pairs of factors with combinations that never occur in train, val and test: value i of the first never meets
-# value i mod n of the second. The pair in one place (the same pixels) is the hard kind, the pair in two
-# places the easy one.
-UNSEEN_PAIRS = {"unseen-shape-colour": ("shape", "colour"), "unseen-colour-frame": ("colour", "frame")}
+# value i mod n of the second.
+UNSEEN_PAIRS = {"unseen-shape-colour": ("shape", "colour"),  # hard: both are seen in the same pixels
+                "unseen-colour-frame": ("colour", "frame")}  # easy: in different ones
 SHAPES_COUNTS = {"train": 32_000, "val": 2_000, "test": 4_000,
                  "unseen-shape-colour": 2_000, "unseen-colour-frame": 2_000}
 
@@ -543,8 +534,8 @@ def draw_shapes(labels, nuisance, size=32):
     y, x = (g.expand(n, size, size) for g in torch.meshgrid(grid, grid, indexing="ij"))
 
     phase = (nuisance[:, 3:5, None, None] * 2 - 1) * 0.5
-    u = x + phase[:, :1, 0]
-    v = y + phase[:, 1:, 0]
+    u = x + phase[:, 0]
+    v = y + phase[:, 1]
     wave = (u % 8 - 4).abs() - 2  # triangle wave of period 8, zero at the edges of a band of width 4
     striped = 0.72 - 0.24 * coverage(wave)
     dotted = 0.72 - 0.24 * coverage(torch.hypot(u % 8 - 4, v % 8 - 4) - 2.4)
@@ -576,7 +567,7 @@ def shapes_labels(split, size, seed=0):
     all, the others each with probability ½."""
     key = int.from_bytes(hashlib.sha256(f"{seed}/{split}".encode()).digest()[:8], "little")
     uniform = np.random.Generator(np.random.Philox(key=key)).random((size, 29), dtype=np.float64)
-    uniform = torch.from_numpy(uniform).float()  # 20 columns are used
+    uniform = torch.from_numpy(uniform).float()  # 20 columns are used; another width gives other images
     labels = (uniform[:, :5] * torch.tensor([len(values) for values in SHAPES.values()])).long()
     for k, (unseen, (first, second)) in enumerate(UNSEEN_PAIRS.items()):
         a, b = (labels[:, list(SHAPES).index(name)] for name in (first, second))
@@ -635,18 +626,15 @@ CIFAR_BYTES = 30_730_000  # 10,000 records of a label byte and 3,072 bytes of re
 
 
 def fetch_cifar(folder):
-    """Download the archive into `folder` (under a temporary name until it is whole; checked by
-    load_cifar10)."""
+    """Download the archive into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "cifar-10-binary.tar.gz"
-    temporary = target.with_suffix(".tmp")
     try:
-        with urllib.request.urlopen(CIFAR_URL, timeout=PATIENCE) as response, open(temporary, "wb") as file:
-            shutil.copyfileobj(response, file)
-        os.replace(temporary, target)
+        with urllib.request.urlopen(CIFAR_URL, timeout=PATIENCE) as response:
+            packed = response.read()
     except (OSError, http.client.HTTPException) as problem:
-        temporary.unlink(missing_ok=True)
         fail(f"cannot download {CIFAR_URL} ({problem}); get it on another machine and put it at {target}")
+    write_atomic(target, lambda file: file.write(packed))
 
 
 def load_cifar10(args):
@@ -704,9 +692,8 @@ def scaled_to_bytes(image):
     return Image.fromarray((values.clip(min=0) * (255 / white)).astype(np.uint8))
 
 
-@contextmanager
 def open_image(path, least_scale):
-    """An image of any mode as RGB, upright, on white. least_scale(width, height), the same for a lying image:
+    """An image of any mode as RGB, upright, on white. least_scale(width, height), the same with both swapped:
     the scale at which a JPEG may be decoded, which is faster, without losing anything. Raises whatever Pillow
     does where the file is not a whole image."""
     with Image.open(path, formats=FORMATS) as image:
@@ -718,7 +705,7 @@ def open_image(path, least_scale):
         if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        yield image.convert("RGB")
+        return image.convert("RGB")
 
 
 def to_tensor(image):
@@ -728,27 +715,29 @@ def to_tensor(image):
 
 def read_image(path, size):
     """Read an image as (3, size, size) uint8: centre crop, box then bicubic (ADM). Raises as open_image."""
-    with open_image(path, lambda width, height: min(1.0, 2 * size / min(width, height))) as image:
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        box = (left, top, left + side, top + side)
-        while side >= 2 * size:  # halve by averaging before the last bicubic step
-            side //= 2
-            image, box = image.resize((side, side), Image.Resampling.BOX, box=box), None
-        return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    image = open_image(path, lambda width, height: min(1.0, 2 * size / min(width, height)))
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    while side >= 2 * size:  # halve by averaging before the last bicubic step
+        side //= 2
+        image, box = image.resize((side, side), Image.Resampling.BOX, box=box), None
+    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Images decoded when asked for: item k is (3, S, S) uint8."""
+    """Images decoded when asked for: item k is (3, S, S) uint8, or None where it does not open and
+    `none_if_broken`."""
 
-    def __init__(self, paths, size):
-        self.paths, self.size = paths, size
+    def __init__(self, paths, size, none_if_broken=False):
+        self.paths, self.size, self.none_if_broken = paths, size, none_if_broken
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, k):
-        return self.read(k, read_image, self.size)
+        with suppress(Unreadable if self.none_if_broken else ()):
+            return self.read(k, read_image, self.size)
 
     def read(self, k, function, *more):
         """function(path, *more) of image k. Raises Unreadable."""
@@ -760,57 +749,39 @@ class ImageFiles(torch.utils.data.Dataset):
                              "or delete OUT/<dataset>/files.json to check all files again") from None
 
 
-class CheckedFiles(ImageFiles):
-    """As ImageFiles; item k is None for a broken file."""
-
-    def __getitem__(self, k):
-        with suppress(Unreadable):
-            return super().__getitem__(k)
-
-
 def decode(folder, names, args):
-    """Yield (name, image (3, S, S) uint8, or None where it does not open) for each file; says how many do
-    not."""
-    files = CheckedFiles([folder / name for name in names], args.image_size)
+    """Yield (name, image (3, S, S) uint8, or None where it does not open) for each file."""
+    files = ImageFiles([folder / name for name in names], args.image_size, none_if_broken=True)
     loader = torch.utils.data.DataLoader(files, batch_size=64, num_workers=args.workers, collate_fn=list,
                                          worker_init_fn=ignore_signals)
     images = (image for batch in loader for image in batch)
-    broken = []
-    for name, image in tqdm(zip(names, images), "check images", len(names), disable=not sys.stderr.isatty()):
-        if image is None:
-            broken.append(name)
-        yield name, image
-    if broken and os.environ.get("RANK", "0") == "0":
-        print(f"{folder}: {len(broken)} of {len(names)} files do not open as images and are skipped: "
-              + ", ".join(broken[:10]) + ", ..." * (len(broken) > 10), file=sys.stderr)
-    if len(broken) == len(names):
-        fail(f"{folder}: none of its {len(names)} files opens as an image; expected {', '.join(FORMATS)}")
+    yield from zip(names, tqdm(images, "check images", len(names), disable=not sys.stderr.isatty()))
 
 
 def find_broken(folder, names, args):
-    """The names of the files that do not open. All are decoded in the first run alone, by the first process,
-    and again when names or sizes change: OUT/<dataset>/files.json remembers."""
+    """The names of the files that do not open. All are decoded in the first run alone, shared by its
+    processes, and again when names or sizes change: OUT/<dataset>/files.json remembers."""
     index = run_folder(args) / "files.json"
     tree = checksum([(name, os.path.getsize(folder / name)) for name in names])
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if not first:
-        dist.barrier()
-    broken = None
-    with suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or not whole
+    known = {}
+    with suppress(OSError, ValueError):  # none yet, or not whole
         known = json.loads(index.read_text())
-        broken = set(known["broken"]) if known["tree"] == tree else None
-    if broken is None:
-        broken = {name for name, image in decode(folder, names, args) if image is None}
-        index.write_text(json.dumps({"tree": tree, "broken": sorted(broken)}))
-    if first and dist.is_initialized():
-        dist.barrier()
+    known = gather(known)[0]
+    with suppress(KeyError, TypeError):
+        if known["tree"] == tree:
+            return sorted(known["broken"])
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = [name for name, image in decode(folder, names[rank::world], args) if image is None]
+    broken = sorted(itertools.chain(*gather(mine)))
+    if rank == 0:
+        index.write_text(json.dumps({"tree": tree, "broken": broken}))
     return broken
 
 
 def read_captions(folder, files):
     """Captions by path below `folder` from each metadata.jsonl among its `files` (lines with file_name, from
     where the file lies, and text)."""
-    captions = {}
+    captions, known = {}, set(files)
     for path in (folder / name for name in files if os.path.basename(name) == "metadata.jsonl"):
         with reading(path, "save it as UTF-8"):
             lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -819,15 +790,12 @@ def read_captions(folder, files):
                 continue
             with reading(f"{path} line {k}", 'expected {"file_name": "a.png", "text": "what it shows"}'):
                 record = json.loads(line)
-                name, text = record["file_name"], record["text"].strip()
-                if Path(name).is_absolute() or ".." in Path(name).parts:
-                    raise Unfit(f"{name} leaves the folder {path.parent}")
-                if not os.path.isfile(path.parent / name):
-                    raise Unfit(f"{name} is not in {path.parent}")
-                name = str((path.parent / name).relative_to(folder))  # ./a.png is a.png
+                name = os.path.relpath(path.parent / record["file_name"], folder)  # ./a.png is a.png
+                if name not in known:
+                    raise Unfit(f"{record['file_name']} is not in {path.parent}")
                 if name in captions:
                     raise Unfit(f"{name} has a caption already")
-                captions[name] = text
+                captions[name] = record["text"].strip()
     return captions
 
 
@@ -845,26 +813,28 @@ def list_files(folder, out):
 
 
 def split_folder(folder, names):
-    """{split: sorted rows of `names`} and the part of a path that names the class. With train/ beside test/
+    """{split: sorted rows of `names`} and which part of a path names the class. With train/ beside test/
     or val/ those are the splits (where there is one of the two, it is for reporting, and a slice of train/ is
     for choosing), else a fixed 90/5/5 % of the files."""
     top = np.array([Path(name).parts[0] for name in names])
     held_out = [part for part in ("test", "val", "valid", "validation") if part in top]
     rng = np.random.default_rng(0)
     if held_out and "train" in top:
-        class_part, test = 1, np.flatnonzero(top == held_out[0])
-        train = rng.permutation(np.flatnonzero(top == "train"))
-        few = max(2, min(len(train) // 20, 10_000))
-        val, train = train[:few], train[few:]
+        class_level = 1
+        test = np.flatnonzero(top == held_out[0])
+        train = np.flatnonzero(top == "train")
         if len(held_out) > 1:
-            val, train = np.flatnonzero(top == held_out[1]), np.flatnonzero(top == "train")
+            val = np.flatnonzero(top == held_out[1])
+        else:
+            val, train = np.split(rng.permutation(train), [max(2, min(len(train) // 20, 10_000))])
     else:
-        class_part, few = int(set(top) == {"train"}), max(2, len(names) // 20)
+        class_level = int(set(top) == {"train"})
+        few = max(2, len(names) // 20)
         test, val, train = np.split(rng.permutation(len(names)), [few, 2 * few])
     if min(len(test), len(val)) < 2 or len(names) < 20:
         fail(f"{folder}: {len(names)} images, {len(test)} of them to report on, are too few; bring at least "
              "20 in all, 2 in test/ and val/")
-    return {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}, class_part
+    return {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}, class_level
 
 
 def load_folder(args):
@@ -883,18 +853,25 @@ def load_folder(args):
     if args.dataset == "imagenet" and not {"train", "val"} <= top:
         fail(f"{folder}: expected train/ and val/, each with a sub-folder of images for each class, found "
              f"{', '.join(sorted(top)[:5])}; link or move the parts there")
+    if args.dataset == "imagenet":  # its test/ has no classes
+        names = [name for name in names if Path(name).parts[0] in ("train", "val")]
     captions = read_captions(folder, files)
     in_memory = args.dataset != "imagenet" and len(names) * 3 * args.image_size ** 2 <= IN_MEMORY_BYTES
     if in_memory:
-        images = {name: image for name, image in decode(folder, names, args) if image is not None}
-        names = list(images)
+        images = dict(decode(folder, names, args))
+        broken = [name for name in names if images[name] is None]
     else:
         broken = find_broken(folder, names, args)
-        names = [name for name in names if name not in broken]
-    parts, class_part = split_folder(folder, names)
-    names = [names[k] for k in np.concatenate(list(parts.values()))]  # in the order of the splits
+    if broken and os.environ.get("RANK", "0") == "0":
+        print(f"{folder}: {len(broken)} of {len(names)} files do not open as images and are skipped: "
+              + ", ".join(broken[:10]) + ", ..." * (len(broken) > 10), file=sys.stderr)
+    names = sorted(set(names) - set(broken))
+    if not names:
+        fail(f"{folder}: none of its files opens as an image; expected {', '.join(FORMATS)}")
+    rows_of, class_level = split_folder(folder, names)
+    names = [names[k] for k in np.concatenate(list(rows_of.values()))]  # in the order of the splits
     splits, start = {}, 0
-    for split, rows in parts.items():
+    for split, rows in rows_of.items():
         splits[split] = range(start, start + len(rows))
         start += len(rows)
     if in_memory:
@@ -903,7 +880,7 @@ def load_folder(args):
         images = ImageFiles([folder / name for name in names], args.image_size)
 
     paths = [Path(name).parts for name in names]
-    folders = [path[class_part] if len(path) > class_part + 1 else "" for path in paths]
+    folders = [path[class_level] if len(path) > class_level + 1 else "" for path in paths]
     classes = sorted(set(folders))
     labels, factors = torch.zeros(len(names), 0).long(), {}
     texts = [captions.get(name, "") for name in names]
@@ -924,7 +901,7 @@ def load_dataset(args):
 # --- the rows and the randomness of a step ---
 
 def mix_seed(*numbers):
-    """One 63-bit seed from several numbers, so that neighbouring steps and seeds have nothing in common."""
+    """One 63-bit seed from numbers and words, so that neighbouring steps and seeds have nothing in common."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little") >> 1
 
 
@@ -956,9 +933,9 @@ class Part:
         self.generator, self.device = step_generator(seed, step, run.device), run.device
         self.batch_size, self.parts = batch_size, parts
         size = batch_size // run.world // parts
-        self.own = slice(index * size, (index + 1) * size)  # of the rows of this process
+        self.own = slice(index * size, (index + 1) * size)  # its rows among those of this process
         first = run.own_slice(batch_size).start + index * size
-        self.whole = slice(first, first + size)  # of the whole batch
+        self.whole = slice(first, first + size)  # its rows in the whole batch
         self.rows = None if rows is None else rows[self.whole]  # (b,)
 
     def uniform(self, *shape):
@@ -992,47 +969,47 @@ def batch_parts(step, rows, args, run, model):
     is trained on; part.rows: (b,) of this part. Dropout is seeded by (seed, step, rank), and gradients are
     exchanged in the last part's backward pass."""
     torch.manual_seed(mix_seed(args.seed, step, run.rank, "dropout"))
-    rows = batch_rows(rows, args.batch_size, args.seed, step)
+    chosen = batch_rows(rows, args.batch_size, args.seed, step)
     for index in range(args.accumulate):
         last = index == args.accumulate - 1
         if run.sharded:
             model.set_requires_gradient_sync(last)
         elif run.world > 1:
             model.require_backward_grad_sync = last  # what DDP's no_sync sets; the forward pass must know too
-        yield Part(args.seed, step, args.batch_size, run, index, args.accumulate, rows)
+        yield Part(args.seed, step, args.batch_size, run, index, args.accumulate, chosen)
 
 
 class StepImages(torch.utils.data.Dataset):
     """Item `step` is what this process reads in that step, so that loader workers decode whole batches
     ahead."""
 
-    def __init__(self, images, rows, own, args, read, numbers):
+    def __init__(self, images, rows, own, args, read_file, numbers):
         self.images, self.rows, self.own, self.args = images, rows, own, args
-        self.read, self.numbers = read, numbers
+        self.read_file, self.numbers = read_file, numbers
 
     def __getitem__(self, step):
         args = self.args
         rows = batch_rows(self.rows, args.batch_size, args.seed, step)[self.own]
         if torch.is_tensor(self.images):
             return self.images[rows]
-        if self.read is None:
+        if self.read_file is None:
             return torch.stack([self.images[k] for k in rows.tolist()])
-        generator = step_generator(args.seed, step)  # the same in every worker
+        generator = torch.Generator().manual_seed(mix_seed(args.seed, step, "files"))
         u = torch.rand(args.batch_size, *self.numbers, generator=generator)[self.own]
-        views = [self.images.read(k, self.read, u_k) for k, u_k in zip(rows.tolist(), u)]
+        views = [self.images.read(k, self.read_file, u_k) for k, u_k in zip(rows.tolist(), u)]
         return [torch.stack(view) for view in zip(*views)]
 
 
-def image_batches(dataset, run, args, start, read=None, numbers=()):
+def image_batches(dataset, run, args, start, read_file=None, numbers=()):
     """Yield the images of this process, (B / world, 3, S, S) uint8 on the device, for each step from `start`
     to --steps.
 
-    read(path, u) → several tensors: where the images lie in files, workers read them so, with u uniform
+    read_file(path, u) → several tensors: where the images lie in files, workers read them so, with u uniform
     random numbers of shape `numbers`, and a list of batches of these tensors is yielded instead. All follow
     from (seed, step), whatever the number of workers. """
     workers = 0 if torch.is_tensor(dataset.images) else args.workers
     own = run.own_slice(args.batch_size)
-    items = StepImages(dataset.images, dataset.splits["train"], own, args, read, numbers)
+    items = StepImages(dataset.images, dataset.splits["train"], own, args, read_file, numbers)
     loader = torch.utils.data.DataLoader(
         items, batch_size=None, sampler=range(start, args.steps), num_workers=workers,
         pin_memory=run.device.type == "cuda", worker_init_fn=ignore_signals)
@@ -1053,9 +1030,7 @@ def to_bytes(images):
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# files
-# ----------------------------------------------------------------------------------------------------------
+# -------- files ----------------------------------------------------------------------------------------
 
 def cannot_write(path, problem):
     """Stop where a file cannot be written."""
@@ -1089,8 +1064,8 @@ def write_json(path, value):
 
 
 def save(path, kind, **state):
-    """Write plain values and tensors of this `kind`, for `read` and `load`. What others will use comes
-    first."""
+    """Write plain values and tensors of this `kind`. `read` brings them back or raises, `load` does or stops
+    with one line. What others will use of them comes first."""
     write_atomic(path, lambda file: torch.save({"kind": kind, **state}, file))
 
 
@@ -1129,8 +1104,8 @@ def load(path, kind, remedy, only=None):
 
 
 def is_made_from(path, kind, made_from):
-    """Whether a file of `save` is there, whole, whose first part is named as its kind, made from these (ids
-    by name)."""
+    """Whether a whole file of `save` is there, made from these (ids by name). Its first part has the name of
+    its kind."""
     with suppress(Exception):
         return read(path, kind, only=kind)["made_from"] == made_from
     return False
@@ -1150,14 +1125,14 @@ def save_codes(path, codes, values, dataset, report, made_from):
     save(path, "codes", codes=codes, V=values, splits=splits, report=report, id=id, made_from=made_from)
 
 
-def load_codes(path, remedy, images=None):
+def load_codes(path, remedy, images_id=None):
     """A dict with codes (N, 2 flips, L) unsigned, memory-mapped; L, V, splits {name: range of rows}, the
-    tokenizer's report and their id. images: the id of the dataset whose codes they must be."""
+    tokenizer's report and their id. images_id: of the dataset whose codes they must be."""
     state = load(path, "codes", remedy, only="codes")
     with reading(path, remedy):
         state["L"] = state["codes"].shape[2]
         state["splits"] = {name: range(*rows) for name, rows in state["splits"].items()}
-        if images is not None and images != state["made_from"]["images"]:
+        if images_id is not None and images_id != state["made_from"]["images"]:
             raise Unfit("codes of other images than there are now: other names, sizes, order or parts")
     return state
 
@@ -1166,7 +1141,7 @@ def fill_rows(folder, size, run, work, shapes, chunk=2000):
     """Large tensors of `size` rows, made in chunks: work(range of rows) → {name: (n, ...)}, shapes {name:
     (the rest of the shape, dtype)}. Processes divide the chunks among them and write rows in place, into
     files in `folder`; finished chunks are noted, so that a stopped run goes on. Returns {name: (size, ...)},
-    memory-mapped."""
+    memory-mapped; whoever has used them removes the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(run.rank * chunk, size, run.world * chunk)
     for start in tqdm(starts, desc=folder.name.lstrip("."), disable=not run.shows_bars):
@@ -1217,9 +1192,7 @@ def save_grid(path, images, columns, titles=(), lines=(), settings=None):
     write_atomic(path, lambda file: canvas.save(file, format="PNG", pnginfo=info))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# optimiser and log
-# ----------------------------------------------------------------------------------------------------------
+# -------- optimiser and log ----------------------------------------------------------------------------
 
 def cosine(step, steps, start, end):
     """Cosine from `start` at step 0 to `end` at `steps`."""
@@ -1234,8 +1207,8 @@ def warmup_cosine(step, args):
 
 class Optimizers:
     """Muon for the matrices of the transformer blocks and AdamW for everything else (or AdamW for all,
-    --lr-matrix 0). Each group of parameters carries its peak learning rate; scale(name): what that of a
-    parameter is multiplied by."""
+    --lr-matrix 0). Each group of parameters carries its peak learning rate; scale(name): a factor on that of
+    a parameter."""
 
     def __init__(self, model, args, scale=lambda name: 1.0):
         self.args, matrices, others = args, [], {}
@@ -1244,7 +1217,8 @@ class Optimizers:
             if args.lr_matrix > 0 and p.ndim == 2 and "blocks." in name:
                 matrices.append(p)
             else:
-                others.setdefault((p.ndim >= 2, scale(name)), []).append(p)
+                decays = p.ndim >= 2
+                others.setdefault((decays, scale(name)), []).append(p)
         groups = []
         for (decays, factor), params in others.items():
             decay = args.weight_decay if decays else 0.0
@@ -1267,7 +1241,7 @@ class Optimizers:
             bad = [name for name, p in self.named if p.grad is not None and not p.grad.isfinite().all()]
             what = f"the loss is {float(loss)}"
             if math.isfinite(loss):
-                what = f"the gradient of {', '.join(bad[:1]) or 'all'} is not finite"
+                what = f"the gradient of {bad[0] if bad else 'all'} is not finite"
             fail(f"step {step}: {what}; stopped before the update, the last checkpoint is intact. Lower --lr "
                  "or --lr-matrix, or try --dtype float32")
         torch.nn.utils.clip_grads_with_norm_(parameters, self.args.clip or math.inf, total)
@@ -1346,13 +1320,13 @@ class Checkpoint:
 
     def resume(self, finished_on_others=False):
         """The step to go on from, everything loaded; 0 where there is none, or with --restart. Fails where a
-        setting or what the run was made from differs, naming it. finished_on_others: what a finished run was
-        made from may."""
+        setting or what the run was made from differs, naming it; of a finished run with `finished_on_others`
+        the latter may differ."""
         args, state, step = self.args, None, 0
         now = {name: getattr(args, name) for name in self.settings}
         remedy = "--restart begins anew, another --out keeps it"
         if self.path.exists() and not args.restart and not args.dry_run:
-            only = "ema" if self.run.sharded and not self.run.main else None  # the first hands out the rest
+            only = "ema" if self.run.sharded and not self.run.main else None  # the first sends them the rest
             state = load(self.path, self.stage, remedy, only)
             with reading(self.path, remedy):
                 step = state["step"]
@@ -1411,7 +1385,8 @@ class Checkpoint:
 
 
 def load_trained(path, stage, dataset, remedy, **made_from):
-    """The checkpoint of a stage, for use: its averaged weights under "ema". Refused where it was trained on
+    """The checkpoint of a stage, for use: its averaged weights under "ema". remedy: ends in the command that
+    trains it. Refused where it was trained on
     another dataset or made from something of another id; says so where its training has not ended."""
     state = load(path, stage, remedy, only="ema")
     with reading(path, f"{remedy} --restart"):
@@ -1449,7 +1424,8 @@ class Log:
         again."""
         with suppress(ValueError, KeyError, TypeError):  # cut where the run was killed
             record = json.loads(line)
-            return record["step"] < start or record["step"] == start and "loss" in record
+            of_training = "loss" in record
+            return record["step"] < start or record["step"] == start and of_training
         return False
 
     def write(self, step, **values):
@@ -1486,21 +1462,23 @@ def peak_flops(run):
 
 
 class Steps:
-    """The steps of a training run. `for step in steps` shows progress, measures speed (on CUDA also MFU) and,
-    where the run was asked to stop, ends it after the step at hand.
+    """The steps of a training run. `for step in steps` shows progress, measures speed (on CUDA also MFU),
+    saves the checkpoint every --save-every steps and at the end, and, where the run was asked to stop, saves
+    it after the step at hand and leaves.
 
     start: the first step; rows: the range that is trained on; size: how many `units` a step takes.
     """
 
-    def __init__(self, run, args, stage, start, rows, size, units="images"):
+    def __init__(self, checkpoint, start, rows, size, units="images"):
+        run, args = checkpoint.run, checkpoint.args
         if args.batch_size > len(rows):
             fail(f"--batch-size {args.batch_size} is larger than the {len(rows):,} training images; lower it")
-        self.run, self.args, self.start = run, args, start
+        self.checkpoint, self.run, self.args, self.start = checkpoint, run, args, start
         self.size, self.units = size, units
-        self.log = None if args.dry_run else Log(run, stage, start, args.tensorboard)
-        self.counts = run.device.type == "cuda" and start < args.steps
-        self.peak, self.source = peak_flops(run) if self.counts else (0, "")
-        self.flops, self.stop, self.summary = 0, False, ""
+        self.log = None if args.dry_run else Log(run, checkpoint.stage, start, args.tensorboard)
+        self.counts_flops = run.device.type == "cuda" and start < args.steps
+        self.peak, self.source = peak_flops(run) if self.counts_flops else (0, "")
+        self.flops, self.summary = 0, ""
 
     def __iter__(self):
         args = self.args
@@ -1510,9 +1488,13 @@ class Steps:
         self.last = self.start, self.began
         with self.run.noting_signals():
             for self.step in range(self.start, args.steps):
-                with self.counting() if self.counts and self.step == self.start else nullcontext():
+                counts = self.counts_flops and self.step == self.start
+                with self.counting_flops() if counts else nullcontext():
                     yield self.step
-                if self.stop:
+                stop = self.run.stopping()
+                if (stop or self.at_checkpoint) and not args.dry_run:
+                    self.checkpoint.save(self.step + 1)
+                if stop:
                     self.leave()
                 if args.dry_run and self.step in (self.start + 1, args.steps - 1):
                     memory = torch.cuda.max_memory_allocated() / 2 ** 30
@@ -1522,10 +1504,16 @@ class Steps:
         if self.summary:
             print(self.summary)
 
+    @property
+    def at_checkpoint(self):
+        """Whether a checkpoint is written after this step, asked to stop or not."""
+        done = self.step + 1
+        return done % self.args.save_every == 0 or done == self.args.steps
+
     @contextmanager
-    def counting(self):
+    def counting_flops(self):
         """Count the FLOPs of this process in the step inside, which runs eagerly: compiled code cannot be
-        counted."""
+        counted. (So on CUDA a run that goes on rounds its first step otherwise than one never stopped.)"""
         from torch.utils.flop_counter import FlopCounterMode  # seconds to import
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             yield
@@ -1556,14 +1544,6 @@ class Steps:
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()} | speed)
         self.log.write(done, **{name: round(value, 5) for name, value in values.items()}, **speed)
 
-    def save_due(self):
-        """Whether the run is to be saved after this step: every --save-every steps, at the end, or asked to
-        stop."""
-        self.stop = self.run.stopping()
-        done = self.step + 1
-        due = done % self.args.save_every == 0 or done == self.args.steps
-        return (self.stop or due) and not self.args.dry_run
-
     def leave(self):
         """End the run, which was asked to stop and is saved. Exit code 143, so that nobody takes it for
         finished."""
@@ -1571,7 +1551,7 @@ class Steps:
             same = "the same command without --restart" if self.args.restart else "the same command"
             print(f"stopped at step {self.step + 1} of {self.args.steps}, saved; {same} goes on from there",
                   file=sys.stderr)
-        self.run.close()
+        self.run.wait()
         raise SystemExit(143)
 
 
@@ -1585,8 +1565,6 @@ def dry_run(args, model, run):
     if run.device.type != "cuda":
         raise SystemExit(0)
 
-
-# ----------------------------------------------------------------------------------------------------------
 
 PRESETS = {"imagenet": {"image_size": 256}}
 

@@ -4,8 +4,8 @@ A straight path from noise e to image x; the network predicts x and is compared 
     z_t = t·x + (1 − t)·e,  t = sigmoid(n), n ~ N(mu, sigma²)       v = x − e = (x − z_t) / (1 − t)        (1)
     loss = E ‖v_net(z_t, t, c) − v‖²                                                                       (2)
     dz/dt = v_null + w·(v_c − v_null) in the guidance interval of t, else v_c; from t = 0 (noise) to 1     (3)
-The code c (L positions) enters as the mean of one embedding per position, beside t in adaLN (as in section
-3.2 of the paper), and as G in-context tokens, each the mean over L / G positions. In training whole codes are
+The code c (L positions) enters as the mean of one embedding per position, beside t in adaLN (as in the paper,
+section 3.2), and as G in-context tokens, each the mean over L / G positions. In training whole codes are
 dropped, for v_null.
 
 Reads images and OUT/<dataset>/codes.pt; writes generator.pt there and generator-early.pt, for guidance by a
@@ -45,13 +45,11 @@ SIZES = {  # --size, over the preset; the names of DiT
     "XL": dict(width=1152, depth=28, heads=16),
 }
 
-# ----------------------------------------------------------------------------------------------------------
-# model
-# ----------------------------------------------------------------------------------------------------------
+# -------- model ----------------------------------------------------------------------------------------
 
 
 def modulate(x, shift, scale):
-    """LayerNorm of x (B, N, D), then shift and scale (B, D) of each sample."""
+    """LayerNorm of x (B, N, D), then times 1 + scale, plus shift, (B, D) of each sample."""
     return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale[:, None])
 
 
@@ -102,18 +100,20 @@ class Block(nn.Module):
     def forward(self, x, c):
         """Tokens x (B, N, D), condition c (B, D) after its SiLU → (B, N, D)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN(c).chunk(6, -1)  # 6 × (B, D)
-        x = torch.addcmul(x, gate_a[:, None], self.attn(modulate(x, shift_a, scale_a)))  # (B, N, D)
-        return torch.addcmul(x, gate_m[:, None], self.mlp(modulate(x, shift_m, scale_m)))  # (B, N, D)
+        h = self.attn(modulate(x, shift_a, scale_a))  # (B, N, D)
+        x = torch.addcmul(x, gate_a[:, None], h)  # x + gate · h
+        h = self.mlp(modulate(x, shift_m, scale_m))  # (B, N, D)
+        return torch.addcmul(x, gate_m[:, None], h)
 
 
 class CodeEmbedding(nn.Module):
-    """Codes (B, L) of values 0..V (V: no code) → (B, groups, D): one embedding per position, their mean over
-    each group."""
+    """codes = L positions of values 0..V (V: no code), (B, L) → (B, groups, D): one embedding per position,
+    their mean over each group."""
 
     def __init__(self, codes, values, groups, width):
         super().__init__()
         self.groups, self.per_group = groups, codes // groups
-        scale = 0.7 * self.per_group ** 0.5  # means deviate by 0.7
+        scale = 0.7 * self.per_group ** 0.5  # so that a mean has standard deviation 0.7
         self.table = nn.Parameter(torch.randn(codes * (values + 1), width) * scale)
         first_row = torch.arange(codes) * (values + 1)  # of each position, in the table
         self.register_buffer("first_row", first_row, persistent=False)
@@ -133,20 +133,22 @@ def timestep_features(t):
 
 class DiT(nn.Module):
     """Diffusion transformer, with `stem` halving convolutions before the patches and their mirror image
-    after. It draws pixels (C = 3), or latents, for which whoever draws sets `vae`."""
+    after. It draws pixels (C = 3) or latents, of side `size`, from codes of `codes` = L positions with
+    `values` = V values. `vae` is set from outside for a model of latents; only `generate` uses it."""
 
     def __init__(self, size, patch, stem, width, depth, heads, codes, values, groups, condition, predict,
                  channels=3):
         super().__init__()
-        self.patch, self.side = patch >> stem, size // patch
+        self.side = size // patch
+        self.inner_patch = patch >> stem  # side of a patch after the halvings
         self.V, self.condition, self.predict = values, condition, predict
         self.x_shape, self.vae = (channels, size, size), None
-        widths = [channels] + [32 << k for k in range(stem)]  # before each convolution, and of the patches
+        widths = [channels] + [32 << k for k in range(stem)]  # channels of each level, last of patches
         levels = list(zip(widths, widths[1:]))
-        pixels = widths[-1] * self.patch ** 2
+        patch_width = widths[-1] * self.inner_patch ** 2  # P
         self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in levels)
         self.head = nn.ModuleList(nn.Conv2d(b, 4 * a, 3, padding=1) for a, b in levels)
-        self.x_embed = nn.Linear(pixels, width)
+        self.x_embed = nn.Linear(patch_width, width)
         self.pos_embed = nn.Parameter(torch.randn(1, self.side ** 2, width) * 0.02)
         self.t_embed = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.code_mean = self.code_context = None
@@ -157,13 +159,13 @@ class DiT(nn.Module):
             self.context_pos = nn.Parameter(torch.randn(1, groups, width) * 0.02)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.final_adaLN = nn.Linear(width, 2 * width)
-        self.final = nn.Linear(width, pixels)
+        self.final = nn.Linear(width, patch_width)
         for p in (self.final_adaLN.weight, self.final_adaLN.bias, self.final.weight, self.final.bias):
             nn.init.zeros_(p)
 
     def forward(self, z, t, codes=None):
         """Noisy z (B, C, S, S), t (B,) in [0, 1], codes (B, L) long, V: no code → x or v (B, C, S, S)."""
-        c = self.t_embed(timestep_features(t).to(z.dtype))  # (B, D)
+        c = self.t_embed(timestep_features(t))  # (B, D)
         if self.code_mean is not None:
             c = c + self.code_mean(codes)[:, 0]  # (B, D)
         c = F.silu(c)
@@ -171,37 +173,35 @@ class DiT(nn.Module):
         for conv in self.stem:
             h = F.silu(conv(h))  # (B, 32, S / 2, S / 2), (B, 64, S / 4, S / 4), ...
             skips.append(h)
-        x = F.pixel_unshuffle(h, self.patch).flatten(2).transpose(1, 2)  # (B, N, channels · p²)
+        x = F.pixel_unshuffle(h, self.inner_patch).flatten(2).transpose(1, 2)  # (B, N, P)
         x = self.x_embed(x) + self.pos_embed  # (B, N, D)
         n = x.shape[1]
         if self.code_context is not None:
             x = torch.cat([x, self.code_context(codes) + self.context_pos], 1)  # (B, N + G, D)
         for block in self.blocks:
             x = block(x, c)  # (B, N + G, D)
-        x = self.final(modulate(x[:, :n], *self.final_adaLN(c).chunk(2, -1)))  # (B, N, channels · p²)
-        x = x.transpose(1, 2).unflatten(2, (self.side, self.side))  # (B, channels · p², S / patch, S / patch)
-        h = F.pixel_shuffle(x, self.patch)  # (B, channels, S / 2^stem, S / 2^stem)
+        x = self.final(modulate(x[:, :n], *self.final_adaLN(c).chunk(2, -1)))  # (B, N, P)
+        x = x.transpose(1, 2).unflatten(2, (self.side, self.side))  # (B, P, side, side)
+        h = F.pixel_shuffle(x, self.inner_patch)  # (B, 32 << (stem − 1) or C, S / 2^stem, S / 2^stem)
         for conv, skip in zip(reversed(self.head), reversed(skips)):
             h = F.pixel_shuffle(conv(F.silu(h + skip)), 2)  # twice the side, ..., at last (B, C, S, S)
         return h
 
 
-# ----------------------------------------------------------------------------------------------------------
-# loss
-# ----------------------------------------------------------------------------------------------------------
+# -------- loss -----------------------------------------------------------------------------------------
 
 NEAREST = 0.05  # least 1 − t in the loss with x-prediction: bounds the weight of late t
 
 
 def velocity(output, z, t, predict, nearest=0.0):
-    """Equation (1): the network's output (B, C, S, S) at z and t (B,) as a velocity; `nearest`: least 1 − t
-    to divide by."""
+    """Equation (1): an output (B, C, S, S), of the network or the one it should give, at z and t (B,) as a
+    velocity; `nearest`: least 1 − t to divide by."""
     output = output.float()
     return output if predict == "v" else (output - z) / (1 - t)[:, None, None, None].clamp(min=nearest)
 
 
 def drop_codes(codes, null, part, drop):
-    """Codes (B, L) with a fraction `drop` of the rows replaced by "no code" (all `null`)."""
+    """Codes (B, L), each row replaced by "no code" (all `null`) with probability `drop`."""
     return torch.where(part.uniform(1) < drop, null, codes)
 
 
@@ -219,14 +219,12 @@ def flow_loss(model, x, codes, part, args, run):
     return (velocity(output, z, t, args.predict, NEAREST) - target).square().mean()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# sampler
-# ----------------------------------------------------------------------------------------------------------
+# -------- sampler --------------------------------------------------------------------------------------
 
 def integrate(field, z, steps, method="heun"):
     """Solve dz/dt = field(z, t) from t = 0 to 1 in equal steps; z (B, ...), t a float. Heun (second order)
     averages the slope at both ends of a step, but for the last, which is Euler's: velocity (1) is not defined
-    at t = 1. Calls of the field: Euler steps, Heun 2 · steps − 1."""
+    at t = 1. The field is called `steps` times by Euler, 2 · steps − 1 times by Heun."""
     for k in range(steps):
         t, dt = k / steps, 1 / steps
         slope = field(z, t)
@@ -264,11 +262,10 @@ def guided_field(model, codes, guidance, interval, run, weak=None):
 @torch.no_grad()
 def generate(model, codes, count, sampler, run, seed=0, weak=None, first=0, batch=250):
     """Images (count, 3, S, S) uint8 on the CPU, from codes (count, L) long (None: without); sampler as
-    sampler_settings. Image k of all, of which these are `first` and those after it, follows from (seed, k)
-    alone."""
+    sampler_settings. The noise of image i follows from (seed, first + i) alone."""
     images = []
     for start in range(0, count, batch):
-        numbers = range(first + start, first + min(count, start + batch))
+        numbers = range(first + start, first + min(count, start + batch))  # of these images
         noise = [torch.randn(model.x_shape, generator=data.step_generator(seed, k)) for k in numbers]
         noise = torch.stack(noise).to(run.device)  # (n, C, S, S)
         c = None if codes is None else codes[start:start + batch].to(run.device)
@@ -299,13 +296,11 @@ def sampler_settings(args):
             "interval": args.guidance_interval}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# latents
-# ----------------------------------------------------------------------------------------------------------
+# -------- latents --------------------------------------------------------------------------------------
 
 class VAE:
     """An AutoencoderKL of diffusers, from the folder of its config.json and weights: pixels (B, 3, S, S) in
-    [-1, 1] ↔ scaled latents (B, C, S / down, S / down). `id` is the checksum of the weights."""
+    [-1, 1] ↔ scaled latents (B, C, s, s), s = S / down. `id` is the checksum of the weights."""
 
     def __init__(self, path, device):
         with data.needed_package("diffusers transformers", "--vae"):
@@ -337,7 +332,7 @@ class VAE:
 
 
 def load_latents(args, vae, dataset, run, batch=25):
-    """Latents (N, 2 flips, C, S, S) float16 of the dataset, memory-mapped from OUT/<dataset>/latents.pt, and
+    """Latents (N, 2 flips, C, s, s) float16 of the dataset, memory-mapped from OUT/<dataset>/latents.pt, and
     made there unless they are of the same images, size and VAE already."""
     path = run.folder / "latents.pt"
     made_from = {"vae": vae.id, "images": dataset.id, "image size": args.image_size}
@@ -347,7 +342,7 @@ def load_latents(args, vae, dataset, run, batch=25):
         for images in dataset.batches(rows, batch, args.workers):
             x = data.from_bytes(images.to(run.device))  # (b, 3, S, S)
             with run.autocast():
-                flips = torch.stack([vae.encode(x), vae.encode(x.flip(3))], 1)  # (b, 2, C, S, S)
+                flips = torch.stack([vae.encode(x), vae.encode(x.flip(3))], 1)  # (b, 2, C, s, s)
             latents.append(flips.half().cpu())
         return {"latents": torch.cat(latents)}
 
@@ -364,9 +359,7 @@ def load_latents(args, vae, dataset, run, batch=25):
     return data.read(path, "latents", only="latents")["latents"]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# training
-# ----------------------------------------------------------------------------------------------------------
+# -------- training -------------------------------------------------------------------------------------
 
 def build_generator(config):
     """The DiT of a dict of settings (a checkpoint's config)."""
@@ -380,7 +373,8 @@ def load_generator(args, codes_id, device, stage="generator"):
     codes, an earlier self of another generator, another VAE than it was trained with."""
     folder = data.run_folder(args)
     path = folder / f"{stage}.pt"
-    flags = {"generator-uncond": " --condition none", "generator-factors": " --factors --groups 5"}
+    flags = {"generator-uncond": " --condition none",
+             "generator-factors": " --factors --groups 5"}  # shapes have five
     remedy = "train it with " + data.script_command("generator.py" + flags.get(stage, ""), args)
     state = data.load_trained(path, stage, args.dataset, remedy, codes=codes_id)
     if stage == "generator-early":
@@ -438,29 +432,29 @@ def check_flags(parser, args):
 
 def open_inputs(parser, args, stage, dataset, run):
     """Codes, as from data.load_codes: the tokenizer's, the true factors (--factors) or zeros (--condition
-    none); and the VAE, or None. Sets in `args` what build_generator must know of both."""
+    none); and the VAE, or None. What build_generator must know of both is set in `args`."""
     if stage == "generator-uncond":
-        codes = {"codes": torch.zeros(len(dataset), 2, 1), "L": 1, "V": 1, "id": "none"}
+        stored = {"codes": torch.zeros(len(dataset), 2, 1), "L": 1, "V": 1, "id": "none"}
     elif stage == "generator-factors":
         flips = dataset.labels[:, None].expand(-1, 2, -1)  # (N, 2, factors)
-        codes = {"codes": flips, "L": flips.shape[2], "V": int(flips.max()) + 1, "id": "factors"}
+        stored = {"codes": flips, "L": flips.shape[2], "V": int(flips.max()) + 1, "id": "factors"}
     else:
         remedy = "make it with " + data.script_command("tokenizer.py", args)
-        codes = data.load_codes(run.folder / "codes.pt", remedy, images=dataset.id)
+        stored = data.load_codes(run.folder / "codes.pt", remedy, images_id=dataset.id)
     vae = VAE(args.vae, run.device) if args.vae else None
-    args.codes, args.values = codes["L"], codes["V"]
+    args.codes, args.values = stored["L"], stored["V"]
     args.channels, args.down = (vae.channels, vae.down) if vae else (3, 1)
-    if args.image_size // args.patch % args.down:
+    if args.image_size % (args.patch * args.down):
         parser.error(f"argument --patch: {args.patch} latents of {args.down} pixels do not fit --image-size")
     if args.condition in ("both", "context") and args.codes % args.groups:
         parser.error(f"argument --groups: {args.groups} does not divide the {args.codes} code positions")
-    return codes, vae
+    return stored, vae
 
 
-def save_samples(path, model, codes, dataset, args, run):
+def save_samples(path, model, stored, dataset, args, run):
     """Write a grid of 16 real images and what the model draws from their codes."""
     rows = list(dataset.splits["val"])[:16]
-    drawn = generate(model, codes["codes"][rows, 0].long(), len(rows), sampler_settings(args), run)
+    drawn = generate(model, stored["codes"][rows, 0].long(), len(rows), sampler_settings(args), run)
     images = torch.cat([dataset.pixels(rows), drawn])
     data.save_grid(path, images, 16, settings={**vars(args), "rows": "real, generated"})
 
@@ -480,50 +474,48 @@ def main(argv=None, dataset=None):
 
     run = data.Run(args, lock=stage)
     dataset = dataset or data.load_dataset(args)
-    train = dataset.splits["train"]
-    codes, vae = open_inputs(parser, args, stage, dataset, run)
+    train_rows = dataset.splits["train"]
+    stored, vae = open_inputs(parser, args, stage, dataset, run)
     torch.manual_seed(args.seed)
     model = build_generator(vars(args)).to(run.device)
     if args.dry_run:
-        data.dry_run(args, model, run)
+        data.dry_run(args, model, run)  # ends here; on CUDA after two steps
     latents = load_latents(args, vae, dataset, run) if vae else None
     ema = data.averaged(model, args.ema)
     ema.module.vae = vae  # for its samples
     optimizers = data.Optimizers(model, args)
-    made_from = {"images": dataset.id, "codes": codes["id"], "vae": vae.id if vae else None}
+    made_from = {"images": dataset.id, "codes": stored["id"], "vae": vae.id if vae else None}
     checkpoint = data.Checkpoint(stage, args, parser.settings, run, made_from, model, ema, optimizers)
     start = checkpoint.resume()
-    trained = run.wrap(model, args)
-    steps = data.Steps(run, args, stage, start, train, args.batch_size)
+    wrapped = run.wrap(model, args)
+    steps = data.Steps(checkpoint, start, train_rows, args.batch_size)
     batches = None if vae else data.image_batches(dataset, run, args, start)
 
     for step in steps:
         images = None if vae else next(batches)  # of this process
         loss = 0.0
-        for part in data.batch_parts(step, train, args, run, trained):
-            flips = part.flips()  # (b,)
-            rows, columns = part.rows, flips.long().cpu()
+        for part in data.batch_parts(step, train_rows, args, run, wrapped):
+            mirrored = part.flips()  # (b,)
+            flip = mirrored.long().cpu()  # (b,) 0 or 1, as latents and codes are stored
             if vae:
-                x = latents[rows, columns].to(run.device).float()  # (b, C, S, S)
+                x = latents[part.rows, flip].to(run.device).float()  # (b, C, s, s)
             else:
                 x = data.from_bytes(images[part.own])  # (b, 3, S, S)
-                x = torch.where(flips[:, None, None, None], x.flip(3), x)
-            c = codes["codes"][rows, columns].long().to(run.device)  # (b, L), of the flip that is shown
+                x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+            c = stored["codes"][part.rows, flip].long().to(run.device)  # (b, L), of the flip that is shown
             if args.condition != "none":
                 c = drop_codes(c, args.values, part, args.drop)
-            loss = loss + part.backward(flow_loss(trained, x, c, part, args, run))
+            loss = loss + part.backward(flow_loss(wrapped, x, c, part, args, run))
         loss = run.average(loss)
-        norm = optimizers.step(step, loss)
+        norm = optimizers.step(step, loss)  # stops where the loss or a gradient is not finite
         ema.update_parameters(model)
         steps.show(loss=loss, norm=norm)
         if stage == "generator" and step + 1 == round(args.early * args.steps):
             checkpoint.save_early("generator-early", step + 1)
-        if steps.save_due():
-            checkpoint.save(step + 1)
-            if run.main and not steps.stop:
-                path = run.folder / "samples" / f"{stage}-{step + 1:06d}.png"
-                save_samples(path, ema.module, codes, dataset, args, run)
-    run.close()
+        if steps.at_checkpoint and run.main and not (args.dry_run or run.stop_asked):
+            path = run.folder / "samples" / f"{stage}-{step + 1:06d}.png"
+            save_samples(path, ema.module, stored, dataset, args, run)
+    run.wait()
 
 
 if __name__ == "__main__":

@@ -39,9 +39,7 @@ PRESETS = {
 
 STEPS = {"masked": 1800, "ar": 1200}  # on shapes; the masked prior has the harder task
 
-# ----------------------------------------------------------------------------------------------------------
-# model
-# ----------------------------------------------------------------------------------------------------------
+# -------- model ----------------------------------------------------------------------------------------
 
 
 def rope_table(length, size, theta=10_000.0):
@@ -208,9 +206,7 @@ class Decoder:
         return self.normalise(x) @ self.head[position if len(self.head) > 1 else 0]  # (B, V)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# loss
-# ----------------------------------------------------------------------------------------------------------
+# -------- loss -----------------------------------------------------------------------------------------
 
 def ranks(x, descending=False):
     """The rank of each entry in its row, 0 for the lowest (or, descending, for the highest): (B, L) long."""
@@ -274,9 +270,7 @@ def bits_per_token(model, codes, run, draws=4, batch=500):
     return mean_bits(torch.cat(nll))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# samplers
-# ----------------------------------------------------------------------------------------------------------
+# -------- samplers -------------------------------------------------------------------------------------
 
 def draw_values(logits, temperature, nucleus, u):
     """Draw values (...) from logits (..., V) by inverting the distribution function at u (...) uniform in [0,
@@ -460,9 +454,7 @@ def sampler_settings(args, defaults):
     return sampler
 
 
-# ----------------------------------------------------------------------------------------------------------
-# training
-# ----------------------------------------------------------------------------------------------------------
+# -------- training -------------------------------------------------------------------------------------
 
 def build_prior(config):
     """The transformer of a dict of settings (a checkpoint's config)."""
@@ -521,7 +513,7 @@ def main(argv=None):
     checkpoint = data.Checkpoint(stage, args, parser.settings, run, made_from, model, ema, optimizers)
     start = checkpoint.resume()
     wrapped = run.wrap(model, args)  # after the average was copied from the model
-    steps = data.Steps(run, args, stage, start, train_rows, args.batch_size * args.codes, "tokens")
+    steps = data.Steps(checkpoint, start, train_rows, args.batch_size * args.codes, "tokens")
 
     for step in steps:
         loss = 0.0
@@ -538,8 +530,6 @@ def main(argv=None):
         norm = optimizers.step(step, loss)  # stops where the loss or a gradient is not finite
         ema.update_parameters(model)
         steps.show(loss=loss, norm=norm)
-        if steps.save_due():  # also where the run was asked to stop
-            checkpoint.save(step + 1)
 
     if run.main:
         meaning = "exact" if args.kind == "ar" else "upper bound"
@@ -552,7 +542,7 @@ def main(argv=None):
             print(f"{split}: {bits:.4f} ± {error:.4f} bits per token ({meaning}, {len(held_out):,} codes)")
         _, calls = sample_codes(ema.module, 100, sampler_settings(args, SAMPLERS[args.kind]), run)
         print(f"network calls per sample: {calls.float().mean():.1f} for {args.codes} positions")
-    run.close()
+    run.wait()
 
 
 if __name__ == "__main__":

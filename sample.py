@@ -46,9 +46,7 @@ PRESETS = {name: {**data.PRESETS.get(name, {}), "sample_steps": preset["sample_s
            for name, preset in generator.PRESETS.items()}
 COMMANDS = ("unconditional", "reconstruct", "compose", "infill", "text", "caption")
 
-# ----------------------------------------------------------------------------------------------------------
-# codes in, pictures out
-# ----------------------------------------------------------------------------------------------------------
+# -------- codes in, pictures out -----------------------------------------------------------------------
 
 def mixture_weights(codes, weights, values, positions=None):
     """Log-weights (..., L, V) of the values in a mixture of k codes (..., k, L): of the codes that have the
@@ -77,14 +75,14 @@ class Stages:
         return data.load_dataset(self.args)
 
     @functools.cached_property
-    def codes(self):
+    def stored(self):
         """The codes of the dataset, as data.load_codes."""
         return self.load_codes()
 
-    def load_codes(self, images=None):
-        """Read the codes; images: the id of the dataset whose codes they must be."""
+    def load_codes(self, images_id=None):
+        """Read the codes; images_id: of the dataset whose codes they must be."""
         remedy = "make it with " + data.script_command("tokenizer.py", self.args)
-        return data.load_codes(self.run.folder / "codes.pt", remedy, images)
+        return data.load_codes(self.run.folder / "codes.pt", remedy, images_id)
 
     @functools.cached_property
     def backbone(self):
@@ -94,19 +92,19 @@ class Stages:
     @functools.cached_property
     def text_model(self):
         """(model, Text, config) of text_prior.pt."""
-        return text_prior.load_text_prior(self.args, self.codes, self.run.device)
+        return text_prior.load_text_prior(self.args, self.stored, self.run.device)
 
     def prior_model(self, kind):
         """The model of prior-masked.pt or prior-ar.pt."""
         if kind not in self.models:
-            self.models[kind] = prior.load_prior(self.args, kind, self.codes, self.run.device)
+            self.models[kind] = prior.load_prior(self.args, kind, self.stored, self.run.device)
         return self.models[kind]
 
     def generator_model(self, stage="generator"):
         """The model of generator.pt, or of another stage of the same architecture."""
         if stage not in self.models:
             stand_ins = {"generator-uncond": "none", "generator-factors": "factors"}
-            codes_id = stand_ins.get(stage) or self.codes["id"]
+            codes_id = stand_ins.get(stage) or self.stored["id"]
             model = generator.load_generator(self.args, codes_id, self.run.device, stage)
             size = model.x_shape[1] * (model.vae.down if model.vae else 1)
             if size != self.args.image_size:
@@ -116,7 +114,7 @@ class Stages:
 
     def codes_of(self, rows):
         """The stored codes (n, L) of the unflipped images `rows`."""
-        return self.codes["codes"][torch.as_tensor(rows), 0].long()
+        return self.stored["codes"][torch.as_tensor(rows), 0].long()
 
     def encode(self, images):
         """Codes (n, L) of images (n, 3, S, S) uint8."""
@@ -139,7 +137,7 @@ class Stages:
     def compose(self, codes, weights, rng, choose, positions=None):
         """A child (n, L) of each family of k codes (n, k, L), at every position the value of a parent. choose
         "random": by the weights alone; "prior": by the masked prior times the weights, and then redrawn."""
-        log_weights = mixture_weights(codes, weights, self.codes["V"], positions)  # (n, L, V)
+        log_weights = mixture_weights(codes, weights, self.stored["V"], positions)  # (n, L, V)
         if choose == "random":
             u = torch.rand(log_weights.shape[:2], generator=rng, dtype=torch.float64)
             return prior.draw_values(log_weights, 1.0, 1.0, u)[0]
@@ -183,9 +181,7 @@ class Stages:
         return [text.decode(row) for row in ids.tolist()]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# judge
-# ----------------------------------------------------------------------------------------------------------
+# -------- judge ----------------------------------------------------------------------------------------
 
 class Judge(nn.Module):
     """A small CNN that reads `factors` {name: values} off images (B, 3, S, S): features (B, 64), logits
@@ -289,9 +285,7 @@ def frechet(a, b):
     return frechet_moments(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# scores
-# ----------------------------------------------------------------------------------------------------------
+# -------- scores ---------------------------------------------------------------------------------------
 
 def mean(values):
     """Mean of bools or numbers as a float."""
@@ -334,7 +328,7 @@ class Scores:
         self.dataset = stages.dataset
         self.names = list(self.dataset.factors)
         self.shapes = args.dataset == "shapes"
-        stages.codes = stages.load_codes(self.dataset.id)
+        stages.stored = stages.load_codes(self.dataset.id)
         self.judge = load_judge(self.dataset, args, run) if self.names else None
         self.rows = np.random.default_rng(0).permutation(self.dataset.splits["test"])[:self.n].tolist()
         text_path = run.folder / "text_prior.pt"
@@ -380,7 +374,7 @@ class Scores:
         if self.shapes:
             blends = torch.cat([judge_batch(self.dataset, self.args, 10 ** 6 + k)[2] for k in range(8)])
             result["blends of two images"] = {"clean": mean(self.judged(blends)[2])}
-        report = self.stages.codes["report"]
+        report = self.stages.stored["report"]
         result["tokenizer"] = {name: value for name, value in report.items() if not name.endswith("val")}
         codes = self.stages.codes_of(self.rows)
         drawn = self.judged(self.stages.draw(codes, self.args.seed))
@@ -407,7 +401,7 @@ class Scores:
         """For each prior bits per token, calls, how many samples are training codes, and Fréchet distance,
         also as a multiple of that `of_true_codes`."""
         train = self.dataset.splits["train"]
-        train_codes = self.stages.codes["codes"][train.start:train.stop].flatten(0, 1)  # (2n, L), both flips
+        train_codes = self.stages.stored["codes"][train.start:train.stop].flatten(0, 1)  # (2n, L), both flips
 
         def memorised(codes):
             distance = nearest_distance(codes, train_codes)
@@ -525,9 +519,7 @@ class Scores:
         return line
 
 
-# ----------------------------------------------------------------------------------------------------------
-# scores of the literature: Inception
-# ----------------------------------------------------------------------------------------------------------
+# -------- scores of the literature: Inception ----------------------------------------------------------
 
 class Inception:
     """The public TorchScript Inception: images (n, 3, S, S) uint8 of any size → features (n, 2048) and
@@ -591,7 +583,7 @@ def inception_scores(stages, args, run):
     """FID, Inception Score, precision and recall of --count samples of the prior --kind, and of as many from
     true codes, on the first process. Processes share the samples; a stopped run goes on."""
     net = Inception(args.inception, run.device)
-    stages.codes = stages.load_codes(stages.dataset.id)
+    stages.stored = stages.load_codes(stages.dataset.id)
     stages.generator_model()  # what is missing is said now, not after hours
     stages.prior_model(args.kind)
     names = ["generator", f"prior-{args.kind}"] + ["generator-early"] * (args.guide == "early")
@@ -648,9 +640,7 @@ def print_scores(result, indent=""):
             print_scores(value, indent + "  ")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# commands
-# ----------------------------------------------------------------------------------------------------------
+# -------- commands -------------------------------------------------------------------------------------
 
 def train_stages(args, dataset):
     """Train what has not finished, in order, each stage as its own command with the flags they all have."""
@@ -712,7 +702,7 @@ def check_mixture(args, k, L):
 def text_pictures(stages, args):
     """A row of pictures for each prompt; with --image that picture first, and its code kept in part or mixed
     with the prompt's. Returns images (n, 3, S, S) uint8, columns, and the prompts."""
-    L, V = stages.codes["L"], stages.codes["V"]
+    L, V = stages.stored["L"], stages.stored["V"]
     check_mixture(args, 2, L)
     prompts = read_prompts(args, stages)
     repeated = [prompt for prompt in prompts for _ in range(args.columns)]
@@ -865,7 +855,7 @@ def main(argv=None):
             print(f"{time.time() - start:.0f} seconds")
             scores |= {"seconds": round(time.time() - start), "settings": vars(args)}
             data.write_json(run.folder / ("inception.json" if args.inception else "scores.json"), scores)
-    run.close()
+    run.wait()
 
 
 if __name__ == "__main__":

@@ -38,9 +38,7 @@ import torch.nn.functional as F
 
 PRESETS = prior.PRESETS | {"folder": dict(dropout=0.1, steps=2000, batch_size=128, lr=5e-3)}
 
-# ----------------------------------------------------------------------------------------------------------
-# text: captions to tokens and back
-# ----------------------------------------------------------------------------------------------------------
+# -------- text: captions to tokens and back ------------------------------------------------------------
 
 PATTERN = r" ?\w+| ?[^\w\s]+|\s+"  # bytes merge inside these: a word or signs, with the space before
 MERGES = 1024  # learned from the captions at most
@@ -224,9 +222,7 @@ def build_text(encoding, captions):
     return fetch_encoding(encoding)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# model
-# ----------------------------------------------------------------------------------------------------------
+# -------- model ----------------------------------------------------------------------------------------
 
 class TextPrior(nn.Module):
     """LLaDA's transformer over [L codes | start | T text tokens], with full attention and untied output; its
@@ -279,9 +275,7 @@ class TextPrior(nn.Module):
         return values, F.linear(x[:, L + 1:], of_text)  # (B, T, mask)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# loss
-# ----------------------------------------------------------------------------------------------------------
+# -------- loss -----------------------------------------------------------------------------------------
 
 def tasks_of(text, pad, mix, drop, part):
     """The task of each row of text (B, T), drawn from a data.Part by the shares `mix` of (0) text → code,
@@ -327,9 +321,7 @@ def bits_per_token(model, codes, text, task, run, batch=500):
     return prior.mean_bits(torch.cat(nll))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# samplers: prior.sample_masked, with the other part as its condition
-# ----------------------------------------------------------------------------------------------------------
+# -------- samplers: prior.sample_masked, with the other part as its condition --------------------------
 
 class TextToCode:
     """The network as a masked prior over codes (B, L) given text (B, T), guided as in (3)."""
@@ -390,9 +382,7 @@ TO_CODE = {"temperature": 0.5, "nucleus": 1.0, "order": "event", "order_noise": 
 TO_TEXT = {"temperature": 0.0, "nucleus": 1.0, "order": "confidence", "order_noise": 0.0}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# training
-# ----------------------------------------------------------------------------------------------------------
+# -------- training -------------------------------------------------------------------------------------
 
 def build_text_prior(config, text):
     """The transformer of a dict of settings (a checkpoint's config) and a Text."""
@@ -401,12 +391,12 @@ def build_text_prior(config, text):
     return TextPrior(pad=text.pad, mask=text.mask, start=text.start, **sizes)
 
 
-def load_text_prior(args, codes, device):
+def load_text_prior(args, stored, device):
     """The trained text prior with averaged weights, its Text, and its config with the id of its captions;
-    refuses one trained on other codes than these (data.load_codes)."""
+    refuses one trained on other codes than the `stored` (data.load_codes)."""
     path = data.run_folder(args) / "text_prior.pt"
     remedy = "train it with " + data.script_command("text_prior.py", args)
-    state = data.load_trained(path, "text_prior", args.dataset, remedy, codes=codes["id"])
+    state = data.load_trained(path, "text_prior", args.dataset, remedy, codes=stored["id"])
     with data.reading(path, remedy):
         text = Text(**{**state["text"], "ranks": read_ranks(state["text"]["ranks"])})
         config = {**state["config"], "captions": state["made_from"].get("captions")}
@@ -497,9 +487,9 @@ def main(argv=None, dataset=None):
     run = data.Run(args, lock="text_prior")
     dataset = dataset or data.load_dataset(args)
     remedy = "make it with " + data.script_command("tokenizer.py", args)
-    codes = data.load_codes(run.folder / "codes.pt", remedy, images=dataset.id)
+    stored = data.load_codes(run.folder / "codes.pt", remedy, images_id=dataset.id)
     text, tokens = encode_captions(dataset, args, run)  # tokens (N, T)
-    args.codes, args.values, args.window = codes["L"], codes["V"], tokens.shape[1]
+    args.codes, args.values, args.window = stored["L"], stored["V"], tokens.shape[1]
     torch.manual_seed(args.seed)
     model = build_text_prior(vars(args), text)
     if args.dry_run:
@@ -511,38 +501,36 @@ def main(argv=None, dataset=None):
     if args.shard:
         run.shard(model, ema.module)
     optimizers = data.Optimizers(model, args)
-    made_from = {"codes": codes["id"], "captions": data.checksum(dataset.captions),
+    made_from = {"codes": stored["id"], "captions": data.checksum(dataset.captions),
                  "encoding": data.checksum(text.state())}
     checkpoint = data.Checkpoint("text_prior", args, parser.settings, run, made_from, model, ema, optimizers,
                                  text=text.state())
     start = checkpoint.resume()
-    trained = run.wrap(model, args)
-    train = dataset.splits["train"]
+    wrapped = run.wrap(model, args)
+    train_rows = dataset.splits["train"]
     length = args.codes + args.window  # L + T
-    steps = data.Steps(run, args, "text_prior", start, train, args.batch_size * (length + 1), "tokens")
+    steps = data.Steps(checkpoint, start, train_rows, args.batch_size * (length + 1), "tokens")
 
     for step in steps:
         loss = 0.0
-        for part in data.batch_parts(step, train, args, run, trained):
-            c = codes["codes"][part.rows, part.flips().long().cpu()].long().to(run.device)  # (b, L)
+        for part in data.batch_parts(step, train_rows, args, run, wrapped):
+            c = stored["codes"][part.rows, part.flips().long().cpu()].long().to(run.device)  # (b, L)
             w = tokens[part.rows].long().to(run.device)  # (b, T)
             w, task = tasks_of(w, text.pad, args.mix, args.drop, part)  # (b, T), (b,)
             u, scores = part.stratified(), part.uniform(length)  # (b,), (b, L + T)
-            nll = text_nll(trained, c, w, task, u, scores, (args.values, text.mask), run)  # (b,)
+            nll = text_nll(wrapped, c, w, task, u, scores, (args.values, text.mask), run)  # (b,)
             loss = loss + part.backward(nll.mean())
         loss = run.average(loss)
         norm = optimizers.step(step, loss)
         ema.update_parameters(model)
         steps.show(loss=loss, norm=norm)
-        if steps.save_due():
-            checkpoint.save(step + 1)
 
     if run.main or args.shard:  # a sharded model is evaluated by all processes together
         for split in ("val", "test"):
             rows = slice(dataset.splits[split].start, dataset.splits[split].stop)
-            held_out = codes["codes"][rows, 0].long()
+            held_out = stored["codes"][rows, 0].long()
             report_bits(split, ema.module, held_out, tokens[rows], steps.log, args.steps, run)
-    run.close()
+    run.wait()
 
 
 if __name__ == "__main__":

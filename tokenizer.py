@@ -2,6 +2,7 @@
 
 The SEM turns the tokens h that it reads into L points on a simplex and back (paper, section 3.1):
     z = LayerNorm(W_in · flatten(h)) as (L, V)   p = softmax(z / tau) over V   out = Norm(W_out · p)       (1)
+(where each patch is read on its own: L / N positions a patch, out = Norm(mean over patches of W_out · p))
     code_l = argmax_v z_lv − its mean over training images (ours: without it few values are used)          (2)
 Training (DINO on `out`, iBOT on masked patches, KoLeo spreads the batch; the teacher t averages the student
 s, k runs over the head's prototypes):
@@ -54,9 +55,7 @@ PRESETS = {
         weight_decay=0.04, weight_decay_final=0.4, layer_decay=0.9, patch_lr=0.2, workers=12),
 }
 
-# ----------------------------------------------------------------------------------------------------------
-# model (names and arithmetic of DINOv2 with registers)
-# ----------------------------------------------------------------------------------------------------------
+# -------- model (names and arithmetic of DINOv2 with registers) ----------------------------------------
 
 
 class Attention(nn.Module):
@@ -136,7 +135,8 @@ def projection(inputs, outputs, rank):
 
 
 class ViT(nn.Module):
-    """Vision transformer with registers, and the simplicial embedding of equation (1)."""
+    """Vision transformer with registers, and the simplicial embedding of equation (1), codes = L, values =
+    V."""
 
     def __init__(self, image_size, patch, width, depth, heads, codes, values, tau, sem_read, registers,
                  stem=0, attention=True, drop_path=0.0, layer_scale=1e-5, sem_rank=0):
@@ -156,10 +156,10 @@ class ViT(nn.Module):
             reads, inputs = 1, (1 + registers) * width
         else:  # each patch on its own
             reads, inputs = self.side ** 2, width
-        simplices = codes // reads * values
-        self.sem_embed = projection(inputs, simplices, sem_rank)
-        self.sem_norm = nn.LayerNorm(simplices)
-        self.sem_out = projection(simplices, width, sem_rank)
+        sem_width = codes // reads * values  # of all simplices of a read
+        self.sem_embed = projection(inputs, sem_width, sem_rank)
+        self.sem_norm = nn.LayerNorm(sem_width)
+        self.sem_out = projection(sem_width, width, sem_rank)
         self.register_buffer("sem_centre", torch.zeros(codes, values))  # of z, set by centre_codes
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -227,7 +227,7 @@ class DINOHead(nn.Module):
 
 
 class Student(nn.Module):
-    """Backbone and head; the teacher is a copy of it. One call does all views: DDP allows one a step."""
+    """Backbone and head; the teacher is a copy of both. One call does all views: DDP allows one a step."""
 
     def __init__(self, backbone, head):
         super().__init__()
@@ -239,13 +239,11 @@ class Student(nn.Module):
         (n, K) or None, and out (2B, D) of the global crops."""
         out, patches = self.backbone(global_crops, mask)  # (2B, D), (2B, N, D)
         views = out if local_crops is None else torch.cat([out, self.backbone(local_crops)[0]])
-        masked = None if chosen is None else self.head(patches.flatten(0, 1)[chosen])
-        return self.head(views), masked, out
+        of_chosen = None if chosen is None else self.head(patches.flatten(0, 1)[chosen])
+        return self.head(views), of_chosen, out
 
 
-# ----------------------------------------------------------------------------------------------------------
-# views
-# ----------------------------------------------------------------------------------------------------------
+# -------- views ----------------------------------------------------------------------------------------
 
 def view_sizes(args):
     """[(size, scale), ...] of two global crops, then the local ones; scale: share of the image's area, from
@@ -258,9 +256,9 @@ def crop_boxes(u, scale, ratio, aspect=1.0):
     scale as in view_sizes; ratio: smallest width / height, the largest is its inverse. Returns centre x, y in
     [-1, 1], width and height as shares of the image's, and whether to mirror: each (...)."""
     area = scale[0] + (scale[1] - scale[0]) * u[..., 0]
-    shape = torch.exp((2 * u[..., 1] - 1) * math.log(ratio)) / aspect
-    width = (area * shape).sqrt().clamp(max=1)
-    height = (area / shape).sqrt().clamp(max=1)
+    relative = torch.exp((2 * u[..., 1] - 1) * math.log(ratio)) / aspect  # width / height, in shares
+    width = (area * relative).sqrt().clamp(max=1)
+    height = (area / relative).sqrt().clamp(max=1)
     x = (1 - width) * (2 * u[..., 2] - 1)
     y = (1 - height) * (2 * u[..., 3] - 1)
     return x, y, width, height, u[..., 4] < 0.5
@@ -272,21 +270,21 @@ def read_crops(path, u, views, ratio):
     def boxes(w, h):
         return [crop_boxes(u_k, scale, ratio, w / h) for u_k, (_, scale) in zip(u, views)]
 
-    def least_scale(w, h):
+    def least_scale(w, h):  # at which every crop still has the pixels it needs
         sides = [min(width * w, height * h) for _, _, width, height, _ in boxes(w, h)]
         return min(1.0, max(size / side for side, (size, _) in zip(sides, views)))
 
     crops = []
-    with data.open_image(path, least_scale) as image:
-        w, h = image.size
-        for (x, y, width, height, mirror), (size, _) in zip(boxes(w, h), views):
-            left = float((1 + x - width) / 2 * w)
-            top = float((1 + y - height) / 2 * h)
-            right = float(left + width * w)
-            bottom = float(top + height * h)
-            box = (max(0.0, left), max(0.0, top), min(w, right), min(h, bottom))
-            crop = data.to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
-            crops.append(crop.flip(2) if mirror else crop)
+    image = data.open_image(path, least_scale)
+    w, h = image.size
+    for (x, y, width, height, mirror), (size, _) in zip(boxes(w, h), views):
+        left = float((1 + x - width) / 2 * w)
+        top = float((1 + y - height) / 2 * h)
+        right = float(left + width * w)
+        bottom = float(top + height * h)
+        box = (max(0.0, left), max(0.0, top), min(w, right), min(h, bottom))
+        crop = data.to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+        crops.append(crop.flip(2) if mirror else crop)
     return crops
 
 
@@ -313,7 +311,8 @@ def luma(x):
 def colour_jitter(x, jitter, part):
     """Change brightness, contrast, saturation and hue of images (B, 3, S, S) in [0, 1], each by at most its
     entry of `jitter`."""
-    brightness, contrast, saturation, hue = (1 + (2 * part.uniform(1, 1, 1) - 1) * most for most in jitter)
+    factors = (1 + (2 * part.uniform(1, 1, 1) - 1) * most for most in jitter)  # 4 × (B, 1, 1, 1)
+    brightness, contrast, saturation, turn = factors
     y = (x * brightness).clamp(0, 1)
     mean = luma(y).mean((2, 3), keepdim=True)
     y = ((y - mean) * contrast + mean).clamp(0, 1)
@@ -321,7 +320,7 @@ def colour_jitter(x, jitter, part):
     y = ((y - grey) * saturation + grey).clamp(0, 1)
     if jitter[3] == 0:
         return y
-    angle = (hue.flatten() - 1) * 2 * math.pi  # by which the two axes of chroma are rotated
+    angle = (turn.flatten() - 1) * 2 * math.pi  # (B,), by which the two axes of chroma are rotated
     rotation = torch.eye(3, device=x.device).repeat(len(x), 1, 1)
     rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
     rotation[:, 1, 2] = -angle.sin()
@@ -337,7 +336,7 @@ def blur(x, part):
     radius = max(1, round(4 * side / 224))
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-offsets ** 2 / (2 * sigma.view(b, 1) ** 2 + 1e-8))
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)  # (3B, K), one kernel a picture
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)  # (3B, taps), for each channel
     flat = F.pad(x.reshape(1, 3 * b, side, side), (radius,) * 4, mode="reflect")
     flat = F.conv2d(flat, kernel[:, None, None, :], groups=3 * b)
     flat = F.conv2d(flat, kernel[:, None, :, None], groups=3 * b)
@@ -390,12 +389,11 @@ def mask_counts(patches, images, first=0):
 def patch_masks(scores, first=0):
     """iBOT masks (B, N) bool from uniform scores (B, N), with as many patches a row as mask_counts says."""
     counts = torch.tensor(mask_counts(scores.shape[1], len(scores), first), device=scores.device)
-    return scores.argsort(1).argsort(1) < counts[:, None]
+    rank = scores.argsort(1).argsort(1)  # of each patch in its image
+    return rank < counts[:, None]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# loss
-# ----------------------------------------------------------------------------------------------------------
+# -------- loss -----------------------------------------------------------------------------------------
 
 def sum_over_processes(x):
     """Sum of a tensor over processes, in place, without gradient."""
@@ -452,8 +450,8 @@ def dino_loss(targets, logits, temperature):
 
 
 def koleo_loss(x):
-    """− mean log distance to the nearest neighbour on the unit sphere (Sablayrolles et al. 2019): x (B, D) of
-    this process, among those of all."""
+    """− mean log distance to the nearest neighbour on the unit sphere (Sablayrolles et al. 2019), over the
+    x (B, D) of all processes."""
     x = F.normalize(x.float(), dim=-1, eps=1e-8)
     if dist.is_initialized():
         x = torch.cat(dist_nn.all_gather(x))
@@ -464,7 +462,7 @@ def koleo_loss(x):
 
 
 def step_loss(student, teacher, centering, images, part, args, run, temperature):
-    """Equation (3) and its parts by name, on images as in make_views; temperature: the teacher's."""
+    """Equation (3) and its terms by name, on images as in make_views; temperature: the teacher's."""
     def targets_of(logits, kind):
         method = centering[kind] if args.centering == "centre" else sinkhorn
         return method(logits, temperature)
@@ -475,9 +473,10 @@ def step_loss(student, teacher, centering, images, part, args, run, temperature)
     local_crops = torch.cat(views[2:]) if args.locals else None
     mask = chosen = None
     if args.ibot > 0:
-        n, first = (args.global_size // args.patch) ** 2, part.whole.start
-        mask = torch.cat([patch_masks(part.uniform(n), first) for _ in range(2)])  # (2b, N)
-        count = 2 * sum(mask_counts(n, b, first))  # known without asking the device
+        N = (args.global_size // args.patch) ** 2
+        first = part.whole.start
+        mask = torch.cat([patch_masks(part.uniform(N), first) for _ in range(2)])  # (2b, N)
+        count = 2 * sum(mask_counts(N, b, first))  # known without asking the device
         chosen = torch.nonzero_static(mask.flatten(), size=count)[:, 0]
     with run.autocast():
         with torch.no_grad():
@@ -487,19 +486,18 @@ def step_loss(student, teacher, centering, images, part, args, run, temperature)
     targets = targets_of(t_views, "views").unflatten(0, (-1, b))  # (2, b, K)
     dino = dino_loss(targets, s_views.unflatten(0, (-1, b)), args.student_temperature)
     koleo = sum(koleo_loss(view) for view in out.chunk(2)) / 2
-    parts = {"dino": dino, "koleo": koleo}
+    terms = {"dino": dino, "koleo": koleo}
     loss = dino + args.koleo * koleo
     if args.ibot > 0:
         weight = mask / mask.sum(1, keepdim=True).clamp(min=1)  # every masked image counts the same
-        patches = cross_entropy(targets_of(t_patches, "patches"), s_patches, args.student_temperature)  # (n,)
-        parts["ibot"] = (patches * weight.flatten()[chosen]).sum() / b  # half of the 2b views are masked
-        loss = loss + args.ibot * parts["ibot"]
-    return loss, parts
+        targets = targets_of(t_patches, "patches")  # (n, K)
+        of_patches = cross_entropy(targets, s_patches, args.student_temperature)  # (n,)
+        terms["ibot"] = (of_patches * weight.flatten()[chosen]).sum() / b  # half of the 2b views are masked
+        loss = loss + args.ibot * terms["ibot"]
+    return loss, terms
 
 
-# ----------------------------------------------------------------------------------------------------------
-# codes and report
-# ----------------------------------------------------------------------------------------------------------
+# -------- codes and report -----------------------------------------------------------------------------
 
 def build_student(config):
     """The student of a dict of settings (a checkpoint's config)."""
@@ -542,10 +540,10 @@ def centre_codes(backbone, dataset, run, most=4000):
     chosen where it is unusually likely."""
     rows = torch.as_tensor(np.random.default_rng(0).permutation(dataset.splits["train"])[:most])
     sums = []
-    for part in rows.split(500):
+    for chunk in rows.split(500):
         with run.autocast():
-            z = backbone.logits(backbone.tokens(to_input(dataset.pixels(part), backbone, run)))
-        sums.append(z.float().view(len(part), backbone.L, backbone.V).sum(0))
+            z = backbone.logits(backbone.tokens(to_input(dataset.pixels(chunk), backbone, run)))
+        sums.append(z.float().view(len(chunk), backbone.L, backbone.V).sum(0))
     backbone.sem_centre.copy_(torch.stack(sums).sum(0) / len(rows))
 
 
@@ -562,7 +560,8 @@ def linear_probe(x, y, sizes, tests, values=None):
     weight = torch.zeros(len(mean) + 1, sum(sizes), device=x.device, requires_grad=True)
 
     def scores(x):
-        scaled = weight[1:] / (std + 1e-3)[:, None]  # the first row is the bias
+        """(x − mean) / std times the weights, plus the bias, which is their first row."""
+        scaled = weight[1:] / (std + 1e-3)[:, None]
         product = F.embedding_bag(x + first, scaled, mode="sum") if values else x @ scaled  # (n, Σ sizes)
         return (product - mean @ scaled + weight[0]).split(sizes, 1)  # factors × (n, size)
 
@@ -587,8 +586,11 @@ def knn(x, y, sizes, tests, values=None, k=20):
     result = {}
     for name, test_x in tests.items():
         nearest = []
-        for part in test_x.split(500):
-            likeness = -torch.cdist(part.float(), x.float(), p=0) if values else part @ x.T  # (500, n)
+        for chunk in test_x.split(500):
+            if values:
+                likeness = -torch.cdist(chunk.float(), x.float(), p=0)  # (500, n): p = 0 counts what differs
+            else:
+                likeness = chunk @ x.T  # (500, n)
             nearest.append(likeness.topk(min(k, len(x)), 1).indices)
         votes = y[torch.cat(nearest)]  # (n, k, factors)
         found = [F.one_hot(votes[:, :, f], size).sum(1).argmax(1) for f, size in enumerate(sizes)]
@@ -659,9 +661,7 @@ def write_codes(backbone, dataset, run, args, made_from, batch=500):
         shutil.rmtree(folder)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# weights of others (--init)
-# ----------------------------------------------------------------------------------------------------------
+# -------- weights of others (--init) -------------------------------------------------------------------
 
 def read_weights(path):
     """{name: tensor} of a file of weights: .pth, .pt or .bin (no code in it is run), .safetensors, or the
@@ -736,18 +736,16 @@ def load_init(backbone, path):
         backbone.load_state_dict(state)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# training
-# ----------------------------------------------------------------------------------------------------------
+# -------- training -------------------------------------------------------------------------------------
 
 def lr_scale(args):
-    """name → what its learning rate is multiplied by: --layer-decay for each layer between it and the head,
+    """name → what its learning rate is multiplied by: --layer-decay for each layer from it to the head,
     --patch-lr on patches."""
     inputs = ("patch_embed", "pos_embed", "cls_token", "mask_token", "register_tokens")
 
     def scale(name):
         name = name.removeprefix("backbone.")
-        above = 0  # layers between it and the head
+        above = 0  # layers from it to the head
         if name.startswith("blocks."):
             above = args.depth - int(name.split(".")[1])
         elif name.startswith(inputs):
@@ -789,7 +787,8 @@ def add_flags(parser):
     add("--weight-decay-final", type=data.non_negative, help="weight decay at the end, by a cosine")
     add("--layer-decay", type=data.fraction, default=1.0, help="learning rate of a block over the next one's")
     add("--patch-lr", type=data.fraction, default=1.0, help="factor on the patch projection's learning rate")
-    add("--teacher-start", type=data.above_zero, default=0.04, help="first value of --teacher-temperature")
+    add("--teacher-start", type=data.above_zero, default=0.04,
+        help="the teacher's temperature at step 0 of --teacher-warmup")
     add("--teacher-warmup", type=data.count, default=0, help="steps from --teacher-start to its final value")
     add = parser.add_argument_group("loss").add_argument
     add("--head-hidden", type=data.positive, default=512, help="hidden width of the DINO head")
@@ -799,7 +798,8 @@ def add_flags(parser):
     add("--teacher-temperature", type=data.above_zero, default=0.02, help="of the teacher's softmax")
     add("--centering", choices=("sinkhorn", "centre"), default="sinkhorn",
         help="how the teacher's targets are kept from collapsing")
-    add("--momentum", type=data.fraction, default=0.98, help="of the teacher, rising to 1 by a cosine")
+    add("--momentum", type=data.fraction, default=0.98,
+        help="of the teacher, rising to 1 by a cosine (its first steps: data.averaged)")
     add("--ibot", type=data.non_negative, default=0.0, help="weight of the masked-patch loss; 0: none")
     add("--koleo", type=data.non_negative, default=1.0, help="weight of KoLeo")
     add = parser.add_argument_group("views").add_argument
@@ -862,39 +862,37 @@ def main(argv=None, dataset=None):
     if args.dry_run:
         data.dry_run(args, student, run)
     dataset = dataset or data.load_dataset(args)
-    train = dataset.splits["train"]
-    if args.init and (args.restart or not (run.folder / "tokenizer.pt").exists()):
+    train_rows = dataset.splits["train"]
+    if args.init and (args.restart or not (run.folder / "tokenizer.pt").exists()):  # else it goes on
         load_init(student.backbone, args.init)
     centering = nn.ModuleDict({kind: Centering(args.prototypes) for kind in ("views", "patches")})
     centering.to(run.device)
-    average = data.averaged(student, lambda n: data.cosine(n - 1, args.steps, args.momentum, 1.0))
-    teacher = average.module
+    ema = data.averaged(student, lambda n: data.cosine(n - 1, args.steps, args.momentum, 1.0))  # n = step + 1
+    teacher = ema.module
     optimizers = data.Optimizers(student, args, lr_scale(args))
     made_from = {"images": dataset.id}
-    checkpoint = data.Checkpoint("tokenizer", args, parser.settings, run, made_from, student, average,
+    checkpoint = data.Checkpoint("tokenizer", args, parser.settings, run, made_from, student, ema,
                                  optimizers, others={"centering": centering})
     start = checkpoint.resume(finished_on_others=True)  # a finished tokenizer may encode other images
-    trained = run.wrap(student, args)
-    steps = data.Steps(run, args, "tokenizer", start, train, args.batch_size)
+    wrapped = run.wrap(student, args)
+    steps = data.Steps(checkpoint, start, train_rows, args.batch_size)
     last_decay = args.weight_decay if args.weight_decay_final is None else args.weight_decay_final
     views = view_sizes(args)
-    crops = functools.partial(read_crops, views=views, ratio=args.ratio)
-    batches = data.image_batches(dataset, run, args, start, crops, (len(views), 5))
+    read_views = functools.partial(read_crops, views=views, ratio=args.ratio)  # of images that lie in files
+    batches = data.image_batches(dataset, run, args, start, read_views, numbers=(len(views), 5))
 
     for step in steps:
-        images = next(batches)  # of this process
-        [part] = data.batch_parts(step, train, args, run, trained)
+        images = next(batches)  # of this process; of files the crops
+        [part] = data.batch_parts(step, train_rows, args, run, wrapped)  # one: see check_flags, accumulate
         temperature = teacher_temperature(step, args)
-        loss, parts = step_loss(trained, teacher, centering, images, part, args, run, temperature)
+        loss, terms = step_loss(wrapped, teacher, centering, images, part, args, run, temperature)
         loss = run.average(part.backward(loss))
         decay = data.cosine(step, args.steps, args.weight_decay, last_decay)
-        norm = optimizers.step(step, loss, decay)
-        average.update_parameters(student)
-        steps.show(loss=loss, norm=norm, **parts)
+        norm = optimizers.step(step, loss, decay)  # stops where the loss or a gradient is not finite
+        ema.update_parameters(student)
+        steps.show(loss=loss, norm=norm, **terms)
         if step + 1 == args.steps and args.centre_codes:
             centre_codes(teacher.backbone, dataset, run)
-        if steps.save_due():
-            checkpoint.save(step + 1)
 
     write_codes(teacher.backbone, dataset, run, args, made_from | {"tokenizer": checkpoint.id})
     if run.main:
@@ -902,7 +900,7 @@ def main(argv=None, dataset=None):
             values = value if isinstance(value, dict) else {"": value}
             shown = [f"{factor} {number:.3f}".strip() for factor, number in values.items()]
             print(f"{name:44} " + " ".join(shown))
-    run.close()
+    run.wait()
 
 
 if __name__ == "__main__":

@@ -29,50 +29,34 @@ def stop_after(steps):
     return stopping
 
 
-def function(where):
-    """The module and the name of "module.name"."""
-    module, name = where.split(".")
-    return importlib.import_module(module), name
-
-
-def poison(where, rank, call, what):
-    """Make a loss ("loss") or the gradients alone ("gradient") not a number: in the process of this rank,
-    from one call of the function "module.name" on."""
-    module, name = function(where)
-    usual = getattr(module, name)
+def poison(what):
+    """From the fourth step on make the loss ("loss") or the gradients alone ("gradient") not a number."""
+    usual = data.Part.backward
     calls = []
 
-    def poisoned(model, *args):
-        result = usual(model, *args)
+    def backward(part, loss):
         calls.append(1)
-        loss = result[0] if isinstance(result, tuple) else result
-        if int(os.environ.get("RANK", 0)) == int(rank) and len(calls) >= int(call):
-            if what == "loss":
-                loss = loss * float("nan")
-            else:
-                loss = loss + (sum(p.sum() for p in model.parameters()) * 0).sqrt()  # 0, of slope ∞ · 0
-        return (loss, *result[1:]) if isinstance(result, tuple) else loss
+        if len(calls) > 3:
+            loss = loss * float("nan") if what == "loss" else loss + (loss * 0).sqrt()  # + 0, of slope ∞ · 0
+        return usual(part, loss)
 
-    setattr(module, name, poisoned)
+    data.Part.backward = backward
 
 
 def main(words):
     """Run each script with its flags. The environment may ask for faults: STOP_AFTER=n, each finds after its
-    n-th step that it was asked to stop; TIMEOUT=s and PATIENCE=s, processes wait so long for each other and
-    for the network; POISON, the words of `poison`; SLEEP="module.name s", a function takes so long; SECOND,
-    words for the second of two processes alone."""
-    if os.environ.get("RANK") == "1":
-        words = [*words, *os.environ.get("SECOND", "").split()]
+    n-th step that it was asked to stop; TIMEOUT=s, processes wait so long for each other; SLEEP=s, the data
+    take so long to be read; and for the second of two processes alone SECOND, more words, and POISON."""
     data.SHAPES_COUNTS = SMALL
     data.TIMEOUT = int(os.environ.get("TIMEOUT", data.TIMEOUT))
-    data.PATIENCE = int(os.environ.get("PATIENCE", data.PATIENCE))
     if steps := int(os.environ.get("STOP_AFTER", 0)):
         data.Run.stopping = stop_after(steps)
-    if "SLEEP" in os.environ:
-        where, seconds = os.environ["SLEEP"].split()
-        setattr(*function(where), lambda *args: time.sleep(float(seconds)))
-    if "POISON" in os.environ:
-        poison(*os.environ["POISON"].split())
+    if seconds := int(os.environ.get("SLEEP", 0)):
+        setattr(data, "load_dataset", lambda args: time.sleep(seconds))
+    if os.environ.get("RANK") == "1":
+        words = [*words, *os.environ.get("SECOND", "").split()]
+        if what := os.environ.get("POISON"):
+            poison(what)
     while words:
         end = words.index("+") if "+" in words else len(words)
         importlib.import_module(words[0]).main(words[1:end])

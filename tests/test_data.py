@@ -1,8 +1,5 @@
 """Flags, data sets, batches, files, optimiser and log: data.py."""
-import argparse
-import contextlib
 import hashlib
-import io
 import json
 import math
 import os
@@ -17,33 +14,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, FakeRun, make_folder, part
-from PIL import Image
-
-
-def arguments(**change):
-    """Settings as from a parser."""
-    settings = dict(
-        dataset="folder", data_dir="in", out="out", image_size=16, workers=0, seed=0,
-        steps=10, batch_size=16, accumulate=1, lr=0.1, lr_matrix=0.0, lr_final=0.1, warmup=2,
-        weight_decay=0.0, clip=0.0, save_every=1000, dry_run=False, tensorboard=False, restart=False)
-    return argparse.Namespace(**settings | change)
+from conftest import SMALL, FakeRun, arguments, make_folder, part
+from PIL import EpsImagePlugin, Image
 
 
 # --- flags ------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("kind, text, value", [
-    (data.count, "0", 0), (data.positive, "12", 12), (data.fraction, "1", 1.0), (data.number(), "-1e3", -1e3),
-    (data.positive, "0", None), (data.positive, "1.5", None), (data.count, "", None),
-    (data.count, "9" * 40, None), (data.fraction, "1.01", None), (data.non_negative, "inf", None),
-    (data.above_zero, "0", None), (data.number(), "nan", None)])
-def test_flags_take_finite_numbers_in_their_range_alone(kind, text, value):
-    if value is None:
-        with pytest.raises(argparse.ArgumentTypeError, match="number"):
-            kind(text)
-    else:
-        assert kind(text) == value and type(kind(text)) is type(value)
-
 
 def test_flags_of_the_run_and_of_samplers_are_no_settings():
     parser = data.make_parser("")
@@ -142,42 +117,33 @@ def test_randomness_does_not_depend_on_how_a_batch_is_divided(world, accumulate)
 # --- images and folders -----------------------------------------------------------------------------------
 
 def test_images_of_every_mode_are_read_right_upright_and_from_their_middle(tmp_path):
+    """16 bits are a share of 65,535 however dark the picture; floats lie from 0 to 1, 255 or 65,535."""
+    def read(image, name, **change):
+        image.save(tmp_path / name, **change)
+        return data.read_image(tmp_path / name, 8).float()
+
     red = Image.new("RGB", (50, 40), (200, 30, 40))
-    cases = {"a.png": red, "b.jpg": red, "c.png": red.convert("P"), "d.tif": red.convert("CMYK"),
-             "e.png": red.convert("RGBA")}
-    for name, image in cases.items():
-        image.save(tmp_path / name)
-        pixel = data.read_image(tmp_path / name, 16)[:, 8, 8].float()
+    for mode, name in (("RGB", "a.png"), ("RGB", "b.jpg"), ("P", "c.png"), ("CMYK", "d.tif"),
+                       ("RGBA", "e.png")):
+        pixel = read(red.convert(mode), name)[:, 4, 4]
         assert (pixel - torch.tensor([200.0, 30.0, 40.0])).abs().max() < 12, name
-    for image, value in ((Image.new("L", (20, 20), 77), 77), (Image.new("RGBA", (20, 20)), 255)):
-        image.save(tmp_path / "one tone.png")
-        assert (data.read_image(tmp_path / "one tone.png", 16) == value).all()  # transparent is white
+    assert (read(Image.new("L", (20, 20), 77), "grey.png") == 77).all()
+    assert (read(Image.new("RGBA", (20, 20)), "transparent.png") == 255).all()  # on white
+    ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    for name, values, expected in (
+            ("16 bits, dark.png", (ramp * 200).astype(np.uint16), ramp * 200 / 257),
+            ("16 bits.png", (ramp * 60_000).astype(np.uint16), ramp * 60_000 / 257),
+            ("32 bits.tif", (ramp * 1000).astype(np.int32), ramp * 1000 / 257),
+            ("to 1.tif", ramp, ramp * 255), ("to 255.tif", ramp * 255, ramp * 255)):
+        assert np.abs(read(Image.fromarray(values), name)[0].numpy() - expected).max() <= 1, name
+    with pytest.raises(ValueError, match="not finite"):
+        read(Image.fromarray(ramp + np.inf), "infinite.tif")
     wide = np.zeros((20, 90, 3), dtype=np.uint8)
     wide[:10, 35:55] = 255
     turned = Image.Exif()
     turned[0x0112] = 3  # by 180°
-    Image.fromarray(wide).save(tmp_path / "wide.png", exif=turned)
-    middle = data.read_image(tmp_path / "wide.png", 10).float()
-    assert middle[:, :4].mean() < 5 and middle[:, 6:].mean() > 250
-
-
-RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
-
-
-@pytest.mark.parametrize("name, values, expected", [
-    ("16 bits, dark.png", (RAMP * 200).astype(np.uint16), RAMP * 200 / 257),
-    ("16 bits.png", (RAMP * 60_000).astype(np.uint16), RAMP * 60_000 / 257),
-    ("32 bits.tif", (RAMP * 1000).astype(np.int32), RAMP * 1000 / 257),
-    ("1.tif", RAMP, RAMP * 255), ("255.tif", RAMP * 255, RAMP * 255), ("below 0.tif", RAMP - 3, RAMP * 0),
-    ("nan.tif", np.where(RAMP > 0.5, np.nan, RAMP), None)])
-def test_deep_and_float_pictures_keep_their_tones(tmp_path, name, values, expected):
-    """16 bits are a share of 65,535 however dark the picture; floats lie from 0 to 1, 255 or 65,535."""
-    Image.fromarray(values).save(tmp_path / name)
-    if expected is None:
-        with pytest.raises(ValueError, match="not finite"):
-            data.read_image(tmp_path / name, 8)
-    else:
-        assert np.abs(data.read_image(tmp_path / name, 8)[0].numpy() - expected).max() <= 1
+    middle = read(Image.fromarray(wide), "wide.png", exif=turned)
+    assert middle[:, :3].mean() < 5 and middle[:, 5:].mean() > 250
 
 
 def load(tmp_path, **change):
@@ -192,6 +158,8 @@ def sizes(dataset):
 
 def test_a_folder_keeps_labels_captions_and_pixels_together(tmp_path):
     folder = make_folder(tmp_path / "in", 40)
+    (folder / "cats").rename(tmp_path / "elsewhere")
+    (folder / "cats").symlink_to(tmp_path / "elsewhere")
     dataset = load(tmp_path)
     assert dataset.factors == {"class": ["big dögs", "cats"]}
     assert sizes(dataset) == {"train": 36, "val": 2, "test": 2}
@@ -230,27 +198,32 @@ def test_ready_made_splits_are_kept(tmp_path):
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_broken_images_are_named_and_skipped_in_every_run(tmp_path, monkeypatch, capsys, in_memory):
-    """What is left is the same in memory and read on demand, where the first run alone decodes all files."""
+    """What is left is the same in memory and read on demand, where the first run alone decodes all files.
+    None is opened as anything but a picture, nor one of 200 megapixels."""
     folder = make_folder(tmp_path / "in", 40)
     whole = load(tmp_path)
     picture = (folder / "cats" / "1.png").read_bytes()
-    broken = {"empty.png": b"", "text.png": b"hello", "cut.png": picture[:len(picture) // 2]}
-    for name, content in broken.items():
+    for name, content in (("text.png", b"hello"), ("cut.png", picture[:len(picture) // 2])):
         (folder / name).write_bytes(content)
+    Image.new("1", (20_000, 10_000)).save(folder / "huge.png")
+    Image.new("RGB", (9, 9)).save(folder / "program.png", "EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: Image.new("RGB", (9, 9)).im)  # would run it
     monkeypatch.setattr(data, "IN_MEMORY_BYTES", 2 ** 30 if in_memory else 0)
-    for first in (True, False):
+    for _ in range(2):
         dataset = load(tmp_path)
         said = capsys.readouterr().err
-        assert said.count("\n") == (first or in_memory)
-        assert not said or all(word in said for word in ("3 of 43", *broken))
+        assert said.count("\n") == 1 and "4 of 44" in said
+        assert "cut.png, huge.png, program.png, text.png" in said
         assert torch.is_tensor(dataset.images) == in_memory and dataset.id == whole.id
         assert torch.equal(dataset.pixels(range(40)), whole.images)
         assert torch.equal(dataset.labels, whole.labels)
+        if not in_memory:
+            monkeypatch.setattr(data, "decode", None)  # a call would raise
 
 
 @pytest.mark.parametrize("line, words", [
     ("{broken", "metadata.jsonl line 2"), ('{"file_name": "x.png"}', "line 2.*text"),
-    ('{"file_name": "../x.png", "text": "a"}', "line 2.*leaves the folder"),
+    ('{"file_name": "../x.png", "text": "a"}', "line 2.*x.png"),
     ('{"file_name": "no.png", "text": "a"}', "line 2.*no.png"),
     ('{"file_name": "./cats/1.png", "text": "again"}', "line 2.*already")])
 def test_broken_captions_are_refused_with_their_line(tmp_path, line, words):
@@ -269,7 +242,7 @@ def test_missing_empty_broken_and_small_folders_are_refused(tmp_path):
     (tmp_path / "in").mkdir()
     refused("no images found")
     (tmp_path / "in" / "a.png").write_text("no picture")
-    refused("none of its 1 files opens")
+    refused("none of its files opens")
     make_folder(tmp_path / "in" / "train", 10, captions=False)
     refused("10 images.* too few")
     refused("expected train/ and val/.*found a.png, train", dataset="imagenet")
@@ -319,6 +292,9 @@ def test_cifar_is_read_from_its_files_and_from_the_right_archive(places, tmp_pat
     archive = tmp_path / "cifar-10-binary.tar.gz"
     with pytest.raises(SystemExit, match=f"{archive.name}.*--download"):
         data.load_dataset(args)
+    monkeypatch.setattr(data, "CIFAR_URL", "http://127.0.0.1:9/nobody-answers")
+    with pytest.raises(SystemExit, match=f"cannot download .*{archive}"):
+        data.fetch_cifar(tmp_path)
     with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
         for name in data.CIFAR_FILES:
             tar.add(files / name, f"cifar-10-batches-bin/{name}")
@@ -360,70 +336,6 @@ def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "x.json").read_text()) == [1] and len(flushed) == 1
 
 
-WEIGHTS = {"a": torch.arange(1000), "b": torch.arange(7.0)}
-LATER = torch.arange(5000, 6000)  # not read by who uses the weights alone
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """A file of data.save."""
-    data.save(tmp_path / "file.pt", "weights", weights=WEIGHTS, later=LATER, step=3)
-    return tmp_path / "file.pt"
-
-
-def refused(path, words, only=None, kind="weights"):
-    """data.load stops with one line."""
-    with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}[^\n]*train it$"):
-        data.load(path, kind, "train it", only)
-
-
-def flip(path, tensor):
-    """Change one bit of a tensor in a file."""
-    content = bytearray(path.read_bytes())
-    content[content.index(tensor.numpy().tobytes()) + 5] ^= 1
-    path.write_bytes(content)
-
-
-def test_what_is_saved_is_loaded_and_a_flipped_bit_in_what_is_used_is_refused(saved):
-    whole = saved.read_bytes()
-    for only in (None, "weights"):
-        state = data.load(saved, "weights", "", only)
-        assert state["step"] == 3 and torch.equal(state["later"], LATER)
-        assert all(torch.equal(value, WEIGHTS[name]) for name, value in state["weights"].items())
-    for tensor in (*WEIGHTS.values(), LATER):
-        saved.write_bytes(whole)
-        flip(saved, tensor)
-        refused(saved, "file.pt.*CRC")
-        if tensor is not LATER:
-            refused(saved, "file.pt.*CRC", only="weights")
-    assert torch.equal(data.load(saved, "weights", "", only="weights")["weights"]["a"], WEIGHTS["a"])
-
-
-def of_torch_alone(value):
-    """What torch.save writes, as earlier versions did."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("only", [None, "weights"])
-def test_missing_damaged_earlier_and_dangerous_files_are_refused(saved, only):
-    class Bomb:
-        def __reduce__(self):
-            return open, (str(saved.with_name("executed")), "w")
-
-    refused(saved.with_name("none.pt"), "no .*none.pt", only)
-    refused(saved, "file.pt.*(codes.*weights|weights.*codes)", only, kind="codes")
-    whole = saved.read_bytes()
-    earlier = of_torch_alone({"stage": "weights", "weights": WEIGHTS})
-    bomb = of_torch_alone({"kind": "weights", "weights": WEIGHTS, "bomb": Bomb()})
-    plain_bomb = pickle.dumps({"kind": "weights", "bomb": Bomb()})
-    for content in (whole[:len(whole) // 2], b"", bytes(5000), earlier, bomb, plain_bomb):
-        saved.write_bytes(content)
-        refused(saved, "file.pt.*earlier version" if content is earlier else "file.pt: not readable", only)
-    assert not saved.with_name("executed").exists()
-
-
 @pytest.mark.parametrize("values, dtype", [(256, torch.uint8), (257, torch.uint16)])
 def test_codes_come_back_in_few_bytes_with_all_that_is_known_of_them(tmp_path, values, dtype):
     path = tmp_path / "codes.pt"
@@ -432,26 +344,20 @@ def test_codes_come_back_in_few_bytes_with_all_that_is_known_of_them(tmp_path, v
     codes = torch.randint(0, values, (20, 2, 5))
     made_from = {"images": "those images", "tokenizer": "that"}
     data.save_codes(path, codes, values, dataset, {"knn": 0.5}, made_from)
-    stored = data.load_codes(path, "make it", images="those images")
+    stored = data.load_codes(path, "make it", "those images")
     assert torch.equal(stored["codes"].long(), codes) and stored["codes"].dtype == dtype
     assert torch.equal(stored["codes"][[7, 3], [1, 0]].long(), codes[[7, 3], [1, 0]])
     assert (stored["L"], stored["V"], stored["splits"], stored["report"]) == (5, values, splits, {"knn": 0.5})
     data.load_codes(path, "make it")  # a prior does not ask for the images
-    with pytest.raises(SystemExit, match="codes.pt.*codes of other images.*make it"):
-        data.load_codes(path, "make it", images="others")
     assert data.is_made_from(path, "codes", made_from)
     assert not data.is_made_from(path, "codes", made_from | {"tokenizer": "other"})
-    flip(path, stored["codes"].clone())
-    assert not data.is_made_from(path, "codes", made_from)
-    refused(path, "codes.pt.*CRC", only="codes", kind="codes")
 
 
 def test_rows_are_filled_in_by_any_number_of_processes_that_may_stop(tmp_path):
     """What is finished is not done again; values and dtypes are those asked for."""
-    shapes = {"halves": ((), torch.float16), "pairs": ((2,), torch.uint16), "bytes": ((2, 3), torch.uint8)}
+    shapes = {"halves": ((), torch.float16), "pairs": ((2,), torch.uint16)}
     numbers = torch.arange(23)
-    whole = {"halves": numbers / 8, "pairs": torch.stack([numbers, numbers + 60_000], 1),
-             "bytes": (numbers[:, None] * 11).expand(23, 6).reshape(23, 2, 3)}
+    whole = {"halves": numbers / 8, "pairs": torch.stack([numbers, numbers + 60_000], 1)}
     done = []
 
     def fill(run, stop=None):
@@ -463,10 +369,9 @@ def test_rows_are_filled_in_by_any_number_of_processes_that_may_stop(tmp_path):
 
         return data.fill_rows(tmp_path / ".rows", 23, run, work, shapes, chunk=4)
 
-    with pytest.raises(KeyboardInterrupt):
-        fill(FakeRun(), stop=8)
-    with pytest.raises(KeyboardInterrupt):  # the second of two processes, which takes every other chunk
-        fill(FakeRun(1, 2), stop=20)
+    for run, stop in ((FakeRun(), 8), (FakeRun(1, 2), 20)):  # the second of two takes every other chunk
+        with pytest.raises(KeyboardInterrupt):
+            fill(run, stop)
     assert done == [0, 4, 12]
     filled = fill(FakeRun())
     assert done == [0, 4, 12, 8, 16, 20]
@@ -507,23 +412,16 @@ def test_learning_rates_follow_warm_up_and_cosine_times_their_peak(lr_matrix):
             assert group["weight_decay"] == (0 if name.endswith("bias") else 0.1 + step), name
 
 
-@pytest.mark.parametrize("what", ["the loss is nan", "the gradient of blocks.0.bias is not finite"])
-def test_gradients_are_clipped_and_a_nan_stops_before_any_weight_changes(what):
+def test_gradients_are_clipped_and_one_that_is_not_finite_is_named(monkeypatch):
     model = Toy()
-    optimizers = data.Optimizers(model, arguments(lr_matrix=0.1, clip=0.01))
+    optimizers = data.Optimizers(model, arguments(clip=0.01))
+    monkeypatch.setattr(optimizers.optimizers[0], "zero_grad", lambda: None)
     model.backward()
-    with pytest.MonkeyPatch.context() as patch:
-        for optimizer in optimizers.optimizers:
-            patch.setattr(optimizer, "zero_grad", lambda: None)
-        norm = optimizers.step(0, 1.0)
-    assert norm > 0.02 and torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]) < 0.0101
-    before = [p.detach().clone() for p in model.parameters()]
-    model.backward()
-    if "gradient" in what:
-        model.blocks[0].bias.grad[2] = torch.nan
-    with pytest.raises(SystemExit, match=f"step 7: {what}"):
-        optimizers.step(7, torch.tensor(1.0 if "gradient" in what else torch.nan))
-    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before))
+    assert optimizers.step(0, 1.0) > 0.02
+    assert torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]) < 0.0101
+    model.blocks[0].bias.grad[2] = torch.nan
+    with pytest.raises(SystemExit, match="step 7: the gradient of blocks.0.bias is not finite"):
+        optimizers.step(7, 1.0)
 
 
 @pytest.mark.parametrize("decay", [0.6, lambda n: 0.5 + 0.005 * n], ids=["constant", "of the update"])
@@ -542,18 +440,18 @@ def test_averages_follow_their_recursion(decay):
         assert torch.allclose(average.module.weight, expected, rtol=1e-12, atol=1e-12), n
 
 
-def steps_of(run, folder, **change):
+def steps_of(run, folder, steps):
     """data.Steps of a run in a folder."""
     run.folder = folder
-    args = arguments(**change)
-    return data.Steps(run, args, "stage", 0, range(100), args.batch_size)
+    checkpoint = types.SimpleNamespace(run=run, args=arguments(steps=steps), stage="stage", save=print)
+    return data.Steps(checkpoint, 0, range(100), 16)
 
 
 def test_every_fifty_steps_are_logged_and_a_killed_run_drops_what_comes_again(run, tmp_path):
     def logged():
         return [json.loads(line) for line in (tmp_path / "stage.jsonl").read_text().splitlines()]
 
-    steps = steps_of(run, tmp_path, steps=120)
+    steps = steps_of(run, tmp_path, 120)
     for step in steps:
         steps.show(loss=torch.tensor(float(step)), norm=1.0)
     steps.log.write(120, bits=3.0)
@@ -565,25 +463,15 @@ def test_every_fifty_steps_are_logged_and_a_killed_run_drops_what_comes_again(ru
         assert [record["step"] for record in logged()] == kept
 
 
-@pytest.mark.parametrize("dry_run", [False, True])
-def test_the_first_step_is_counted_in_flops(run, tmp_path, monkeypatch, capsys, dry_run):
+def test_the_first_step_is_counted_in_flops(run, tmp_path, monkeypatch, capsys):
     """Forward, and backward to weight and input: three products of 2 m n k. (Elsewhere on CUDA alone.)"""
-    counted = []
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: counted.append(1))
-    steps = steps_of(run, tmp_path, steps=4, dry_run=dry_run)
-    steps.counts = True
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", int)
+    steps = steps_of(run, tmp_path, 4)
+    steps.counts_flops = True
     steps.peak = 1e12
     m, n, k = 6, 7, 50
     model = torch.nn.Linear(k, n)
-    seen = []
-    with pytest.raises(SystemExit) if dry_run else contextlib.nullcontext():
-        for step in steps:
-            seen.append(step)
-            model(torch.randn(m, k, requires_grad=True)).sum().backward()
-            steps.show(loss=0.0)
-    assert steps.flops == 3 * 2 * m * n * k and len(counted) == 1
-    said = capsys.readouterr().out
-    if dry_run:
-        assert seen == [0, 1] and "0.000 TFLOP" in said and not list(tmp_path.iterdir())
-    else:
-        assert seen == [0, 1, 2, 3] and "MFU 0.00 of 1 TFLOP/s" in said
+    for _ in steps:
+        model(torch.randn(m, k, requires_grad=True)).sum().backward()
+        steps.show(loss=0.0)
+    assert steps.flops == 3 * 2 * m * n * k and "MFU 0.00 of 1 TFLOP/s" in capsys.readouterr().out

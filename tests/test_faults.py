@@ -4,21 +4,17 @@ names the file or flag; nothing is lost, and no code in a file is run. More of w
     python -m pytest tests/test_faults.py --kills 50 --mutations 1000 --flag-values 100000 --seed 1
 """
 import functools
-import hashlib
+import io
 import itertools
 import json
-import multiprocessing
 import os
+import pickle
 import random
 import re
-import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tarfile
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,51 +28,15 @@ import sample
 import text_prior
 import tokenizer
 import torch
-from conftest import (ENVIRONMENT, ROOT, TINY, call, command, ended, flags_of, link_codes, make_folder,
-                      refuse, start, start_pair)
-from PIL import EpsImagePlugin, Image
-from test_data import of_torch_alone
-from test_generator import AutoencoderKL, make_vae
-from test_runs import SMALL_IMAGES, STAGES, same, weights
-from test_sample import Net
+from conftest import (ENVIRONMENT, ONE_PICTURE, SMALL_IMAGES, STAGES, TINY, arguments, call,
+                      contents, end, finish, make_folder, prepare, refuse, results, same,
+                      start, start_pair, weights)
+from PIL import Image
 from test_text_prior import write_tokenizer_json
 
-ONE_PICTURE = "--rows 1 --columns 1 --sample-steps 1".split()
 SCRIPTS = {"data": [], "tokenizer": TINY["tokenizer"], "generator": TINY["generator"],
            "prior": ["--kind", "ar", *TINY["prior"]], "text_prior": TINY["text_prior"],
            "sample": ["unconditional", *ONE_PICTURE]}
-
-
-@pytest.fixture(autouse=True)
-def no_process_outlives_its_test():
-    """Whatever becomes of the test."""
-    yield
-    for process in multiprocessing.active_children():
-        process.kill()
-
-
-def prepare(trained, out, stage, *flags):
-    """OUT with what a stage reads; returns its folder and the words that run the stage there."""
-    if stage == "tokenizer":
-        (out / "shapes").mkdir(parents=True)
-    else:
-        link_codes(trained, out)
-    name, tiny = flags_of(stage)
-    return out / "shapes", [name, *tiny, *flags, "--out", out]
-
-
-def end(process, said, code=0, within=60):
-    """What a process of `start` said, which ends with this code: where it is 1, the line of its error."""
-    found, text = ended(process, said, within)
-    assert found == code and "Traceback" not in text and "Exception ignored" not in text, text[-3000:]
-    last = text.strip().split("\n")[-1]
-    assert code != 1 or last.startswith("error: "), text[-3000:]
-    return last if code == 1 else text
-
-
-def finish(said, words, code=0, **environment):
-    """Run a script as a process to its end, as `end` says."""
-    return end(start(said, *words, **environment), said, code)
 
 
 def wait_for(condition):
@@ -95,57 +55,49 @@ def children_of(process):
 # --- kills and stops --------------------------------------------------------------------------------------
 
 def outcome(folder, stage):
-    """All that a finished stage leaves, but for times, paths and the names of runs."""
-    found = {"names": sorted(path.name for path in folder.iterdir())}
-    for path in folder.glob("*.pt"):
-        state = data.read(path, path.stem)
-        found[path.name] = {key: state[key] for key in state.keys() - {"config", "id", "made_from"}}
+    """All that a finished stage leaves."""
+    found = {path.name: contents(path) for path in folder.glob("*.pt")}
+    found["names"] = sorted(path.name for path in folder.iterdir())
     if stage == "sample":
         scores = json.loads((folder / "inception.json").read_text())
         return found | {name: scores[name] for name in ("codes of prior-masked", "true codes")}
-    log = (folder / f"{stage}.jsonl").read_text()
-    return found | {"log": re.findall(r'"(?:step|loss|norm)": [-+.\de]+', log)}
+    return found | results(folder.parent, stage, folder.name)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("stage", (*STAGES, "sample"))
-def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(trained, tmp_path, stage, request):
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(trained, tmp_path, stage, inception,
+                                                                 request):
     """SIGKILL, then the same command again: what lies under a final name always loads, half a file that a
     kill left never does, and the end is that of the unbroken run, bit for bit."""
     rng = random.Random(f"{request.config.getoption('--seed')} {stage}")
-    said, network = tmp_path / "said", tmp_path / "inception.pt"
-    torch.jit.script(Net()).save(str(network))
-    score = ["sample", "--score", "--inception", network, *"--count 1100 --sample-steps 1 --out".split()]
-    numbers, kills = itertools.count(), 0
+    said = tmp_path / "said"
+    score = ["sample", "--score", "--inception", inception, *"--count 1100 --sample-steps 1 --out".split()]
 
-    def fresh():
-        out = tmp_path / str(next(numbers))
+    def fresh(name):
+        out = tmp_path / name
         if stage == "sample":
             return shutil.copytree(trained / "shapes", out / "shapes"), [*score, out]
         folder, words = prepare(trained, out, stage, "--steps", 24, "--save-every", 2)
         (folder / f".{stage}.pt.tmp").write_bytes(b"half a checkpoint")
         return folder, words
 
-    folder, words = fresh()
+    folder, words = fresh("whole")
     began = time.time()
     finish(said, words)
     took = time.time() - began
     whole = outcome(folder, stage)
     assert not any(name.endswith(".tmp") for name in whole["names"])
-    folder, words = fresh()
-    while kills < request.config.getoption("--kills"):
+    for number in range(request.config.getoption("--kills")):
+        folder, words = fresh(str(number))
         process = start(said, *words)
         process.join(rng.uniform(0, took))
         process.kill()
         process.join()
-        kills += process.exitcode != 0
         for path in folder.glob("*.pt"):
             data.read(path, path.stem)
-        if process.exitcode == 0:  # it was done: another from the start
-            same(outcome(folder, stage), whole)
-            folder, words = fresh()
-    finish(said, words)
-    same(outcome(folder, stage), whole)
+        finish(said, words)
+        same(outcome(folder, stage), whole)
 
 
 def test_crops_resume_on_any_number_of_workers(places, tmp_path):
@@ -184,13 +136,12 @@ def test_a_signal_lets_the_step_end_and_saves(trained, places, tmp_path, stage, 
     assert weights(tmp_path, stage, dataset)["step"] == int(stopped[1])
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_before_the_first_step_ends_at_once(tmp_path, name):
+def test_a_signal_before_the_first_step_ends_at_once(tmp_path):
     """While the data are read (here for 60 seconds) there is nothing to save, and no step is waited for."""
     words = ["tokenizer", *TINY["tokenizer"], "--out", tmp_path]
-    process = start(tmp_path / "said", *words, SLEEP="data.load_dataset 60")
+    process = start(tmp_path / "said", *words, SLEEP=60)
     wait_for((tmp_path / "shapes" / ".tokenizer.lock").exists)
-    os.kill(process.pid, signal.Signals[name])
+    os.kill(process.pid, signal.SIGINT)
     text = end(process, tmp_path / "said", code=143, within=10)
     assert text.startswith("stopped") and text.count("\n") == 1
     assert not (tmp_path / "shapes" / "tokenizer.pt").exists()
@@ -200,10 +151,9 @@ def test_a_signal_before_the_first_step_ends_at_once(tmp_path, name):
 def test_nohup_keeps_sighup_from_a_run_and_torchrun_passes_sigterm_on(trained, tmp_path, launcher):
     steps = 300 if launcher == "nohup" else 100_000
     folder, words = prepare(trained, tmp_path, "prior-ar", "--steps", steps, "--save-every", 5)
-    if launcher == "nohup":
-        words = ["nohup", *command(*words)]
-    else:
-        words = command(*words, launcher="-m torch.distributed.run --standalone --nproc-per-node 2".split())
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    launch_words = ["nohup", sys.executable] if launcher == "nohup" else [sys.executable, *torchrun]
+    words = [*launch_words, launch.__file__, *map(str, words)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
     wait_for((folder / "prior-ar.pt").exists)
     process.send_signal(signal.SIGHUP if launcher == "nohup" else signal.SIGTERM)
@@ -215,16 +165,12 @@ def test_nohup_keeps_sighup_from_a_run_and_torchrun_passes_sigterm_on(trained, t
 
 # --- several processes, several runs ----------------------------------------------------------------------
 
-LOSSES = {"tokenizer": "tokenizer.step_loss", "generator": "generator.flow_loss", "prior-ar": "prior.ar_nll",
-          "prior-masked": "prior.masked_nll", "text_prior": "text_prior.text_nll"}
-
-
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_nan_in_one_process_stops_all_before_the_update(trained, tmp_path, stage, what):
     """Met by the second of two processes in its fourth step: the last checkpoint is that of step 3."""
     _, words = prepare(trained, tmp_path, stage, "--save-every", 1)
-    for process, said in start_pair(tmp_path / "said", *words, POISON=f"{LOSSES[stage]} 1 4 {what}"):
+    for process, said in start_pair(tmp_path / "said", *words, POISON=what):
         assert f"step 3: the {what}" in end(process, said, code=1)
     state = weights(tmp_path, stage)
     assert state["step"] == 3
@@ -273,16 +219,6 @@ def test_a_second_run_on_the_same_folder_is_refused(trained, tmp_path, stage):
     finish(tmp_path / "said", words)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_waiting_threads_are_told_to_sleep_before_torch_starts_them(name):
-    """Whichever script comes first."""
-    code = (f"import os, sys\nsys.modules['torch'] = None\ntry:\n    import {name}\n"
-            "except ImportError:\n    print(os.environ.get('OMP_WAIT_POLICY'))")
-    environment = {key: value for key, value in ENVIRONMENT.items() if key != "OMP_WAIT_POLICY"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=environment)
-    assert done.stdout == b"PASSIVE\n", done.stderr
-
-
 @pytest.mark.parametrize("compiler", [False, True])
 def test_a_compiled_run_leaves_the_same_checkpoint(trained, tmp_path, compiler):
     """It goes on without being compiled. Where there is no compiler, this is said, and all is as without."""
@@ -316,20 +252,14 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", folder])
 
 
-@pytest.mark.parametrize("stage", (*STAGES, "codes", "sample"))
-def test_a_full_disk_costs_nothing(trained, tmp_path, disk, stage):
+@pytest.mark.parametrize("stage, needed", [("prior-ar", "codes"), ("tokenizer", "tokenizer")])
+def test_a_full_disk_costs_nothing(trained, tmp_path, disk, stage, needed):
     """It stops with a line that names the place; what was there is as it was, no half file is left, and with
-    room it goes on. codes: it is full when the tokenizer has been trained."""
+    room it goes on: in a training, and with the codes where the tokenizer has been trained."""
     folder, said = disk / "shapes", tmp_path / "said"
-    needed = {"tokenizer": [], "codes": ["tokenizer"], "sample": ["codes", "prior-masked", "generator"]}
-    for name in needed.get(stage, ["codes"]):
-        shutil.copy(trained / "shapes" / f"{name}.pt", folder)
-    if stage == "sample":
-        words = ["sample", "unconditional", "--rows", 1, "--sample-steps", 1, "--out", disk]
-    else:
-        name, flags = flags_of("tokenizer" if stage == "codes" else stage)
-        words = [name, *flags, "--save-every", 2, "--out", disk]
-    if stage in STAGES:
+    shutil.copy(trained / "shapes" / f"{needed}.pt", folder)
+    _, words = prepare(trained, disk, stage, "--save-every", 2)
+    if stage != needed:
         finish(said, words, code=143, STOP_AFTER=2)
     before = {path: path.read_bytes() for path in folder.glob("*.pt")}
     for room in (0, 8192):
@@ -364,19 +294,28 @@ def use(out, stage, dataset="shapes"):
         return stages.prior_model(stage.removeprefix("prior-"))
     if stage == "generator":
         return stages.generator_model()
-    return getattr(stages, {"tokenizer": "backbone", "text_prior": "text_model", "codes": "codes"}[stage])
+    return getattr(stages, {"tokenizer": "backbone", "text_prior": "text_model", "codes": "stored"}[stage])
 
 
-def checkpoint_of(out, stage, monkeypatch):
-    """The data.Checkpoint that a script makes, before it goes on from it."""
+def readers_of(out, stage, monkeypatch):
+    """Functions that read a file as who uses it, and as the script that goes on from it."""
     def leave(checkpoint, **_):
         raise KeyboardInterrupt(checkpoint)
 
-    name, flags = flags_of(stage)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as left:
-        patch.setattr(data.Checkpoint, "resume", leave)
-        call(name, *flags, "--out", out)
-    return left.value.args[0]
+    readers = [functools.partial(use, out, stage)]
+    if stage in STAGES:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as left:
+            patch.setattr(data.Checkpoint, "resume", leave)
+            call(*prepare(None, out, stage)[1])
+        readers.append(left.value.args[0].resume)
+    return readers
+
+
+def of_torch_alone(value):
+    """What torch.save writes, as earlier versions did."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
 
 
 class Bomb:
@@ -404,30 +343,22 @@ def spoil(value, rng):
 
 
 @pytest.mark.parametrize("stage", (*STAGES, "codes"))
-def test_damaged_files_and_those_of_another_version_are_refused(trained, tmp_path, stage, request,
-                                                                monkeypatch):
-    """Cut, empty, zeros, with code inside, from before files had kinds; whole ones in which one thing is odd
-    may be read too. One line, to who uses them as to who goes on; they are not touched, no code is run."""
+def test_damaged_files_and_those_of_another_version_are_refused(trained, tmp_path, stage, monkeypatch):
+    """Cut, empty, zeros, with code inside, from before files had kinds. One line, to who uses them as to who
+    goes on; they are not touched, no code is run."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     path, executed = tmp_path / "shapes" / f"{stage}.pt", tmp_path / "executed"
     whole, state = path.read_bytes(), weights(tmp_path, stage)
-    rng = random.Random(f"{request.config.getoption('--seed')} {stage}")
     earlier = of_torch_alone({"stage": stage, "ema": {}})
-    spoiled = [of_torch_alone(spoil(state, rng)) for _ in range(request.config.getoption("--mutations") // 3)]
+    plain_bomb = pickle.dumps({"kind": stage, "bomb": Bomb(executed)})
     bomb = of_torch_alone({**state, "bomb": Bomb(executed)})
-    readers = [functools.partial(use, tmp_path, stage)]
-    if stage in STAGES:
-        readers.append(checkpoint_of(tmp_path, stage, monkeypatch).resume)
-    for content in (whole[:len(whole) // 2], b"", bytes(9999), earlier, *spoiled, bomb):
+    readers = readers_of(tmp_path, stage, monkeypatch)
+    for content in (whole[:len(whole) // 2], b"", bytes(9999), earlier, plain_bomb, bomb):
         path.write_bytes(content)
         for read in readers:
-            try:
+            with pytest.raises(SystemExit, match=f"^error: [^\n]*{stage}.pt: [^\n]*$") as problem:
                 read()
-                assert content in spoiled
-            except SystemExit as problem:
-                line = str(problem)
-                assert re.match(f"error: .*({stage}.pt: |--vae)", line) and "\n" not in line, line
-                assert content != earlier or "of an earlier version" in line
+            assert ("of an earlier version" in str(problem.value)) == (content == earlier)
         assert path.read_bytes() == content
     assert not data.is_made_from(path, stage, state["made_from"])
     with pytest.raises(SystemExit, match="not readable"):
@@ -485,53 +416,37 @@ def test_checkpoints_of_an_earlier_commit_go_on_and_are_drawn_from(tmp_path):
 
 
 def test_codes_of_changed_images_are_refused_and_made_again(tmp_path):
-    """A picture is renamed, or exchanged for another: no stage pairs old codes with other images."""
+    """A picture is renamed: no stage pairs old codes with other images."""
     folder = make_folder(tmp_path / "pictures", captions=False)
     where = ["--dataset", "folder", "--data-dir", folder, "--image-size", 32, "--out", tmp_path]
     train = ["tokenizer", *TINY["tokenizer"], *SMALL_IMAGES, *where]
     draw = ["generator", *TINY["generator"], "--patch", 8, *where]
     call(*train)
-    for change, *names in ((os.rename, "1.png", "100.png"), (shutil.copy, "3.png", "5.png")):
-        change(*(folder / "cats" / name for name in names))
-        for words in (draw, ["text_prior", *TINY["text_prior"], *where], ["sample", "--score", *where]):
-            refuse(*words, words=["codes.pt: codes of other images", "python tokenizer.py"])
-        call(*train)
-        call(*draw, "--restart")
-    begun = [*train, "--out", tmp_path / "begun"]
-    finish(tmp_path / "said", begun, code=143, STOP_AFTER=2)
-    os.rename(folder / "cats" / "7.png", folder / "cats" / "200.png")
-    refuse(*begun, words=["tokenizer.pt: made from other images"])
+    os.rename(folder / "cats" / "1.png", folder / "cats" / "100.png")
+    for words in (draw, ["text_prior", *TINY["text_prior"], *where], ["sample", "--score", *where]):
+        refuse(*words, words=["codes.pt: codes of other images", "python tokenizer.py"])
+    call(*train)
+    call(*draw)
 
 
 # --- files of others: every reader, mutated inputs --------------------------------------------------------
 
 def mutate(blob, rng):
-    """Bytes of which parts are flipped, overwritten, cut out, repeated or exchanged, or the end cut off."""
+    """Bytes of which parts are overwritten, cut out, repeated or turned round."""
     blob = bytearray(blob)
     for _ in range(rng.choice((1, 1, 2, 5, 20))):
         at = rng.randrange(len(blob) + 1)
-        other = rng.randrange(len(blob) + 1)
-        size = rng.choice((1, 1, 1, 2, 4, 16, 256))
+        size = rng.choice((1, 1, 1, 2, 4, 16, 256, len(blob)))
         part = blob[at:at + size]
-        flipped = bytes(byte ^ 1 << rng.randrange(8) for byte in part)
         constant = bytes([rng.choice((0, 127, 128, 255))] * len(part))
-        noise = rng.randbytes(len(part))
-        changes = (flipped, constant, noise, b"", part * 3, blob[other:other + size])
-        blob[at:at + size] = rng.choice(changes)
-    if rng.random() < 0.1:
-        del blob[rng.randrange(len(blob) + 1):]
+        blob[at:at + size] = rng.choice((constant, rng.randbytes(len(part)), b"", part * 3, part[::-1]))
     return bytes(blob)
 
 
 @pytest.fixture
 def mutated(request):
-    """A function that tries a reader on a file changed at random: it is read, or refused with one line; no
-    other exception, no hang, no memory without measure."""
+    """A function that tries a reader on a file changed at random: it is read, or refused with one line."""
     rng = random.Random(f"{request.config.getoption('--seed')} {request.node.name}")
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30), limits[1]))
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
     verdicts = set()
 
     def try_out(path, read):
@@ -540,8 +455,9 @@ def mutated(request):
             changed = mutate(whole, rng)
             if path.suffix == ".json" and rng.random() < 0.5:
                 changed = json.dumps(spoil(json.loads(whole), rng)).encode()
+            if path.suffix == ".pt" and rng.random() < 0.5:
+                changed = of_torch_alone(spoil(torch.load(io.BytesIO(whole)), rng))
             path.write_bytes(changed)
-            signal.alarm(100)
             try:
                 read(path)
                 verdicts.add("read")
@@ -549,15 +465,10 @@ def mutated(request):
                 verdicts.add("refused")
                 line = str(problem)
                 assert line.startswith("error: ") and "\n" not in line and len(line) < 3000, line
-            except BaseException as problem:
-                pytest.fail(f"{path}: {problem!r} on {changed[:2000]!r}")
-            finally:
-                signal.alarm(0)
         path.write_bytes(whole)
         read(path)
 
     yield try_out
-    resource.setrlimit(resource.RLIMIT_AS, limits)
     assert verdicts == {"read", "refused"}
 
 
@@ -581,7 +492,8 @@ def test_mutated_pictures_of_every_format_and_mode(mutated, tmp_path):
         mutated(tmp_path / name, read)
 
 
-def test_mutated_captions_prompts_and_encodings(mutated, tmp_path):
+@pytest.mark.filterwarnings("ignore")  # of torch
+def test_mutated_captions_prompts_encodings_weights_and_autoencoders(mutated, vae, tmp_path):
     def encode(path):
         text = text_prior.build_text(str(path), [])
         assert text.decode(text.encode(["abc, def"])[0]) == "abc, def" and text.state()
@@ -591,86 +503,38 @@ def test_mutated_captions_prompts_and_encodings(mutated, tmp_path):
     ranks = text_prior.learn_merges(["a small red ring on a dotted background"] * 3)
     (tmp_path / "a.tiktoken").write_text(text_prior.Text(ranks, text_prior.PATTERN).state()["ranks"])
     write_tokenizer_json(tmp_path / "tokenizer.json")
-    mutated(folder / "metadata.jsonl", lambda path: data.read_captions(folder, [path.name]))
-    mutated(tmp_path / "prompts.txt", lambda path: sample.read_prompts(
-        SimpleNamespace(inputs=[], prompts=path), None))
+    files = data.list_files(folder, tmp_path / "out")
+    mutated(folder / "metadata.jsonl", lambda path: data.read_captions(folder, files))
+    args = SimpleNamespace(inputs=[], prompts=tmp_path / "prompts.txt")
+    mutated(args.prompts, lambda path: sample.read_prompts(args, None))
     mutated(tmp_path / "a.tiktoken", encode)
     mutated(tmp_path / "tokenizer.json", encode)
+    torch.save({"w": torch.arange(20.0), "b": torch.zeros(3)}, tmp_path / "w.pth")
+    (tmp_path / "w.index.json").write_text('{"weight_map": {"w": "w.pth", "b": "w.pth"}}')
+    mutated(tmp_path / "w.pth", tokenizer.read_weights)
+    mutated(tmp_path / "w.index.json", tokenizer.read_weights)
+    mutated(vae / "config.json", lambda path: generator.VAE(vae, "cpu"))
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch
-def test_mutated_checkpoints_codes_logs_and_lists_of_images(mutated, trained, places, tmp_path):
+def test_mutated_checkpoints_codes_logs_and_lists_of_images(mutated, trained, places, tmp_path,
+                                                            monkeypatch):
     folder = shutil.copytree(trained / "shapes", tmp_path / "shapes")
     for stage in (*STAGES, "codes"):
-        mutated(folder / f"{stage}.pt", lambda path: use(tmp_path, path.stem))
+        for read in readers_of(tmp_path, stage, monkeypatch):
+            mutated(folder / f"{stage}.pt", lambda path: read())
     run = SimpleNamespace(folder=folder, main=True)
     mutated(folder / "prior-ar.jsonl", lambda path: data.Log(run, "prior-ar", 6))
     tree = places["imagenet"][1]
-    args = SimpleNamespace(dataset="imagenet", data_dir=tree, out=tmp_path, image_size=32, workers=0)
+    args = arguments(dataset="imagenet", data_dir=tree, out=tmp_path)
     data.load_folder(args)
     mutated(tmp_path / "imagenet" / "files.json", lambda path: data.load_folder(args))
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch
-def test_mutated_weights_autoencoders_and_archives(mutated, places, tmp_path, monkeypatch):
-    """The checksum of the archive is taken for right, so that the reader itself is tried."""
-    torch.save({"w": torch.arange(20.0), "b": torch.zeros(3)}, tmp_path / "w.pth")
-    (tmp_path / "w.index.json").write_text('{"weight_map": {"w": "w.pth", "b": "w.pth"}}')
-    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=AutoencoderKL))
-    vae = make_vae(tmp_path / "vae", 2.0)
-    archive = tmp_path / "cifar-10-binary.tar.gz"
-    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
-        tar.add(places["cifar10"][1], "cifar-10-batches-bin")
-
-    def read_archive(path):
-        monkeypatch.setattr(data, "CIFAR_MD5", hashlib.md5(path.read_bytes()).hexdigest())
-        data.load_cifar10(SimpleNamespace(data_dir=tmp_path, image_size=32))
-
-    mutated(tmp_path / "w.pth", tokenizer.read_weights)
-    mutated(tmp_path / "w.index.json", tokenizer.read_weights)
-    mutated(vae / "config.json", lambda path: generator.VAE(vae, "cpu"))
-    mutated(archive, read_archive)
-
-
-def test_odd_images_are_read_right_or_named(tmp_path, capsys, monkeypatch):
-    """A picture of 200 megapixels, a program in PostScript and half a JPEG under the names of images; links
-    that lead round, nowhere and elsewhere."""
-    folder = make_folder(tmp_path / "in", 40)
-    Image.new("1", (20_000, 10_000)).save(folder / "huge.png")
-    Image.new("RGB", (9, 9)).save(folder / "program.png", "EPS")
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: Image.new("RGB", (9, 9)).im)  # would run it
-    Image.new("RGB", (50, 50)).save(folder / "cut.jpg")
-    os.truncate(folder / "cut.jpg", 300)
-    make_folder(tmp_path / "elsewhere", 6, captions=False)
-    for name, target in (("round", "in"), ("lost.png", "nowhere"), ("linked", "elsewhere")):
-        (folder / name).symlink_to(tmp_path / target)
-    args = SimpleNamespace(dataset="folder", data_dir=folder, out=tmp_path, image_size=16, workers=0)
-    dataset = data.load_folder(args)
-    assert len(dataset) == 46 and "linked" in dataset.factors["class"]
-    assert re.search("^.* 3 of 49 .*: cut.jpg, huge.png, program.png\n$", capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
-def test_an_archive_with_links_is_refused_and_nothing_is_written(tmp_path, monkeypatch, kind):
-    """Links and devices in the place of files: even if the checksum is right, nothing reaches the disk."""
-    archive = tmp_path / "data" / "cifar-10-binary.tar.gz"
-    archive.parent.mkdir()
-    with tarfile.open(archive, "w:gz") as tar:
-        for name in data.CIFAR_FILES:
-            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            member.type = kind
-            member.linkname = "/etc/passwd"
-            tar.addfile(member)
-    for problem in ("md5", "not readable"):
-        refuse("data", "--dataset", "cifar10", "--data-dir", archive.parent, "--out", tmp_path / "out",
-               words=[archive, problem])
-        monkeypatch.setattr(data, "CIFAR_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
-    assert list(archive.parent.iterdir()) == [archive]
-
-
 def test_a_picture_that_vanishes_ends_the_run_with_one_line(places, tmp_path):
     """Removed while workers decode: no traceback, no hang, the lock is free, and no worker is left."""
-    tree, said = shutil.copytree(places["imagenet"][1], tmp_path / "tree"), tmp_path / "said"
+    said = tmp_path / "said"
+    tree = shutil.copytree(places["imagenet"][1], tmp_path / "tree")
     words = ["tokenizer", *TINY["tokenizer"], *SMALL_IMAGES, "--dataset", "imagenet", "--data-dir", tree,
              *"--workers 2 --save-every 3 --steps 100000 --out".split(), tmp_path]
     process = start(said, *words)
@@ -682,45 +546,7 @@ def test_a_picture_that_vanishes_ends_the_run_with_one_line(places, tmp_path):
     wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers))
 
 
-# --- network and flags ------------------------------------------------------------------------------------
-
-def test_nothing_on_the_default_path_needs_a_network_nor_plain_paths(tmp_path):
-    """All stages and pictures in a network namespace without interfaces, under a path with spaces, quotes and
-    other alphabets; a download says where the file is to be put."""
-    if subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode:
-        pytest.skip("a network namespace needs root")
-    out, picture = tmp_path / "mes résultats 'neu' 数据", tmp_path / "ein schönes Bild.png"
-    Image.new("RGB", (50, 40)).save(picture)
-    words = []
-    for stage in STAGES:
-        name, flags = flags_of(stage)
-        words += [name, *flags, "--out", out, "+"]
-    for pictures in (["unconditional"], ["reconstruct", picture], ["text", "a red ring"]):
-        words += ["sample", *pictures, *ONE_PICTURE, "--out", out, "+"]
-    words += ["data", "--dataset", "cifar10", "--download", "--data-dir", tmp_path / "c", "--out", out]
-    words = ["unshare", "-n", *command(*words)]
-    text = subprocess.run(words, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT).stderr
-    names = {path.stem for path in (out / "shapes" / "samples").glob("*.png")}
-    assert names >= {"unconditional-masked", "reconstruct", "text"}, text
-    assert re.fullmatch(f"error: cannot download .*{tmp_path}/c/cifar-10-binary.tar.gz\n", text), text
-
-
-def test_a_download_that_never_ends_ends_in_one_line(tmp_path, monkeypatch):
-    """From a server that falls silent in the middle."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        def serve():
-            with server.accept()[0] as connection:
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\nhalf an archive")
-                time.sleep(5)
-
-        threading.Thread(target=serve).start()
-        monkeypatch.setattr(data, "CIFAR_URL", f"http://127.0.0.1:{server.getsockname()[1]}/archive")
-        monkeypatch.setattr(data, "PATIENCE", 1)
-        folder = tmp_path / "c"
-        refuse("data", "--dataset", "cifar10", "--download", "--data-dir", folder, "--out", tmp_path,
-               words=["cannot download", "timed out", folder / "cifar-10-binary.tar.gz"])
-    assert not any(folder.iterdir())
-
+# --- flags ------------------------------------------------------------------------------------------------
 
 VALUES = ["", "x", "-1", "0", "1", "3", "0.5", "1e400", "nan", "inf", "-0", "9" * 20, "1" * 5000, "☃", "²",
           "\n", "0 1", "1 0", "0 0 0", "a b c", "0.5 0.5 0.5 0.5"]

@@ -1,17 +1,15 @@
 """The generator's parts: code embedding, DiT, flow loss, ODE solver, guidance, latents."""
-import argparse
-import json
 import math
+import os
 import sys
 import types
-from pathlib import Path
 
 import data
 import generator
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, call, link_codes, part, refuse
+from conftest import TINY, arguments, call, link_codes, make_vae, part, refuse
 from PIL import Image
 
 
@@ -112,27 +110,19 @@ def test_solvers_reach_the_known_solution_at_their_order():
     assert error(80, "heun") < error(80, "euler") / 10
 
 
-@pytest.mark.parametrize("method", ["euler", "heun"])
-def test_a_single_image_is_reached_exactly(method):
-    x = torch.randn(1, 3, 8, 8)
-    reached = generator.integrate(lambda z, t: (x - z) / (1 - t), torch.randn(1, 3, 8, 8), 5, method)
-    assert torch.allclose(reached, x, atol=1e-5)
-
-
-class Constant:
-    """A generator whose velocity is a constant, or the mean of the code, and which counts its calls."""
+class Scaled:
+    """A generator whose velocity is so many times the mean of the code, and which counts its calls."""
     V = 5
     condition = "both"
     predict = "v"
 
-    def __init__(self, value=None):
-        self.value = value
+    def __init__(self, factor):
+        self.factor = factor
         self.calls = []
 
     def __call__(self, z, t, codes):
         self.calls.append(len(z))
-        value = codes.float().mean(1) if self.value is None else torch.full((len(z),), self.value)
-        return value[:, None, None, None].expand_as(z)
+        return self.factor * codes.float().mean(1)[:, None, None, None].expand_as(z)
 
 
 @pytest.mark.parametrize("guidance, t, weak, expected, calls", [
@@ -140,8 +130,8 @@ class Constant:
     (3.0, 0.3, None, -7.0, [4]), (3.0, 0.2, None, 1.0, [2]), (3.0, 0.7, None, 1.0, [2]),  # its ends
     (2.0, 0.5, 0.25, 0.25 + 2 * (1 - 0.25), [2])])  # from a weaker model
 def test_guidance_is_linear_one_means_none_and_the_interval_holds(run, guidance, t, weak, expected, calls):
-    model = Constant()
-    weaker = weak and Constant(weak)
+    model = Scaled(1.0)
+    weaker = weak and Scaled(weak)
     codes = torch.ones(2, 8).long()  # of velocity 1
     field = generator.guided_field(model, codes, guidance, [0.3, 0.6], run, weaker)
     assert torch.allclose(field(torch.zeros(2, 3, 4, 4), t), torch.tensor(expected)) and model.calls == calls
@@ -164,45 +154,11 @@ def test_images_follow_from_seed_and_number_alone(run):
 
 # --- latents ----------------------------------------------------------------------------------------------
 
-class AutoencoderKL(torch.nn.Module):
-    """Stands for diffusers' class: folds 2 × 2 pixels into 12 channels, times its only weight, a gain."""
-
-    @classmethod
-    def from_pretrained(cls, path, local_files_only):
-        model = cls()
-        model.gain = float((Path(path) / "diffusion_pytorch_model.bin").read_text())
-        return model
-
-    def encode(self, x):
-        mean = F.pixel_unshuffle(x, 2) * self.gain + 0.25
-        return types.SimpleNamespace(latent_dist=types.SimpleNamespace(mean=mean))
-
-    def decode(self, z):
-        return types.SimpleNamespace(sample=F.pixel_shuffle((z - 0.25) / self.gain, 2))
-
-
-def make_vae(folder, gain):
-    """A folder of an autoencoder whose latents are the pixels where the gain is 2."""
-    folder.mkdir()
-    config = {"_class_name": "AutoencoderKL", "latent_channels": 12, "block_out_channels": [1, 1],
-              "scaling_factor": 0.5, "shift_factor": 0.25}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "diffusion_pytorch_model.bin").write_text(str(gain))
-    return folder
-
-
-@pytest.fixture
-def vae(tmp_path, monkeypatch):
-    """The folder of an autoencoder."""
-    monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=AutoencoderKL))
-    return make_vae(tmp_path / "vae", 2.0)
-
-
 LATENT = [*TINY["generator"], "--patch", "4", "--stem", "0"]
 
 
 def test_latents_hold_both_flips_and_come_back_as_the_images(vae, run, tmp_path):
-    args = argparse.Namespace(image_size=32, dataset="shapes", out=str(tmp_path), workers=0)
+    args = arguments(image_size=32, dataset="shapes", out=str(tmp_path))
     run.folder = data.run_folder(args)
     dataset = data.load_dataset(args)
     path = run.folder / "latents.pt"
@@ -222,11 +178,8 @@ def test_latents_hold_both_flips_and_come_back_as_the_images(vae, run, tmp_path)
     made = path.stat().st_mtime_ns
     load()
     assert path.stat().st_mtime_ns == made  # once
-    whole = path.read_bytes()
-    at = whole.index(latents.numpy().tobytes()[:1000])
-    for broken in (whole[:-9], whole[:at] + b"other" + whole[at + 5:]):
-        path.write_bytes(broken)
-        assert torch.equal(load(), latents)  # made again
+    os.truncate(path, path.stat().st_size - 9)
+    assert torch.equal(load(), latents)  # made again
     dataset.id = "of other images"
     load()
     assert data.read(path, "latents")["made_from"]["images"] == "of other images"

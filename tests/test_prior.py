@@ -4,15 +4,12 @@ import itertools
 import math
 import subprocess
 import sys
-import types
 
-import data
 import prior
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENVIRONMENT, ROOT, TINY, FakeRun, call, refuse
-from launch import stop_after
+from conftest import ENVIRONMENT, ROOT, FakeRun, call, prepare, refuse, results, same, stopped_after, weights
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -95,14 +92,8 @@ def test_ar_is_causal():
     for position in range(L):
         other = codes.clone()
         other[0, position] = 2
-        same = (model(codes) == model(other)).all(2)[0]
-        assert same[:position + 1].all() and not same[position + 1:].any()
-
-
-def test_products_of_rotated_vectors_depend_on_their_distance_alone():
-    q, k = (prior.rotate(torch.randn(8).expand(6, 8), *prior.rope_table(6, 8)) for _ in range(2))
-    products = q @ k.T
-    assert torch.allclose(products[1:, 1:], products[:-1, :-1], atol=1e-5) and products[0].std() > 0.1
+        equal = (model(codes) == model(other)).all(2)[0]
+        assert equal[:position + 1].all() and not equal[position + 1:].any()
 
 
 @pytest.mark.parametrize("tables, length", [("position", L), ("shared", L), ("shared", 150)])
@@ -180,8 +171,8 @@ def test_one_by_one_samplers_follow_the_distribution_and_what_is_given(known, sa
     codes, calls = sample(known, given, **sampler)
     assert (codes[:, 0] == 1).all() and (codes[:, 3] == 2).all()
     assert distance(codes, known.p * ((CODES[:, 0] == 1) & (CODES[:, 3] == 2))) < 0.06
-    same, calls = sample(known, CODES, **sampler)
-    assert torch.equal(same, CODES) and calls.sum() == 0
+    kept, calls = sample(known, CODES, **sampler)
+    assert torch.equal(kept, CODES) and calls.sum() == 0
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 50])
@@ -192,15 +183,11 @@ def test_ancestral_takes_at_most_one_call_a_position_and_reveals_as_scheduled(kn
     assert abs(calls.double().mean() - expected) < 0.06
 
 
-def test_several_positions_a_call(known):
-    for order in ("event", "confidence"):
-        assert (sample(known, hidden(50), order=order, per_step=3)[1] == 2).all()
-
-
-def test_confidence_reveals_the_surest_position_first():
+def test_confidence_reveals_the_surest_position_first(known):
     model = Known(1e-12 + (CODES[:, 2] == 1).double())  # position 2 is certain, the others are not
     sample(model, hidden(20), order="confidence", order_noise=0.0)
     assert (model.asked[1][:, 2] == 1).all() and (model.asked[1] == V).sum() == 20 * 3
+    assert (sample(known, hidden(50), order="confidence", per_step=3)[1] == 2).all()
 
 
 def redraw(model, codes, rounds, log_weights=None):
@@ -310,27 +297,11 @@ def test_sampling_and_bits_are_the_same_on_a_device_without_float64(known):
 
 # --- training ---------------------------------------------------------------------------------------------
 
-FLAGS = ["--kind", "ar", *TINY["prior"], "--dtype", "float32"]
-
-
-def make_codes(out):
-    """OUT with random codes; returns the path of what is trained on them."""
-    folder = out / "shapes"
-    folder.mkdir(parents=True)
-    splits = {"train": range(100), "val": range(100, 120), "test": range(120, 140)}
-    codes = torch.randint(0, V, (140, 2, L), generator=rng())
-    data.save_codes(folder / "codes.pt", codes, V, types.SimpleNamespace(splits=splits), {}, {"images": ""})
-    return folder / "prior-ar.pt"
-
-
-def test_a_flag_that_came_later_does_not_stop_a_run(tmp_path, monkeypatch):
+def test_a_flag_that_came_later_does_not_stop_a_run(trained, tmp_path, monkeypatch):
     """A checkpoint that does not know it counts as trained with its default."""
-    paths = [make_codes(tmp_path / name) for name in ("whole", "cut")]
-    call("prior", *FLAGS, "--out", tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(data.Run, "stopping", stop_after(3))
-        with pytest.raises(SystemExit):
-            call("prior", *FLAGS, "--out", tmp_path / "cut")
+    _, words = prepare(trained, tmp_path, "prior-ar")
+    with stopped_after(3, monkeypatch):
+        call(*words)
     add_flags = prior.add_flags
 
     def add_more_flags(parser):
@@ -338,14 +309,11 @@ def test_a_flag_that_came_later_does_not_stop_a_run(tmp_path, monkeypatch):
         parser.add_argument_group("model").add_argument("--my-idea", type=float, default=0.0)
 
     monkeypatch.setattr(prior, "add_flags", add_more_flags)
-    refuse("prior", *FLAGS, "--my-idea", "0.5", "--out", tmp_path / "cut", words=["my_idea 0.0 → 0.5"])
-    steps = []
-    monkeypatch.setattr(data.Steps, "show", lambda self, **values: steps.append(self.step))
-    call("prior", *FLAGS, "--out", tmp_path / "cut")
-    whole, cut = (data.read(path, "prior-ar") for path in paths)
-    assert steps == [3, 4, 5] and cut["step"] == 6 and cut["config"]["my_idea"] == 0
-    for part in ("model", "ema"):
-        assert all(torch.equal(value, cut[part][name]) for name, value in whole[part].items())
+    refuse(*words, "--my-idea", "0.5", words=["my_idea 0.0 → 0.5"])
+    call(*words)
+    whole = results(trained, "prior-ar")
+    assert whole["step"] == 6
+    same(results(tmp_path, "prior-ar"), whole)
 
 
 ELSEWHERE = """
@@ -365,12 +333,12 @@ for time in ("first", "second"):
 """
 
 
-def test_a_prior_trains_and_resumes_without_what_linux_alone_has(tmp_path):
+def test_a_prior_trains_and_resumes_without_what_linux_alone_has(trained, tmp_path):
     """No locks, no limits, fewer signals."""
-    path = make_codes(tmp_path)
-    words = [sys.executable, "-c", ELSEWHERE, *FLAGS, "--out", str(tmp_path)]
+    _, (_, *flags) = prepare(trained, tmp_path, "prior-ar")
+    words = [sys.executable, "-c", ELSEWHERE, *map(str, flags)]
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "stopped at step 2 of 6" in done.stderr, done.stderr
     assert "first: 143" in done.stdout and "second" not in done.stdout
-    assert data.read(path, "prior-ar")["step"] == 6
+    assert weights(tmp_path, "prior-ar")["step"] == 6

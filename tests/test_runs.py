@@ -4,56 +4,23 @@ import json
 import os
 import re
 import shutil
-from contextlib import contextmanager
 
 import data
 import generator
 import pytest
 import sample
-import test_sample
+import text_prior
 import torch
-from conftest import TINY, call, flags_of, link_codes, refuse, run_pair, script, train_all
-from launch import stop_after
+from conftest import (ONE_PICTURE, SMALL_IMAGES, STAGES, TINY, call, contents, finish, link_codes, prepare,
+                      refuse, results, run_pair, same, stopped_after, weights)
 
-STAGES = ("tokenizer", "generator", "prior-masked", "prior-ar", "text_prior")
 COMPARABLE = "--dtype float32 --lr-matrix 0 --warmup 0".split()  # but for rounding
-SMALL_IMAGES = "--patch 8 --global-size 32 --local-size 16 --sem-read patches --image-size 32".split()
-
-
-def weights(out, stage, dataset="shapes"):
-    """The checkpoint of a stage."""
-    return torch.load(out / dataset / f"{stage}.pt", weights_only=True)
-
-
-def results(out, stage, dataset="shapes"):
-    """What a run leaves: its checkpoint, but for settings and names, and loss and norm of its log."""
-    state = weights(out, stage, dataset)
-    lines = (out / dataset / f"{stage}.jsonl").read_text().splitlines()
-    records = [record for record in map(json.loads, lines) if "loss" in record]
-    log = [[record[key] for key in ("step", "loss", "norm")] for record in records]
-    return {key: state[key] for key in state.keys() - {"config", "id", "made_from"}} | {"log": log}
 
 
 def train(trained, out, stage, *flags):
     """Train a stage, tiny, on the codes of `trained`; returns its results."""
-    if stage != "tokenizer" and not out.exists():
-        link_codes(trained, out)
-    name, tiny = flags_of(stage)
-    call(name, *tiny, *flags, "--out", out)
+    call(*prepare(trained, out, stage, *flags)[1])
     return results(out, stage)
-
-
-def same(a, b, path=""):
-    """Deep equality, bit for bit, of nested values."""
-    if isinstance(a, (list, tuple)):
-        a = dict(enumerate(a))
-        b = dict(enumerate(b))
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            same(a[key], b[key], f"{path}/{key}")
-    else:
-        assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
 
 
 def nearly_same(a, b):
@@ -63,19 +30,10 @@ def nearly_same(a, b):
     assert a["log"][-1] == pytest.approx(b["log"][-1], rel=1e-2) and torch.cat(distances).mean() < 1e-5
 
 
-@contextmanager
-def stopped_after(steps, monkeypatch):
-    """Inside, a training script finds after so many steps that it was asked to stop, and does so."""
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(data.Run, "stopping", stop_after(steps))
-        yield
-    assert stopped.value.code == 143
-
-
 @pytest.mark.parametrize("dataset", ["shapes", "cifar10", "imagenet", "folder"])
 def test_every_script_runs_on_every_dataset(places, tmp_path, dataset):
     """A few steps of each stage, over the preset of the dataset, then all pictures."""
-    out = tmp_path / "results of a run"
+    out = tmp_path / "mes résultats 'neu' 数据"
     where = ["--dataset", dataset, *places[dataset], "--out", out, "--image-size", "32"]
     call("data", *where)
     call("tokenizer", *TINY["tokenizer"], *where, *SMALL_IMAGES)
@@ -84,7 +42,7 @@ def test_every_script_runs_on_every_dataset(places, tmp_path, dataset):
     call("prior", *TINY["prior"], *where, "--kind", "ar")
     call("text_prior", *TINY["text_prior"], *where)
     for command in sample.COMMANDS:
-        call("sample", command, *where, *"--rows 1 --columns 2 --sample-steps 2 --rounds 1".split())
+        call("sample", command, *where, *ONE_PICTURE, "--rounds", "1")
     assert {path.stem for path in (out / dataset).glob("*.pt")} == {*STAGES, "codes", "generator-early"}
     pictures = {path.stem for path in (out / dataset / "samples").glob("*.png")}
     assert pictures == {"data", "generator-000006", "unconditional-masked", *sample.COMMANDS[1:]}
@@ -107,43 +65,51 @@ def test_stop_and_resume_equals_one_run_bit_for_bit(trained, tmp_path, stage, mo
     capsys.readouterr()
     train(trained, cut, stage, *flags)
     assert f"{stage}.pt is finished (9 steps)" in capsys.readouterr().out and file.read_bytes() == before
-    name, tiny = flags_of(stage)
-    changed = [*tiny, *flags, "--width", "32", "--out", cut]
-    refuse(name, *changed, words=["width 16 → 32", file])
-    call(name, *changed, "--restart")
+    _, changed = prepare(trained, cut, stage, *flags, "--width", "32")
+    refuse(*changed, words=["width 16 → 32", file])
+    call(*changed, "--restart")
     assert weights(cut, stage)["config"]["width"] == 32
 
 
 def test_codes_are_the_same_however_they_came_about(trained, tmp_path, monkeypatch):
-    """After a stop in the last step, and where codes.pt was lost or cut, as in one run."""
+    """After a stop in the last step, and where codes.pt was lost, as in one run."""
     file = tmp_path / "shapes" / "codes.pt"
-    whole = data.read(trained / "shapes" / "codes.pt", "codes")
+    whole = contents(trained / "shapes" / "codes.pt")
     with stopped_after(6, monkeypatch):
         train(trained, tmp_path, "tokenizer")
     assert weights(tmp_path, "tokenizer")["step"] == 6 and not file.exists()
-    for what in ("not written", "lost", "cut"):
-        if what == "lost":
-            file.unlink()
-        if what == "cut":
-            file.write_bytes(file.read_bytes()[:-7])
+    for _ in ("not written", "lost"):
         train(trained, tmp_path, "tokenizer")
-        found = data.read(file, "codes")
-        same({**found, "id": 0, "made_from": 0}, {**whole, "id": 0, "made_from": 0})
+        same(contents(file), whole)
+        file.unlink()
 
 
-def test_the_generator_is_shown_each_image_with_the_code_of_its_own_flip(trained, tmp_path, monkeypatch):
-    seen, flow_loss = [], generator.flow_loss
+def test_training_pairs_each_code_with_its_own_flip_and_caption(trained, tmp_path, monkeypatch):
+    """As the losses of the generator and the text prior are shown them."""
+    seen = {"flow_loss": [], "text_nll": []}
 
-    def noted(model, x, codes, *rest):
-        seen.append((data.to_bytes(x), codes))
-        return flow_loss(model, x, codes, *rest)
+    def note(module, name):
+        usual = getattr(module, name)
 
-    monkeypatch.setattr(generator, "flow_loss", noted)
-    train(trained, tmp_path / "out", "generator", "--drop", "0")
-    args = sample.parse(["reconstruct", "--out", str(trained)])
+        def noted(model, *args):
+            seen[name].append(args)
+            return usual(model, *args)
+
+        monkeypatch.setattr(module, name, noted)
+
+    note(generator, "flow_loss")
+    note(text_prior, "text_nll")
+    train(trained, tmp_path, "generator", "--drop", "0")
+    train(trained, tmp_path, "text_prior", "--drop", "0")
+    args = sample.parse(["text", "--out", str(tmp_path)])
     stages = sample.Stages(args, data.Run(args))
-    for images, codes in seen:
-        assert (stages.encode(images) == codes).double().mean() > 0.98  # but for rounding
+    for x, codes, *_ in seen["flow_loss"]:
+        assert (stages.encode(data.to_bytes(x)) == codes).double().mean() > 0.98  # but for rounding
+    flips = stages.stored["codes"].tolist()
+    pairs = {(tuple(code), caption) for both, caption in zip(flips, stages.dataset.captions) for code in both}
+    for codes, text, *_ in seen["text_nll"][:6]:  # the steps
+        for code, ids in zip(codes.tolist(), text.tolist()):
+            assert (tuple(code), stages.text_model[1].decode(ids)) in pairs
 
 
 def test_the_references_leave_the_files_of_the_generator_alone(tmp_path):
@@ -169,17 +135,17 @@ def test_saving_memory_changes_no_result(trained, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_dry_run_prints_the_parameters_and_touches_nothing(trained, tmp_path, stage, capsys):
     """Also beside the checkpoint of a run with other settings."""
-    def contents():
+    def files():
         return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    before = contents()
+    before = files()
     with pytest.raises(SystemExit) as stopped:
         train(trained, tmp_path, stage, "--lr", "0.1", "--steps", "50", "--dry-run")
     parameters = sum(values.numel() for values in weights(trained, stage)["model"].values())
     said = capsys.readouterr().out
     assert f"{parameters / 1e6:.2f}M parameters" in said and re.search(r"lr +0.1\n", said)
-    assert stopped.value.code == 0 and "TFLOP" not in said and contents() == before
+    assert stopped.value.code == 0 and "TFLOP" not in said and files() == before
 
 
 def test_two_processes_equal_one_and_go_on_from_one(trained, tmp_path, monkeypatch):
@@ -194,10 +160,7 @@ def test_two_processes_equal_one_and_go_on_from_one(trained, tmp_path, monkeypat
         if title == "goes on":
             with stopped_after(1, monkeypatch):
                 train(trained, out, stage, *flags)
-        elif stage != "tokenizer":
-            link_codes(trained, out)
-        name, tiny = flags_of(stage)
-        words += ["+", name, *tiny, *flags, "--out", out]
+        words += ["+", *prepare(trained, out, stage, *flags)[1]]
     run_pair(tmp_path / "said", *words[1:])
     for title, stage, _ in runs:
         nearly_same(one[title], results(tmp_path / "two" / title, stage))
@@ -206,15 +169,10 @@ def test_two_processes_equal_one_and_go_on_from_one(trained, tmp_path, monkeypat
 def test_a_sharded_text_prior_equals_a_whole_one_and_resumes(trained, tmp_path):
     """--shard on two processes leaves one ordinary file, and goes on from it bit for bit."""
     flags = [*COMPARABLE, "--accumulate", "2"]
-    words = ["text_prior", *TINY["text_prior"], *flags, "--shard", "--out"]
-    link_codes(trained, tmp_path / "whole")
-    link_codes(trained, tmp_path / "cut")
-    refuse(*words, tmp_path / "cut", words=["--shard", "torchrun"])
-    said = run_pair(tmp_path / "said", *words, tmp_path / "whole")
-    assert "".join(said).count("test: bits per token") == 1
-    said = run_pair(tmp_path / "said", *words, tmp_path / "cut", code=143, STOP_AFTER=4)
-    assert "stopped at step 4 of 6" in said[0]
-    run_pair(tmp_path / "said", *words, tmp_path / "cut")
+    for out, stop in (("whole", 0), ("cut", 4), ("cut", 0)):
+        _, words = prepare(trained, tmp_path / out, "text_prior", *flags, "--shard")
+        said = run_pair(tmp_path / "said", *words, code=143 if stop else 0, STOP_AFTER=stop)
+        assert "".join(said).count("stopped at step 4 of 6" if stop else "test: bits per token") == 1
     cut = results(tmp_path / "cut", "text_prior")
     same(cut, results(tmp_path / "whole", "text_prior"))
     nearly_same(cut, train(trained, tmp_path / "one", "text_prior", *flags))
@@ -228,7 +186,7 @@ def test_two_processes_check_encode_and_crop_an_imagenet_tree_as_one(places, tmp
     shutil.copytree(places["imagenet"][1], tree)
     (tree / "train" / "cats" / "broken.png").write_bytes(b"no picture")
     words = ["tokenizer", *TINY["tokenizer"], *SMALL_IMAGES, *COMPARABLE, "--dataset", "imagenet"]
-    words += ["--data-dir", tree, *"--steps 2 --workers 1 --out".split()]
+    words += ["--data-dir", tree, *"--steps 1 --workers 1 --out".split()]
     call(*words, tmp_path / "one")
     both = run_pair(tmp_path / "said", *words, tmp_path / "two")
     for said in (capsys.readouterr().err, "".join(both)):
@@ -240,9 +198,9 @@ def test_two_processes_check_encode_and_crop_an_imagenet_tree_as_one(places, tmp
     assert (one == two).double().mean() > 0.98  # rounding may turn a tie
 
 
-def test_scores_by_inception_are_the_same_on_two_processes(trained, tmp_path):
-    torch.jit.script(test_sample.Net()).save(str(tmp_path / "net.pt"))
-    words = ["sample", *"--score --count 1100 --sample-steps 1 --inception".split(), tmp_path / "net.pt"]
+def test_scores_by_inception_are_the_same_on_two_processes(trained, tmp_path, inception, monkeypatch):
+    """Which share nothing else of sample.py."""
+    words = ["sample", *"--score --count 1100 --sample-steps 1 --inception".split(), inception]
     file = trained / "shapes" / "inception.json"
     call(*words, "--out", trained)
     one = json.loads(file.read_text())
@@ -251,6 +209,8 @@ def test_scores_by_inception_are_the_same_on_two_processes(trained, tmp_path):
     two = json.loads(file.read_text())
     for name in ("codes of prior-masked", "true codes"):
         assert one[name] == two[name] and one[name]["samples"] == 1100
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuse("sample", "--train", "--out", tmp_path, words=["without torchrun"])
 
 
 def test_one_command_trains_draws_and_scores_and_a_second_trains_nothing(tmp_path, monkeypatch, capsys):
@@ -287,16 +247,12 @@ def test_one_command_trains_draws_and_scores_and_a_second_trains_nothing(tmp_pat
     assert results() == first and capsys.readouterr().out.count("is finished") == 5
 
 
-def test_a_text_prior_alone_never_draws_a_shape(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "draw_shapes", None)  # a call would raise
-    assert train(trained, tmp_path / "out", "text_prior")["step"] == 6
-
-
 @pytest.mark.parametrize("command", [
-    "tokenizer --steps 0", "tokenizer --lr nan", "tokenizer --batch 4", "tokenizer --accumulate 2",
+    "tokenizer --steps 0", "tokenizer --lr nan", "tokenizer --drop-path 1.1", "tokenizer --batch 4",
+    "tokenizer --accumulate 2",
     "tokenizer --heads 5", "tokenizer --stem 5", "tokenizer --codes 30", "tokenizer --global-size 30",
     "tokenizer --ibot 0.5", "tokenizer --sem-read registers", "tokenizer --weight-decay-final 0.1",
-    "tokenizer --init x.pth", "generator --patch 5", "generator --accumulate 7",
+    "tokenizer --init x.pth", "generator --patch 5",
     "generator --factors --condition none", "prior", "prior --kind ar --heads 3", "text_prior --shard",
     "text_prior --mix 0 0 0", "sample", "sample text --train", "sample unconditional --inception x.pt",
     "sample caption --prompts x", "sample text --weights 1 1", "data --download"])
@@ -328,19 +284,12 @@ def test_missing_stages_are_named_with_the_command_that_trains_them(trained, tmp
 
 def test_stages_of_another_tokenizer_are_refused(trained, tmp_path):
     """By who would go on with them, and by who uses them."""
-    train_all(tmp_path, "--seed", "1", stages=["tokenizer"])
+    train(trained, tmp_path, "tokenizer", "--seed", "1")
     for stage, command in (("prior-ar", "unconditional --kind ar"), ("prior-masked", "unconditional"),
                            ("generator", "reconstruct"), ("text_prior", "text ring")):
         os.link(trained / "shapes" / f"{stage}.pt", tmp_path / "shapes" / f"{stage}.pt")
-        name, tiny = flags_of(stage)
-        refuse(name, *tiny, "--out", tmp_path, words=[f"{stage}.pt", "other codes"])
+        refuse(*prepare(trained, tmp_path, stage)[1], words=[f"{stage}.pt", "other codes"])
         refuse("sample", *command.split(), "--out", tmp_path, words=[f"{stage}.pt", "other codes"])
-
-
-def test_several_processes_are_refused_where_they_share_nothing(tmp_path, monkeypatch):
-    """Before anything is trained."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refuse("sample", "--train", "--out", tmp_path, words=["without torchrun"])
 
 
 def test_what_cannot_be_read_or_written_is_one_line_and_exit_code_1(trained, tmp_path):
@@ -348,8 +297,6 @@ def test_what_cannot_be_read_or_written_is_one_line_and_exit_code_1(trained, tmp
     (tmp_path / "file").write_text("")
     refuse("sample", "reconstruct", tmp_path / "missing.png", "--out", trained, words=["missing.png"])
     refuse("data", "--out", tmp_path / "file", words=["cannot write", "--out"])
-    where = ["--dataset", "folder", "--data-dir", tmp_path / "none", "--out", tmp_path]
-    refuse("data", *where, words=[f"no folder {tmp_path / 'none'}"])
-    done = script("sample", "reconstruct", tmp_path / "broken.png", "--out", trained)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "broken.png" in done.stderr
+    refuse("generator", "--accumulate", "7", "--out", trained, words=["--batch-size 64", "--accumulate"])
+    words = ["sample", "reconstruct", tmp_path / "broken.png", "--out", trained]
+    assert "broken.png" in finish(tmp_path / "said", words, code=1)

@@ -1,18 +1,16 @@
 """Pictures and scores: mixtures of codes, the Fréchet distance, the judge, the table, Inception."""
-import gc
 import json
 import shutil
-import types
 
 import data
 import numpy as np
 import pytest
 import sample
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from conftest import call, link_codes, refuse
+from conftest import Net, arguments, call, link_codes, refuse
 from PIL import Image
+
 
 def test_a_mixture_weighs_the_values_of_its_parents():
     """Chosen positions come from the first parent alone, all others then from the rest."""
@@ -54,7 +52,7 @@ def test_captions_of_shapes_can_be_read_back():
 
 
 def test_a_batch_of_the_judge_has_blends_and_follows_from_the_step():
-    args = types.SimpleNamespace(dataset="shapes", image_size=32)
+    args = arguments(dataset="shapes", image_size=32)
     images, labels, blends = sample.judge_batch(None, args, 5)
     again, _, blends_again = sample.judge_batch(None, args, 5)
     assert torch.equal(images, again) and torch.equal(blends, blends_again)
@@ -64,38 +62,25 @@ def test_a_batch_of_the_judge_has_blends_and_follows_from_the_step():
         assert data.is_unseen(labels, pair).any()
 
 
-def stages_of(trained):
-    """The trained stages of an OUT."""
+def test_composing_and_infilling_keep_what_they_should_and_stored_codes_fit_their_images(trained):
+    """A child's positions are its parents'; a stored code is that of its image by the averaged tokenizer, of
+    either flip, but for rounding."""
     args = sample.parse(["compose", "--rounds", "2", "--out", str(trained)])
-    return sample.Stages(args, data.Run(args))
-
-
-def test_a_stored_code_is_that_of_its_image_by_the_averaged_tokenizer(trained):
-    """Of either flip, but for rounding."""
-    stages = stages_of(trained)
-    rows = torch.arange(0, 270, 3)
-    for flip in (0, 1):
-        codes = stages.encode(stages.dataset.pixels(rows, torch.full((90,), flip == 1)))
-        assert (codes == stages.codes["codes"][rows, flip]).double().mean() > 0.98
-
-
-@pytest.mark.parametrize("choose", ["prior", "random"])
-def test_every_position_of_a_child_is_a_parents(trained, choose):
-    stages = stages_of(trained)
-    parents = stages.codes_of(range(90)).view(30, 3, -1)
-    children = stages.compose(parents, [0.5, 0.5, 0], torch.Generator().manual_seed(0), choose)
-    first = children == parents[:, 0]
-    second = children == parents[:, 1]
-    assert (first | second).all() and not first.all() and not second.all()
-
-
-def test_infill_keeps_what_it_is_told_to_keep(trained):
-    stages = stages_of(trained)
-    codes = stages.codes_of(range(60))
+    stages = sample.Stages(args, data.Run(args))
     rng = torch.Generator().manual_seed(0)
+    parents = stages.codes_of(range(90)).view(30, 3, -1)
+    for choose in ("prior", "random"):
+        children = stages.compose(parents, [0.5, 0.5, 0], rng, choose)
+        first = children == parents[:, 0]
+        second = children == parents[:, 1]
+        assert (first | second).all() and not first.all() and not second.all()
+    codes = parents.flatten(0, 1)
     keep = torch.rand(codes.shape, generator=rng) < 0.5
     filled = stages.infill(codes, keep, rng)
     assert torch.equal(filled[keep], codes[keep]) and not torch.equal(filled, codes) and filled.max() < 4
+    for flip in (0, 1):
+        codes = stages.encode(stages.dataset.pixels(range(90), torch.full((90,), flip == 1)))
+        assert (codes == stages.stored["codes"][:90, flip]).double().mean() > 0.98
 
 
 def test_pictures_store_their_settings(trained):
@@ -143,24 +128,6 @@ def test_the_table_of_scores_is_complete_and_within_bounds(trained, tmp_path, mo
     assert "compose, positions at random" in capsys.readouterr().out
 
 
-class Net(nn.Module):
-    """Stands for the public Inception: bytes → 6 features, or probabilities of 5 classes."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(48, 6))
-        self.out = nn.Parameter(torch.randn(6, 5))
-        self.bias = nn.Parameter(torch.randn(5))
-
-    def forward(self, images: torch.Tensor, return_features: bool = False, no_output_bias: bool = False):
-        x = F.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1) @ self.weight
-        if return_features:
-            return x
-        logits = x @ self.out * 3
-        return (logits if no_output_bias else logits + self.bias).softmax(1)
-
-
 def numpy_scores(real, made, classes):
     """FID, IS, precision and recall with numpy alone."""
     root = np.sqrt(np.linalg.eigvals(np.cov(real.T) @ np.cov(made.T)).real.clip(0)).sum()
@@ -186,56 +153,40 @@ def test_precision_and_recall_equal_numpy():
     assert max(found) < 0.9
 
 
-def test_scores_by_inception_equal_numpy_and_go_on_after_a_stop(trained, tmp_path, monkeypatch):
-    """Of the images that were really drawn; stopped in the middle and continued, the same again."""
-    net = torch.jit.script(Net())
-    net.save(str(tmp_path / "net.pt"))
-    folder = trained / "shapes"
-    drawn, draw, most = [], sample.Stages.draw, 8
+def test_scores_by_inception_equal_numpy(trained, inception, monkeypatch):
+    """Of the images that were really drawn."""
+    net = Net()
+    drawn, draw = [], sample.Stages.draw
 
     def noted(*args):
-        if len(drawn) == most:
-            raise InterruptedError
         drawn.append(draw(*args))
         return drawn[-1]
 
-    def scores():
-        flags = ["--score", "--inception", tmp_path / "net.pt", "--count", "70", "--sample-steps", "1"]
-        call("sample", *flags, "--out", trained)
-        found = json.loads((folder / "inception.json").read_text())
-        lines = (found["codes of prior-masked"], found["true codes"])
-        return [[line[name] for name in ("FID", "IS", "precision", "recall")] for line in lines]
-
     monkeypatch.setattr(sample.Stages, "draw", noted)
     monkeypatch.setattr(sample.prior, "BATCH", 20)
-    whole = scores()
+    call("sample", "--score", "--inception", inception, *"--count 70 --sample-steps 1 --out".split(), trained)
     assert [len(images) for images in drawn] == [20, 20, 20, 10] * 2
+    scores = json.loads((trained / "shapes" / "inception.json").read_text())
     with torch.no_grad():
-        shapes = data.load_shapes(types.SimpleNamespace(image_size=32)).images[:160]
+        shapes = data.load_shapes(arguments(image_size=32)).images[:160]
         real = net(shapes, True).double().numpy()
-        for found, images in zip(whole, torch.cat(drawn).split(70)):
+        for line, images in zip(("codes of prior-masked", "true codes"), torch.cat(drawn).split(70)):
             made = net(images, True).double().numpy()
             classes = net(images, False, True).double().numpy()
+            found = [scores[line][name] for name in ("FID", "IS", "precision", "recall")]
             assert np.allclose(found, numpy_scores(real, made, classes), rtol=1e-4, atol=1e-6)
-    drawn.clear()
-    most = 3
-    with pytest.raises(InterruptedError):
-        scores()
-    gc.collect()  # the frames of the stopped run, and with them its lock
-    most = 8
-    assert scores() == whole and len(drawn) == 8 and not list(folder.glob(".samples-*"))
+    assert not list((trained / "shapes").glob(".samples-*"))
 
 
-def test_files_that_are_no_inception_are_refused(trained, tmp_path, monkeypatch):
+def test_files_that_are_no_inception_are_refused(trained, tmp_path, inception, monkeypatch):
     """And what is missing, or belongs to other images, is said before anything is drawn."""
     (tmp_path / "text.pt").write_text("no network")
-    torch.jit.script(nn.ReLU()).save(str(tmp_path / "relu.pt"))
-    torch.jit.script(Net()).save(str(tmp_path / "net.pt"))
+    torch.jit.script(torch.nn.ReLU()).save(str(tmp_path / "relu.pt"))
     link_codes(trained, tmp_path / "codes")
     flags = ["--score", "--out", tmp_path / "codes", "--inception"]
     for name in ("text.pt", "missing.pt", "relu.pt"):
         refuse("sample", *flags, tmp_path / name, words=["--inception", name, "inception-2015-12-05.pt"])
-    refuse("sample", *flags, tmp_path / "net.pt", words=["generator.pt", "python generator.py"])
+    refuse("sample", *flags, inception, words=["generator.pt", "python generator.py"])
     monkeypatch.setattr(data, "SHAPES_COUNTS", {**data.SHAPES_COUNTS, "train": 150})
-    flags = ["--score", "--count", "8", "--out", trained, "--inception", tmp_path / "net.pt"]
-    refuse("sample", *flags, words=["codes.pt", "other images"])
+    flags[2] = trained
+    refuse("sample", *flags, inception, words=["codes.pt", "other images"])
