@@ -769,7 +769,7 @@ def find_broken(folder, names, args):
     known = gather(known)[0]
     with suppress(KeyError, TypeError):
         if known["tree"] == tree:
-            return sorted(known["broken"])
+            return sorted(set(known["broken"]) & set(names))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = [name for name, image in decode(folder, names[rank::world], args) if image is None]
     broken = sorted(itertools.chain(*gather(mine)))
