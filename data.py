@@ -149,6 +149,8 @@ def make_parser(doc):
     add("--dataset", choices=("shapes", "cifar10", "imagenet", "folder"), default="shapes",
         help="data and preset together (default: shapes)")
     add("--image-size", type=positive, default=32, help="side of the images in pixels")
+    add("--held-out", type=number(0, 7, int), nargs=2, default=[1, 0], metavar=("NUMBER", "CHOICE"),
+        help="shapes: how many of the 8 colours each shape never has, and which (0: the ones reported)")
     add("--seed", type=number(0, 2 ** 63 - 1, int), default=0, help="of everything random (default: 0)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of the arithmetic; auto: bfloat16 where it is faster")
@@ -170,11 +172,13 @@ def add_training_flags(parser, steps, batch_size, lr, lr_matrix, warmup, ema=Non
     add("--lr-matrix", type=non_negative, default=lr_matrix,
         help="learning rate of Muon for the blocks' matrices; 0: AdamW for all")
     add("--lr-final", type=fraction, default=0.05, help="share of the learning rates at the end (cosine)")
+    add("--beta2", type=fraction, default=0.95, help="of AdamW: decay a step of the mean squared gradient")
     add("--warmup", type=count, default=warmup, help="steps of linear warm-up")
     add("--weight-decay", type=non_negative, default=0.0, help="decoupled weight decay")
     add("--clip", type=non_negative, default=3.0, help="largest gradient norm; 0: any")
     if ema is not None:
-        add("--ema", type=fraction, default=ema, help="decay a step of the averaged weights")
+        add("--ema", type=fraction, default=ema,
+            help="decay a step of the averaged weights; n / (9 + n) after n steps where that is less")
     add = parser.add_argument_group("training run").add_argument
     add("--save-every", type=positive, default=1000, help="steps between checkpoints")
     add("--grad-checkpoint", action="store_true", help="compute activations twice to save memory")
@@ -481,19 +485,32 @@ SHAPES = {
 RGB = {"red": (.88, .13, .13), "orange": (.98, .55, .08), "yellow": (.96, .90, .15), "green": (.15, .65, .22),
        "cyan": (.20, .82, .88), "blue": (.15, .28, .85), "purple": (.48, .15, .68), "pink": (.98, .50, .75),
        "white": (1., 1., 1.), "black": (.05, .05, .05)}
-# Pairs of factors with combinations that never occur in train, val and test: value i of the first never meets
-# value i mod n of the second.
+# Pairs of factors with combinations that never occur in train, val and test (see held_out).
 UNSEEN_PAIRS = {"unseen-shape-colour": ("shape", "colour"),  # hard: both are seen in the same pixels
                 "unseen-colour-frame": ("colour", "frame")}  # easy: in different ones
 SHAPES_COUNTS = {"train": 32_000, "val": 2_000, "test": 4_000,
                  "unseen-shape-colour": 2_000, "unseen-colour-frame": 2_000}
 
 
-def is_unseen(labels, pair):
+def held_out(pair, number=1, choice=0):
+    """For each value of the first of a `pair` of factors, the n values of the second in an order (k, n) of
+    which it never meets the first few, and how many these are: of (shape, colour) `number`, else 1. Choice 0:
+    from value i on those of its own number, i, i + 1, ..; others: at random."""
+    first, second = (len(SHAPES[name]) for name in pair)
+    if pair != UNSEEN_PAIRS["unseen-shape-colour"]:
+        number, choice = 1, 0
+    if choice == 0:
+        return (torch.arange(first)[:, None] + torch.arange(second)) % second, number
+    rng = np.random.default_rng(choice)
+    return torch.from_numpy(np.stack([rng.permutation(second) for _ in range(first)])), number
+
+
+def is_unseen(labels, pair, held=(1, 0)):
     """Which rows of `labels` (N, factors) show a combination of `pair` (two factor names) that training never
-    shows: (N,) bool."""
+    shows, with --held-out as `held`: (N,) bool."""
     first, second = (list(SHAPES).index(name) for name in pair)
-    return labels[:, first] % len(SHAPES[pair[1]]) == labels[:, second]
+    order, number = held_out(pair, *held)
+    return (order[labels[:, first], :number] == labels[:, second:second + 1]).any(1)
 
 
 def signed_distance(shape, x, y):
@@ -561,7 +578,7 @@ def draw_shapes(labels, nuisance, size=32):
     return ((image * (1 - alpha) + frame * alpha) * 255).round().to(torch.uint8)
 
 
-def shapes_labels(split, size, seed=0):
+def shapes_labels(split, size, held=(1, 0), seed=0):
     """Factors (size, 5) of a split, a function of (seed, split, index), uniform nuisances (size, 8), and
     which of colour, size, background and frame the caption says (size, 4) bool: two captions in three say
     all, the others each with probability ½."""
@@ -571,11 +588,13 @@ def shapes_labels(split, size, seed=0):
     labels = (uniform[:, :5] * torch.tensor([len(values) for values in SHAPES.values()])).long()
     for k, (unseen, (first, second)) in enumerate(UNSEEN_PAIRS.items()):
         a, b = (labels[:, list(SHAPES).index(name)] for name in (first, second))
-        n = len(SHAPES[second])
+        order, number = held_out((first, second), *held)
+        u = uniform[:, 13 + k]
         if unseen == split:
-            b.copy_(a % n)
-        else:  # move the second factor away from the excluded value, uniformly over the others
-            b.copy_((a % n + 1 + (uniform[:, 13 + k] * (n - 1)).long()) % n)
+            place = u * number
+        else:  # one of the others
+            place = number + u * (order.shape[1] - number)
+        b.copy_(order[a, place.long()])
     said = (uniform[:, 15:16] < 2 / 3) | (uniform[:, 16:20] < 0.5)
     return labels, uniform[:, 5:13], said
 
@@ -602,7 +621,7 @@ def load_shapes(args):
     data."""
     parts, captions, splits, start = [], [], {}, 0
     for split, size in SHAPES_COUNTS.items():
-        labels, nuisance, said = shapes_labels(split, size)
+        labels, nuisance, said = shapes_labels(split, size, args.held_out)
         parts.append((labels, nuisance))
         captions += map(shapes_caption, labels.tolist(), said.tolist())
         splits[split] = range(start, start + size)
@@ -613,7 +632,10 @@ def load_shapes(args):
         drawn = map(draw_shapes, labels.split(512), nuisance.split(512), itertools.repeat(args.image_size))
         return torch.cat(list(drawn))
 
-    return Dataset("shapes", draw, labels, SHAPES, splits, captions, source=SHAPES_COUNTS)
+    source = SHAPES_COUNTS
+    if args.held_out != [1, 0]:
+        source = source | {"held out": args.held_out}
+    return Dataset("shapes", draw, labels, SHAPES, splits, captions, source)
 
 
 # --- cifar10: the official binary archive ---
@@ -1116,21 +1138,24 @@ def code_type(values):
     return torch.uint8 if values <= 256 else torch.uint16
 
 
-def save_codes(path, codes, values, dataset, report, made_from):
-    """Write codes (N, 2 flips, L) with all that later stages need to know of them, for load_codes. Made again
-    from the same tokenizer and images (ids by name), they have the same id."""
+def save_codes(path, codes, values, side, dataset, report, made_from):
+    """Write codes (N, 2 flips, L) with all that later stages need to know of them, for load_codes. side: of
+    the grid of patches, where each has positions of its own, else 0. Made again from the same tokenizer and
+    images (ids by name), they have the same id."""
     codes = codes.to(code_type(values))
     splits = {name: [rows.start, rows.stop] for name, rows in dataset.splits.items()}
     id = checksum(made_from)[:16]
-    save(path, "codes", codes=codes, V=values, splits=splits, report=report, id=id, made_from=made_from)
+    save(path, "codes", codes=codes, V=values, side=side, splits=splits, report=report, id=id,
+         made_from=made_from)
 
 
 def load_codes(path, remedy, images_id=None):
-    """A dict with codes (N, 2 flips, L) unsigned, memory-mapped; L, V, splits {name: range of rows}, the
-    tokenizer's report and their id. images_id: of the dataset whose codes they must be."""
+    """A dict with codes (N, 2 flips, L) unsigned, memory-mapped; L, V, side, splits {name: range of rows},
+    the tokenizer's report and their id. images_id: of the dataset whose codes they must be."""
     state = load(path, "codes", remedy, only="codes")
     with reading(path, remedy):
         state["L"] = state["codes"].shape[2]
+        state.setdefault("side", 0)  # of codes of an earlier version
         state["splits"] = {name: range(*rows) for name, rows in state["splits"].items()}
         if images_id is not None and images_id != state["made_from"]["images"]:
             raise Unfit("codes of other images than there are now: other names, sizes, order or parts")
@@ -1224,7 +1249,7 @@ class Optimizers:
             decay = args.weight_decay if decays else 0.0
             peak = args.lr * factor
             groups.append({"params": params, "peak": peak, "weight_decay": decay, "decays": decays})
-        self.optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)]
+        self.optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)]
         if matrices:
             group = {"params": matrices, "peak": args.lr_matrix, "decays": True}
             muon = torch.optim.Muon([group], args.lr_matrix, weight_decay=args.weight_decay, momentum=0.95)
@@ -1266,12 +1291,12 @@ class Optimizers:
 
 def averaged(model, decay):
     """A moving average of a model's weights, for evaluation (torch's AveragedModel: update_parameters,
-    module). Update n makes it d · average + (1 − d) · weights with d = min(decay, n / (9 + n)), so that short
-    runs forget their start. `decay` is a number or a function of n."""
+    module). Update n makes it d · average + (1 − d) · weights with d = decay(n), or, where `decay` is a
+    number, min(decay, n / (9 + n)), so that short runs forget their start."""
     def update(averages, weights, n):
         n = int(n)
-        d = decay(n) if callable(decay) else decay
-        torch._foreach_lerp_(averages, weights, 1 - min(d, n / (9 + n)))
+        d = decay(n) if callable(decay) else min(decay, n / (9 + n))
+        torch._foreach_lerp_(averages, weights, 1 - d)
 
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=update)
     average.n_averaged.fill_(1)  # the model as it starts

@@ -4,9 +4,10 @@ A straight path from noise e to image x; the network predicts x and is compared 
     z_t = t·x + (1 − t)·e,  t = sigmoid(n), n ~ N(mu, sigma²)       v = x − e = (x − z_t) / (1 − t)        (1)
     loss = E ‖v_net(z_t, t, c) − v‖²                                                                       (2)
     dz/dt = v_null + w·(v_c − v_null) in the guidance interval of t, else v_c; from t = 0 (noise) to 1     (3)
-The code c (L positions) enters as the mean of one embedding per position, beside t in adaLN (as in the paper,
-section 3.2), and as G in-context tokens, each the mean over L / G positions. In training whole codes are
-dropped, for v_null.
+The code c (L positions) can enter as the mean of one embedding per position, beside t in adaLN (the paper,
+section 3.2), as G in-context tokens, each the mean over L / G positions, and in place: where the tokenizer
+reads each patch into positions of its own, their mean is added to the token of that patch. In training whole
+codes are dropped, for v_null, and single positions.
 
 Reads images and OUT/<dataset>/codes.pt; writes generator.pt there and generator-early.pt, for guidance by a
 weaker self. --condition none: the baseline without codes, generator-uncond.pt. --factors: the reference that
@@ -29,14 +30,14 @@ import torch.nn.functional as F
 
 PRESETS = {
     "cifar10": dict(
-        patch=2, stem=0, width=384, depth=12, heads=6, groups=16,
+        patch=2, stem=0, width=384, depth=12, heads=6, condition="both", groups=16,
         steps=100_000, batch_size=256, lr=3e-4, warmup=2000, ema=0.9999,
         sample_steps=10),
-    "folder": dict(steps=4000, save_every=500, sample_steps=6),
+    "folder": dict(condition="both", steps=4000, save_every=500, sample_steps=6),
     "imagenet": dict(
-        image_size=256, patch=16, stem=0, width=1152, depth=28, heads=16, groups=32,
-        steps=500_000, batch_size=256, lr=1e-4, lr_matrix=0.0, lr_final=1.0, warmup=5000, ema=0.9999,
-        clip=1.0, save_every=5000, workers=12, sample_steps=25),
+        image_size=256, patch=16, stem=0, width=1152, depth=28, heads=16, condition="both", groups=32,
+        steps=500_000, batch_size=256, lr=1e-4, lr_matrix=0.0, lr_final=1.0, beta2=0.999, warmup=5000,
+        ema=0.9999, clip=1.0, save_every=5000, workers=12, sample_steps=25, guidance=1.4),
 }
 SIZES = {  # --size, over the preset; the names of DiT
     "S": dict(width=384, depth=12, heads=6),
@@ -134,10 +135,11 @@ def timestep_features(t):
 class DiT(nn.Module):
     """Diffusion transformer, with `stem` halving convolutions before the patches and their mirror image
     after. It draws pixels (C = 3) or latents, of side `size`, from codes of `codes` = L positions with
-    `values` = V values. `vae` is set from outside for a model of latents; only `generate` uses it."""
+    `values` = V values, read in place on a grid of code_side². `vae` is set from outside for a model of
+    latents; only `generate` uses it."""
 
     def __init__(self, size, patch, stem, width, depth, heads, codes, values, groups, condition, predict,
-                 channels=3):
+                 channels=3, code_side=0):
         super().__init__()
         self.side = size // patch
         self.inner_patch = patch >> stem  # side of a patch after the halvings
@@ -151,9 +153,11 @@ class DiT(nn.Module):
         self.x_embed = nn.Linear(patch_width, width)
         self.pos_embed = nn.Parameter(torch.randn(1, self.side ** 2, width) * 0.02)
         self.t_embed = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        self.code_mean = self.code_context = None
+        self.code_mean = self.code_context = self.code_place = None
         if condition in ("both", "mean"):
             self.code_mean = CodeEmbedding(codes, values, 1, width)
+        if condition == "place":
+            self.code_place = CodeEmbedding(codes, values, code_side ** 2, width)
         if condition in ("both", "context"):
             self.code_context = CodeEmbedding(codes, values, groups, width)
             self.context_pos = nn.Parameter(torch.randn(1, groups, width) * 0.02)
@@ -176,6 +180,11 @@ class DiT(nn.Module):
         x = F.pixel_unshuffle(h, self.inner_patch).flatten(2).transpose(1, 2)  # (B, N, P)
         x = self.x_embed(x) + self.pos_embed  # (B, N, D)
         n = x.shape[1]
+        if self.code_place is not None:
+            side = math.isqrt(self.code_place.groups)  # of the grid of the code
+            grid = self.code_place(codes).unflatten(1, (side, side))  # (B, side, side, D)
+            zoom = self.side // side
+            x = x + grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).flatten(1, 2)  # (B, N, D)
         if self.code_context is not None:
             x = torch.cat([x, self.code_context(codes) + self.context_pos], 1)  # (B, N + G, D)
         for block in self.blocks:
@@ -200,9 +209,13 @@ def velocity(output, z, t, predict, nearest=0.0):
     return output if predict == "v" else (output - z) / (1 - t)[:, None, None, None].clamp(min=nearest)
 
 
-def drop_codes(codes, null, part, drop):
-    """Codes (B, L), each row replaced by "no code" (all `null`) with probability `drop`."""
-    return torch.where(part.uniform(1) < drop, null, codes)
+def drop_codes(codes, null, part, drop, drop_positions):
+    """Codes (B, L), each row replaced by "no code" (all `null`) with probability `drop`, each position with
+    probability `drop_positions`."""
+    dropped = part.uniform(1) < drop  # (B, 1)
+    if drop_positions > 0:
+        dropped = dropped | (part.uniform(codes.shape[1]) < drop_positions)  # (B, L)
+    return torch.where(dropped, null, codes)
 
 
 def flow_loss(model, x, codes, part, args, run):
@@ -283,7 +296,7 @@ def add_sampler_flags(parser):
     add = parser.add_argument_group("image sampler").add_argument
     add("--sample-steps", type=data.positive, default=4, help="steps from noise to image")
     add("--method", choices=("heun", "euler"), default="heun", help="ODE solver")
-    add("--guidance", type=data.non_negative, default=2.0, help="w of equation (3); 1: none")
+    add("--guidance", type=data.non_negative, default=1.5, help="w of equation (3); 1: none")
     add("--guidance-interval", type=data.fraction, nargs=2, default=[0.0, 1.0], metavar=("FROM", "TO"),
         help="t in which guidance acts")
     add("--vae", metavar="PATH",
@@ -341,8 +354,7 @@ def load_latents(args, vae, dataset, run, batch=25):
         latents = []
         for images in dataset.batches(rows, batch, args.workers):
             x = data.from_bytes(images.to(run.device))  # (b, 3, S, S)
-            with run.autocast():
-                flips = torch.stack([vae.encode(x), vae.encode(x.flip(3))], 1)  # (b, 2, C, s, s)
+            flips = torch.stack([vae.encode(x), vae.encode(x.flip(3))], 1)  # (b, 2, C, s, s)
             latents.append(flips.half().cpu())
         return {"latents": torch.cat(latents)}
 
@@ -365,7 +377,8 @@ def build_generator(config):
     """The DiT of a dict of settings (a checkpoint's config)."""
     keys = ("patch", "stem", "width", "depth", "heads", "codes", "values", "groups", "condition", "predict",
             "channels")
-    return DiT(config["image_size"] // config["down"], **{key: config[key] for key in keys})
+    return DiT(config["image_size"] // config["down"], **{key: config[key] for key in keys},
+               code_side=config.get("code_side", 0))
 
 
 def load_generator(args, codes_id, device, stage="generator"):
@@ -374,7 +387,7 @@ def load_generator(args, codes_id, device, stage="generator"):
     folder = data.run_folder(args)
     path = folder / f"{stage}.pt"
     flags = {"generator-uncond": " --condition none",
-             "generator-factors": " --factors --groups 5"}  # shapes have five
+             "generator-factors": " --factors --condition both --groups 5"}  # shapes have five
     remedy = "train it with " + data.script_command("generator.py" + flags.get(stage, ""), args)
     state = data.load_trained(path, stage, args.dataset, remedy, codes=codes_id)
     if stage == "generator-early":
@@ -405,16 +418,19 @@ def add_flags(parser):
     add("--width", type=data.positive, default=192, help="D, width of the tokens")
     add("--depth", type=data.positive, default=4, help="transformer blocks")
     add("--heads", type=data.positive, default=2, help="attention heads")
-    add("--condition", choices=("both", "mean", "context", "none"), default="both",
-        help="how the code enters; none: the baseline")
+    add("--condition", choices=("place", "mean", "context", "both", "none"), default="place",
+        help="how the code enters: in place, as a mean, as context tokens, both of these, or not at all (the "
+             "baseline)")
     add("--factors", action="store_true", help="read the true factors in place of the code (shapes)")
-    add("--groups", type=data.positive, default=4, help="G, in-context code tokens")
+    add("--groups", type=data.positive, default=4, help="context: G, in-context code tokens")
     add = parser.add_argument_group("flow").add_argument
     add("--predict", choices=("x", "v"),
         help="what the network outputs; the loss is on v in both cases (default: x in pixels, v in latents)")
     add("--t-mean", type=data.number(), default=-0.4, help="mu of equation (1)")
     add("--t-std", type=data.non_negative, default=1.0, help="sigma of equation (1)")
     add("--drop", type=data.fraction, default=0.1, help="probability of training without the code")
+    add("--drop-positions", type=data.fraction, default=0.25,
+        help="place: probability of training without a position of the code")
     add("--early", type=data.fraction, default=0.25, help="share of the steps before generator-early.pt")
 
 
@@ -434,18 +450,22 @@ def open_inputs(parser, args, stage, dataset, run):
     """Codes, as from data.load_codes: the tokenizer's, the true factors (--factors) or zeros (--condition
     none); and the VAE, or None. What build_generator must know of both is set in `args`."""
     if stage == "generator-uncond":
-        stored = {"codes": torch.zeros(len(dataset), 2, 1), "L": 1, "V": 1, "id": "none"}
+        stored = {"codes": torch.zeros(len(dataset), 2, 1), "L": 1, "V": 1, "side": 0, "id": "none"}
     elif stage == "generator-factors":
         flips = dataset.labels[:, None].expand(-1, 2, -1)  # (N, 2, factors)
-        stored = {"codes": flips, "L": flips.shape[2], "V": int(flips.max()) + 1, "id": "factors"}
+        stored = {"codes": flips, "L": flips.shape[2], "V": int(flips.max()) + 1, "side": 0, "id": "factors"}
     else:
         remedy = "make it with " + data.script_command("tokenizer.py", args)
         stored = data.load_codes(run.folder / "codes.pt", remedy, images_id=dataset.id)
     vae = VAE(args.vae, run.device) if args.vae else None
-    args.codes, args.values = stored["L"], stored["V"]
+    args.codes, args.values, args.code_side = stored["L"], stored["V"], stored["side"]
     args.channels, args.down = (vae.channels, vae.down) if vae else (3, 1)
     if args.image_size % (args.patch * args.down):
         parser.error(f"argument --patch: {args.patch} latents of {args.down} pixels do not fit --image-size")
+    side = args.image_size // (args.patch * args.down)  # of the grid of tokens
+    if args.condition == "place" and (stored["side"] == 0 or side % stored["side"]):
+        parser.error("argument --condition: place needs codes of --sem-read patches, on a grid whose side "
+                     f"divides that of the generator's tokens, {side}; choose mean, context or both")
     if args.condition in ("both", "context") and args.codes % args.groups:
         parser.error(f"argument --groups: {args.groups} does not divide the {args.codes} code positions")
     return stored, vae
@@ -504,7 +524,8 @@ def main(argv=None, dataset=None):
                 x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
             c = stored["codes"][part.rows, flip].long().to(run.device)  # (b, L), of the flip that is shown
             if args.condition != "none":
-                c = drop_codes(c, args.values, part, args.drop)
+                singly = args.drop_positions if args.condition == "place" else 0.0
+                c = drop_codes(c, args.values, part, args.drop, singly)
             loss = loss + part.backward(flow_loss(wrapped, x, c, part, args, run))
         loss = run.average(loss)
         norm = optimizers.step(step, loss)  # stops where the loss or a gradient is not finite

@@ -29,7 +29,7 @@ PRESETS = {
         width=384, depth=8, heads=6, dropout=0.1,
         steps=20_000, batch_size=256, lr=1e-3, warmup=1000, ema=0.999),
     "folder": dict(
-        depth=2, dropout=0.1,
+        depth=2, token="position", dropout=0.1,
         steps=1000, batch_size=128, lr=5e-3),
     "imagenet": dict(
         width=1024, depth=24, heads=16, tables="shared", dropout=0.1,
@@ -37,7 +37,7 @@ PRESETS = {
         clip=1.0, save_every=5000),
 }
 
-STEPS = {"masked": 1800, "ar": 1200}  # on shapes; the masked prior has the harder task
+SHAPES = {"masked": dict(depth=2, steps=1800), "ar": dict(depth=1, steps=1200)}  # masked is the harder task
 
 # -------- model ----------------------------------------------------------------------------------------
 
@@ -101,16 +101,34 @@ class Block(nn.Module):
         return x + self.dropout(self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h)))  # (B, N, D)
 
 
+class Within(nn.Module):
+    """What an autoregressive prior adds where a token stands for several positions: the embeddings (rows, D)
+    of a token's earlier positions, and a SwiGLU that reads them. (..., D) → (..., D)."""
+
+    def __init__(self, rows, width, inner):
+        super().__init__()
+        self.earlier = nn.Parameter(torch.randn(rows, width) * 0.1)
+        self.ff_norm = nn.RMSNorm(width, eps=1e-5)
+        self.ff_proj = linear(width, inner)
+        self.up_proj = linear(width, inner)
+        self.ff_out = linear(inner, width)
+
+    def forward(self, x):
+        h = self.ff_norm(x)
+        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+
+
 class Prior(nn.Module):
     """Transformer over the L positions of a code; causal (autoregressive) or not (masked). The value V stands
-    for hidden, or, causal, starts the sequence.
+    for hidden, or, causal, starts the sequence. `per_token` = P neighbouring positions (those of a patch)
+    make one of the N = L / P tokens, by the sum of their embeddings.
 
     tables "position": each position has its own V embeddings and outputs (a value means something else in
     each position); "shared": one vocabulary for all positions. """
 
-    def __init__(self, codes, values, width, depth, heads, dropout, causal, tables):
+    def __init__(self, codes, values, width, depth, heads, dropout, causal, tables, per_token=1):
         super().__init__()
-        self.L, self.V, self.causal = codes, values, causal
+        self.L, self.V, self.P, self.causal = codes, values, per_token, causal
         vocabularies = codes if tables == "position" else 1
         inner = swiglu_hidden(width)
         self.wte = nn.Parameter(torch.randn(vocabularies * (values + 1), width) * 0.1)
@@ -118,9 +136,12 @@ class Prior(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, inner, dropout, causal) for _ in range(depth))
         self.ln_f = nn.RMSNorm(width, eps=1e-5)
         self.head = nn.Parameter(torch.zeros(vocabularies, width, values))
+        if causal and per_token > 1:
+            self.within = Within(len(self.wte), width, inner)
         first_row = torch.arange(codes) % vocabularies * (values + 1)  # of each position, in wte
         self.register_buffer("first_row", first_row, persistent=False)
-        self.register_buffer("rope", torch.stack(rope_table(codes, width // heads)), persistent=False)
+        self.register_buffer("rope", torch.stack(rope_table(codes // per_token, width // heads)),
+                             persistent=False)
 
     def embed(self, codes, position=slice(None)):
         """Embeddings (B, L, D) of the values (B, L) of all positions, or (B, D) of those (B,) of one
@@ -131,17 +152,28 @@ class Prior(nn.Module):
         """codes (B, L) long → logits (B, L, V). Masked: of each position given all. Causal: of position l
         given those before it."""
         x = self.embed(codes)  # (B, L, D)
-        if self.causal:  # position l sees l − 1; the first sees value V, at position L − 1, as a start
+        if self.P > 1:
+            x = x.unflatten(1, (-1, self.P)).sum(2)  # (B, N, D)
+        if self.causal:  # a token sees the one before it, the first value V, at position L − 1, as a start
             start = self.embed(torch.full_like(codes[:, 0], self.V), self.L - 1)  # (B, D)
-            x = torch.cat([start[:, None], x[:, :-1]], 1)  # (B, L, D)
-        return self.output(self.transform(x))
-
-    def transform(self, x):
-        """Blocks and final norm. (B, L, D) → (B, L, D)."""
-        cos, sin = self.rope  # 2 × (L, D/H/2)
+            x = torch.cat([start[:, None], x[:, :-1]], 1)  # (B, N, D)
+        cos, sin = self.rope  # 2 × (N, D/H/2)
         for block in self.blocks:
-            x = block(x, cos, sin)  # (B, L, D)
-        return self.ln_f(x)
+            x = block(x, cos, sin)  # (B, N, D)
+        if self.P > 1:
+            x = self.spread(x, codes)  # (B, L, D)
+        return self.output(self.ln_f(x))
+
+    def spread(self, x, codes):
+        """Tokens (B, N, D) → one vector for each of their positions (B, L, D); causal: which also knows the
+        values of the token's earlier positions."""
+        x = x.repeat_interleave(self.P, 1)  # (B, L, D)
+        if not self.causal:
+            return x
+        values = F.embedding(codes + self.first_row, self.within.earlier)  # (B, L, D)
+        values = values.unflatten(1, (-1, self.P))[:, :, :-1]  # (B, N, P − 1, D): nobody needs the last
+        before = F.pad(values, (0, 0, 1, 0)).cumsum(2)  # (B, N, P, D)
+        return self.within(x + before.flatten(1, 2))
 
     def output(self, x):
         """Logits (B, L, V) from (B, L, D), by one matrix a position, or one for all."""
@@ -151,7 +183,7 @@ class Prior(nn.Module):
 class Decoder:
     """A causal prior one position at a time, for sampling: weights in the run's dtype, q, k and v (and gate
     and up) packed into one matrix, and a key-value cache that doubles its length when it is full. Between two
-    doublings all calls have the same shapes: positions to come are masked."""
+    doublings all calls have the same shapes: tokens to come are masked."""
 
     def __init__(self, model, batch, run):
         self.model, self.heads = model, model.blocks[0].heads
@@ -171,10 +203,15 @@ class Decoder:
             ff_out = block.ff_out.weight.detach().to(run.dtype)
             self.layers.append((qkv, attn_out, gate_up, ff_out))
         self.head = (model.ln_f.weight[:, None] * model.head).detach().to(run.dtype)  # (L or 1, D, V)
-        shape = (len(self.layers), 2, batch * self.heads, min(32, model.L), width // self.heads)
+        if model.P > 1:
+            within = model.within
+            gate_up = pack(within.ff_norm, within.ff_proj, within.up_proj)
+            self.within = gate_up, within.ff_out.weight.detach().to(run.dtype)
+        N = model.L // model.P
+        shape = (len(self.layers), 2, batch * self.heads, min(32, N), width // self.heads)
         self.cache = torch.zeros(shape, device=run.device, dtype=run.dtype)
-        future = torch.ones(model.L, model.L, device=run.device, dtype=torch.bool).triu(1)
-        mask = torch.zeros(model.L, 1, model.L, device=run.device, dtype=run.dtype)
+        future = torch.ones(N, N, device=run.device, dtype=torch.bool).triu(1)
+        mask = torch.zeros(N, 1, N, device=run.device, dtype=run.dtype)
         self.mask = mask.masked_fill(future[:, None], -math.inf)
 
     def normalise(self, x):
@@ -185,14 +222,35 @@ class Decoder:
     def __call__(self, previous, position):
         """Logits (B, V) of a position, from the values (B,) of the one before it, V before the first;
         positions come in order."""
-        B, H, model = len(previous), self.heads, self.model
+        model, inside = self.model, position % self.model.P
+        x = model.embed(previous, (position - 1) % model.L)  # (B, D)
+        if model.P == 1 or position == 0 or inside == 1:
+            self.token = x  # of the first position of a token
+        else:
+            self.token = self.token + x
+        if inside == 0:  # the token before is whole
+            x = self.hidden = self.transform(self.token, position // model.P)
+        else:
+            row = previous + model.first_row[position - 1]
+            x = self.hidden = self.hidden + F.embedding(row, model.within.earlier)
+        if model.P > 1:
+            x = self.feed_forward(x, *self.within)
+        return self.normalise(x) @ self.head[position if len(self.head) > 1 else 0]  # (B, V)
+
+    def feed_forward(self, x, gate_up, ff_out):
+        """x (B, D) with what the SwiGLU of these matrices adds."""
+        gate, up = F.linear(self.normalise(x), gate_up).chunk(2, -1)  # 2 × (B, inner)
+        return x + F.linear(F.silu(gate) * up, ff_out)  # (B, D)
+
+    def transform(self, x, position):
+        """The blocks' output (B, D) for the token x (B, D) at a position, given those before."""
+        B, H, model = len(x), self.heads, self.model
         length = self.cache.shape[3]
         if position == length:
-            longer = torch.zeros_like(self.cache[:, :, :, :min(length, model.L - length)])
+            longer = torch.zeros_like(self.cache[:, :, :, :min(length, len(self.mask) - length)])
             self.cache = torch.cat([self.cache, longer], 3)
         mask = self.mask[position, :, :self.cache.shape[3]]  # (1, length)
         cos, sin = (angles[position].to(self.head.dtype) for angles in model.rope)  # 2 × (D/H/2,)
-        x = model.embed(previous, (position - 1) % model.L)  # (B, D)
         for (qkv, attn_out, gate_up, ff_out), (keys, values) in zip(self.layers, self.cache):
             q_k_v = F.linear(self.normalise(x), qkv).view(B, 3, H, -1)  # (B, 3, H, D/H)
             q, k = rotate(q_k_v[:, :2], cos, sin).unbind(1)  # 2 × (B, H, D/H)
@@ -201,9 +259,8 @@ class Decoder:
             values[:, position] = v.reshape(B * H, -1)
             attention = (torch.bmm(q.reshape(B * H, 1, -1), keys.mT) + mask).softmax(-1)  # (B · H, 1, length)
             x = x + F.linear(torch.bmm(attention, values).view(B, -1), attn_out)  # (B, D)
-            gate, up = F.linear(self.normalise(x), gate_up).chunk(2, -1)  # 2 × (B, inner)
-            x = x + F.linear(F.silu(gate) * up, ff_out)  # (B, D)
-        return self.normalise(x) @ self.head[position if len(self.head) > 1 else 0]  # (B, V)
+            x = self.feed_forward(x, gate_up, ff_out)  # (B, D)
+        return x
 
 
 # -------- loss -----------------------------------------------------------------------------------------
@@ -459,7 +516,8 @@ def sampler_settings(args, defaults):
 def build_prior(config):
     """The transformer of a dict of settings (a checkpoint's config)."""
     keys = ("codes", "values", "width", "depth", "heads", "dropout", "tables")
-    return Prior(**{key: config[key] for key in keys}, causal=config["kind"] == "ar")
+    return Prior(**{key: config[key] for key in keys}, causal=config["kind"] == "ar",
+                 per_token=config.get("per_token", 1))  # a checkpoint of an earlier version has one
 
 
 def load_prior(args, kind, stored, device):
@@ -479,10 +537,12 @@ def add_flags(parser):
     add = parser.add_argument_group("model").add_argument
     add("--kind", choices=("masked", "ar"), required=True, help="masked diffusion or autoregressive")
     add("--width", type=data.positive, default=128, help="D, width of the tokens")
-    add("--depth", type=data.positive, default=1, help="transformer blocks")
+    add("--depth", type=data.positive, help="transformer blocks (default: by kind)")
     add("--heads", type=data.positive, default=2, help="attention heads")
     add("--tables", choices=("position", "shared"), default="position",
         help="embeddings and outputs: one set a position, or one for all")
+    add("--token", choices=("patch", "position"), default="patch",
+        help="what a token stands for, where each patch has positions of its own")
     add("--dropout", type=data.fraction, default=0.0, help="on both residual branches")
 
 
@@ -493,7 +553,8 @@ def main(argv=None):
     data.add_training_flags(parser, steps=None, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50, ema=0.995)
     add_sampler_flags(parser)
     args = data.parse(parser, PRESETS, argv)
-    args.steps = args.steps or STEPS[args.kind]
+    for name, value in SHAPES[args.kind].items():
+        setattr(args, name, getattr(args, name) or value)
     if args.width % args.heads or args.width // args.heads % 2:
         parser.error(f"argument --heads: --width {args.width} over {args.heads} heads is no even number")
 
@@ -503,6 +564,8 @@ def main(argv=None):
     stored = data.load_codes(run.folder / "codes.pt", remedy)
     train_rows = stored["splits"]["train"]
     args.codes, args.values = stored["L"], stored["V"]
+    by_patch = args.token == "patch" and stored["side"] > 0
+    args.per_token = stored["L"] // stored["side"] ** 2 if by_patch else 1
     torch.manual_seed(args.seed)
     model = build_prior(vars(args)).to(run.device)
     if args.dry_run:

@@ -6,6 +6,7 @@
     python sample.py reconstruct a.png b.png         # image → code → images, a new noise each
     python sample.py compose a.png b.png --weights 0.5 0.5      # each position of the code from one of them
     python sample.py compose a.png b.png --positions 0 1 2 3    # these positions from the first image
+    python sample.py compose a.png b.png --inside    # what is inside the first image, in the second one's rim
     python sample.py infill a.png --keep 0.5         # half of the code stays, the masked prior draws the rest
     python sample.py text "a small red ring on a dotted background in a blue frame" "a large blue bar"
     python sample.py text "a green ring" --image a.png --keep 0.5          # half of the picture's code stays
@@ -18,13 +19,14 @@ OUT/<dataset>/samples/, with all settings inside the PNG (text field "settings")
 apart contradict each other: for compose the masked prior chooses them so that they fit (--choose).
 
 Scores use a judge, a small CNN trained on all combinations of the factors (and, for shapes, to tell a clean
-drawing from a blend of two); the Fréchet distance is taken in its features:
+drawing from a blend of two, a blurred and a frayed one); the Fréchet distance is taken in its features:
     FD² = |m₁ − m₂|² + Tr(C₁ + C₂ − 2 (C₁ C₂)^½)                                                           (1)
 With --inception they are those of the literature instead, FID, Inception Score, precision and recall, in
 OUT/<dataset>/inception.json.
 """
 import functools
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -59,6 +61,22 @@ def mixture_weights(codes, weights, values, positions=None):
         weights[1:] *= ~first
     weights = weights / weights.sum(0)
     return (F.one_hot(codes, values) * weights[..., None]).sum(-3).log().float()
+
+
+def nearest_share(children, parents):
+    """Of the positions where k parents (n, k, L) differ, the share where a child (n, L) equals the parent
+    that it equals most: (n,)."""
+    differ = (parents != parents[:, :1]).any(1, keepdim=True)  # (n, 1, L)
+    equal = ((children[:, None] == parents) & differ).sum(2)  # (n, k)
+    return equal.amax(1) / differ.sum(2)[:, 0].clamp(min=1)
+
+
+def inner_positions(L, side):
+    """The code positions of all patches but the outermost, on a grid of side² with L / side² each."""
+    patch = torch.arange(L) // (L // side ** 2)
+    row, column = patch // side, patch % side
+    inner = (row > 0) & (row < side - 1) & (column > 0) & (column < side - 1)
+    return inner.nonzero()[:, 0]
 
 
 class Stages:
@@ -136,17 +154,35 @@ class Stages:
 
     def compose(self, codes, weights, rng, choose, positions=None):
         """A child (n, L) of each family of k codes (n, k, L), at every position the value of a parent. choose
-        "random": by the weights alone; "prior": by the masked prior times the weights, and then redrawn."""
+        "random": by the weights alone; "prior": by the masked prior times the weights, then redrawn.
+
+        The prior knows no better code than that of a parent. So up to --draws children of a family are drawn,
+        and the first one is taken that has no more than --most of the positions where its parents differ from
+        one of them, or else the one that has least."""
         log_weights = mixture_weights(codes, weights, self.stored["V"], positions)  # (n, L, V)
+        if positions is not None and codes.shape[1] == 2:
+            choose = "random"  # nothing is left to choose
         if choose == "random":
             u = torch.rand(log_weights.shape[:2], generator=rng, dtype=torch.float64)
             return prior.draw_values(log_weights, 1.0, 1.0, u)[0]
         model = self.prior_model("masked")
         sampler = prior.sampler_settings(self.args, prior.SAMPLERS["masked"])
-        hidden = torch.full_like(codes[:, 0], model.V)
-        children, _ = prior.sample_masked(model, hidden, sampler, self.run, rng, log_weights)
-        return prior.redraw_codes(model, children, self.args.rounds, self.args.round_share, sampler, self.run,
-                                  rng, log_weights)
+        begin = sampler | {"order": "event", "per_step": max(1, model.L // 16)}
+        children = codes[:, 0].clone()
+        share = torch.full((len(codes),), math.inf)  # of the nearest parent, in the child so far
+        for _ in range(self.args.draws):
+            rows = (share > self.args.most).nonzero()[:, 0]  # (m,), to be drawn again
+            if not len(rows):
+                break
+            hidden = torch.full_like(codes[rows, 0], model.V)
+            drawn, _ = prior.sample_masked(model, hidden, begin, self.run, rng, log_weights[rows])
+            drawn = prior.redraw_codes(model, drawn, self.args.rounds, self.args.round_share, sampler,
+                                       self.run, rng, log_weights[rows])
+            found = nearest_share(drawn, codes[rows])  # (m,)
+            better = found < share[rows]
+            children[rows[better]] = drawn[better]
+            share[rows[better]] = found[better]
+        return children
 
     def infill(self, codes, keep, rng):
         """Codes (n, L): positions `keep` (n, L) bool stay, the masked prior draws the others."""
@@ -206,23 +242,34 @@ class Judge(nn.Module):
         return h, logits, self.clean(h)[:, 0]
 
 
-def blend(a, b, u):
-    """Images (n, 3, S, S) between a and b, by u (n, 4) uniform: faded into one another, or half of each."""
-    side = a.shape[-1]
+def spoil(a, b, u, noise):
+    """Images (n, 3, S, S) that are not clean, from clean ones a and b in [0, 255] by u (n, 5) and noise
+    (n, 2, 8, 8) uniform, a quarter of each kind: a faded into b, half of each, a blurred, a frayed."""
+    n, _, side, _ = a.shape
     u = u[:, :, None, None]
     grid = (torch.arange(side) + 0.5) / side - 0.5
     angle = u[:, 1:2] * 6.283
     height = torch.cos(angle) * grid[:, None] + torch.sin(angle) * grid  # (n, 1, S, S)
     half = (height > (u[:, 2:3] - 0.5) * 0.4).float()
-    fade = 0.3 + 0.4 * u[:, :1]
-    w = torch.where(u[:, 3:] < 0.5, fade, half)
-    return (a * w + b * (1 - w)).round().to(torch.uint8)
+    fade = (0.3 + 0.4 * u[:, :1]).expand_as(half)
+    w = torch.where(u[:, 3:4] < 0.5, fade, half)
+    blended = a * w + b * (1 - w)
+
+    wide = F.avg_pool2d(F.pad(a, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    strength = 0.6 + 0.4 * u[:, :1]
+    blurred = a + strength * (wide - a)
+    shift = F.interpolate(noise - 0.5, size=(side, side), mode="bicubic") * 5 * (0.5 + u[:, :1]) / side
+    straight = F.affine_grid(torch.eye(2, 3).expand(n, -1, -1), a.shape, align_corners=False)
+    shifted = straight + shift.permute(0, 2, 3, 1)  # (n, S, S, 2), by a pixel or so
+    frayed = F.grid_sample(a, shifted, padding_mode="reflection", align_corners=False)
+    one = torch.where(u[:, 3:4] < 0.5, blurred, frayed)
+    return torch.where(u[:, 4:5] < 0.5, blended, one).round().clamp(0, 255).to(torch.uint8)
 
 
 def judge_batch(dataset, args, step, size=128):
-    """Real images (b, 3, S, S) uint8, labels (b, factors) and, for shapes, b blends of two drawings that
-    differ in some factors, not in position and tilt; all a function of (dataset, step)."""
-    u = torch.from_numpy(np.random.default_rng((step, 1)).random((size, 40))).float()
+    """Real images (b, 3, S, S) uint8, labels (b, factors) and, for shapes, b spoiled ones, of two drawings
+    that differ in some factors, not in position and tilt; all a function of (dataset, step)."""
+    u = torch.from_numpy(np.random.default_rng((step, 1)).random((size, 160))).float()
     if args.dataset != "shapes":
         rows = data.batch_rows(dataset.splits["train"], size, 1, step)
         images = dataset.pixels(rows, u[:, 0] < 0.5)
@@ -235,21 +282,22 @@ def judge_batch(dataset, args, step, size=128):
     nuisance = u[:, 10:18]
     a = data.draw_shapes(labels, nuisance, args.image_size)
     b = data.draw_shapes(torch.where(changed, others, labels), nuisance, args.image_size)
-    return a, labels, blend(a.float(), b.float(), u[:, 24:28])
+    spoiled = spoil(a.float(), b.float(), u[:, 24:29], u[:, 29:157].view(size, 2, 8, 8))
+    return a, labels, spoiled
 
 
 def train_judge(judge, dataset, args, run, steps=600):
     """Train a new judge, in place."""
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=1e-3, fused=True)
     for step in range(steps):
-        images, labels, blends = judge_batch(dataset, args, step)
+        images, labels, spoiled = judge_batch(dataset, args, step)
         n = len(images)
         labels = labels.to(run.device)
-        x = torch.cat([images, blends]).to(run.device)
+        x = torch.cat([images, spoiled]).to(run.device)
         with run.autocast():
             _, factors, clean = judge(data.from_bytes(x))
         loss = sum(F.cross_entropy(logits[:n].float(), labels[:, k]) for k, logits in enumerate(factors))
-        if len(blends):
+        if len(spoiled):
             real = (torch.arange(len(x), device=run.device) < n).float()
             loss = loss + F.binary_cross_entropy_with_logits(clean.float(), real)
         optimizer.param_groups[0]["lr"] = data.cosine(step, steps, 3e-3, 0.0)
@@ -261,7 +309,7 @@ def train_judge(judge, dataset, args, run, steps=600):
 def load_judge(dataset, args, run):
     """The judge of OUT/<dataset>/judge.pt, trained and kept there on first use."""
     path = run.folder / "judge.pt"
-    made_from = {"images": dataset.id, "image size": args.image_size}
+    made_from = {"images": dataset.id, "image size": args.image_size, "spoiled": "blended, blurred, frayed"}
     torch.manual_seed(0)  # whatever --seed is: all runs are judged alike
     judge = Judge(dataset.factors, args.image_size).to(run.device)
     if data.is_made_from(path, "judge", made_from):
@@ -333,6 +381,7 @@ class Scores:
         self.rows = np.random.default_rng(0).permutation(self.dataset.splits["test"])[:self.n].tolist()
         text_path = run.folder / "text_prior.pt"
         self.texts = text_path.exists()
+        self.kinds = [kind for kind in ("masked", "ar") if (run.folder / f"prior-{kind}.pt").exists()]
         if self.texts and stages.text_model[2]["captions"] != data.checksum(self.dataset.captions):
             remedy = data.script_command("text_prior.py", args) + " --restart"
             data.fail(f"{text_path}: made from other captions; bring those back, or train it with {remedy}")
@@ -372,8 +421,8 @@ class Scores:
         real = self.judged(self.dataset.pixels(self.rows))
         result = {"real images": self.measure(real, labels)}
         if self.shapes:
-            blends = torch.cat([judge_batch(self.dataset, self.args, 10 ** 6 + k)[2] for k in range(8)])
-            result["blends of two images"] = {"clean": mean(self.judged(blends)[2])}
+            spoiled = torch.cat([judge_batch(self.dataset, self.args, 10 ** 6 + k)[2] for k in range(8)])
+            result["blended, blurred and frayed images"] = {"clean": mean(self.judged(spoiled)[2])}
         report = self.stages.stored["report"]
         result["tokenizer"] = {name: value for name, value in report.items() if not name.endswith("val")}
         codes = self.stages.codes_of(self.rows)
@@ -385,21 +434,21 @@ class Scores:
             without = self.measure(self.judged(images))
             result["generator without codes"] = without
             line["frechet / without codes"] = line["frechet"] / without["frechet"]
-        result |= self.score_priors(line["frechet"])
-        result["compose, positions chosen by the prior"] = self.score_composition("prior")
-        result["compose, positions at random"] = self.score_composition("random")
+        result |= self.score_priors(line["frechet"], result["real images"]["frechet"])
+        result["compose"] = self.score_composition()
         if self.shapes:
             for split, pair in data.UNSEEN_PAIRS.items():
                 result[split] = self.score_unseen(split, pair, drawn[1])
+                result[f"compose, {split}"] = self.score_recombination(pair)
         if self.texts:
             for guidance in self.args.text_guidance:
                 result[f"text to image, guidance {guidance:g}"] = self.score_text(guidance)
             result["captions of images"] = self.score_captions()
         return result
 
-    def score_priors(self, of_true_codes):
-        """For each prior bits per token, calls, how many samples are training codes, and Fréchet distance,
-        also as a multiple of that `of_true_codes`."""
+    def score_priors(self, of_true_codes, of_real):
+        """For each trained prior bits per token, calls, how many samples are training codes, and Fréchet
+        distance, also as a multiple of that `of_true_codes`, also with that `of_real` images taken off."""
         train = self.dataset.splits["train"]
         train_codes = self.stages.stored["codes"][train.start:train.stop].flatten(0, 1)  # (2n, L), both flips
 
@@ -409,54 +458,93 @@ class Scores:
 
         true_codes = self.stages.codes_of(self.rows)
         result = {"held-out codes": memorised(true_codes)}
-        for kind in ("masked", "ar"):
+        for kind in self.kinds:
             sampled, calls = self.stages.sample_codes(kind, len(self.rows), self.args.seed)
             line = self.measure(self.judged(self.stages.draw(sampled, self.args.seed + 1)))
             line["frechet / true codes"] = line["frechet"] / of_true_codes
+            line["the same above real images"] = (line["frechet"] - of_real) / (of_true_codes - of_real)
             bits, error = prior.bits_per_token(self.stages.prior_model(kind), true_codes, self.run)
             line |= {"bits per token": bits, "standard error": error, "calls per sample": mean(calls)}
             result[f"prior-{kind}"] = line | memorised(sampled)
-        masked, ar = (result[f"prior-{kind}"]["bits per token"] for kind in ("masked", "ar"))
-        return result | {"masked bound / ar bits": masked / ar}
+        if len(self.kinds) == 2:
+            masked, ar = (result[f"prior-{kind}"]["bits per token"] for kind in self.kinds)
+            result["masked bound / ar bits"] = masked / ar
+        return result
 
-    def score_composition(self, choose):
-        """Children of pairs of test images: is every factor that of a parent?"""
-        half = self.n // 2
-        rows = np.stack([self.rows, np.roll(self.rows, 1)], 1)[:half]  # (n, 2)
-        rng = data.step_generator(self.args.seed, 2)
-        children = self.stages.compose(self.stages.codes_of(rows), [0.5, 0.5], rng, choose)
-        judged = self.judged(self.stages.draw(children, self.args.seed + 2))
-        line = self.measure(judged)
-        if not self.names:
-            return line
-        _, seen, clean = judged
+    def children(self, rows):
+        """Children of pairs of images `rows` (n, 2) by each way of mixing codes: {way: codes (n, L)}."""
+        codes = self.stages.codes_of(rows)  # (n, 2, L)
+        found = {"copy of the first parent": codes[:, 0]}
+        for choose in ["random"] + ["prior"] * ("masked" in self.kinds):
+            rng = data.step_generator(self.args.seed, 2)
+            found[f"positions by {choose}"] = self.stages.compose(codes, [0.5, 0.5], rng, choose)
+        side = self.stages.stored["side"]
+        if side > 2:
+            inner = inner_positions(codes.shape[2], side)
+            found["inner patches of the first"] = codes[:, 1].index_copy(1, inner, codes[:, 0, inner])
+        return found
+
+    def score_composition(self):
+        """Children of pairs of test images: is every factor that of a parent, and is the child no copy?"""
+        rows = np.stack([self.rows, np.roll(self.rows, 1)], 1)[:self.n // 2]  # (n, 2)
         labels = self.dataset.labels[rows]  # (n, 2, factors)
-        inherited = (seen[:, None] == labels).any(1)  # (n, factors)
-        good = inherited.all(1) & clean
-        new = good & (seen[:, None] != labels).any(2).all(1)  # unlike both parents
-        others = self.dataset.labels[np.roll(self.rows, 7)[:half]]
-        return line | {
-            "every factor from a parent, clean": mean(good),
-            "every factor from a parent": mean(inherited.all(1)),
-            "of these, unlike both parents": new.sum().item() / max(1, good.sum().item()),
-            "chance (another test image)": mean((others[:, None] == labels).any(1).all(1)),
-            "factors": dict(zip(self.names, inherited.double().mean(0).tolist()))}
+        others = self.dataset.labels[np.roll(self.rows, 7)[:len(rows)]]
+        result = {}
+        if self.names:
+            result["right by chance (another test image)"] = mean((others[:, None] == labels).any(1).all(1))
+        for way, codes in self.children(rows).items():
+            judged = self.judged(self.stages.draw(codes, self.args.seed + 2))
+            line = result[way] = self.measure(judged)
+            if not self.names:
+                continue
+            _, seen, clean = judged
+            inherited = (seen[:, None] == labels).any(1)  # (n, factors)
+            right = inherited.all(1) & clean
+            new = right & (seen[:, None] != labels).any(2).all(1)
+            line |= {"right": mean(inherited.all(1)), "right and clean": mean(right),
+                     "right, clean, unlike both parents": mean(new)}
+            if self.shapes and way.startswith("inner"):
+                wanted = torch.cat([labels[:, 0, :3], labels[:, 1, 3:]], 1)
+                placed = (seen == wanted).all(1)
+                line |= {"object of the first on the ground of the second": mean(placed),
+                         "the same, clean": mean(placed & clean)}
+        return result
+
+    def score_recombination(self, pair):
+        """Children of two test images of which the first has the first factor of an unseen combination, the
+        second its second: how often does the child show that combination?"""
+        first, second = (self.names.index(name) for name in pair)
+        labels = self.dataset.labels[self.rows]
+        mixed = labels[:, None].repeat(1, len(labels), 1)  # (a, b, factors)
+        mixed[:, :, second] = labels[None, :, second]
+        fits = data.is_unseen(mixed.flatten(0, 1), pair, self.args.held_out).view(len(labels), -1)
+        partner = (fits * torch.rand(fits.shape, generator=data.step_generator(self.args.seed, 3))).argmax(1)
+        rows = np.array(self.rows)[np.stack([np.arange(len(labels)), partner.numpy()], 1)][:self.n // 4]
+        wanted = mixed[torch.arange(len(rows)), partner[:len(rows)]]
+        result = {}
+        for way, codes in self.children(rows).items():
+            _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 2))
+            both = (seen == wanted)[:, [first, second]].all(1)
+            result[way] = {"shows the pair": mean(both), "shows it, clean": mean(both & clean)}
+        return result
 
     def score_unseen(self, split, pair, usual_factors):
         """Codes of images with a pair never seen in training → images: is the pair kept? Also how often the
         judge sees such a pair by mistake, in `usual_factors` (n, factors) of images of usual codes."""
         rows = self.dataset.splits[split][:self.n // 2]
         labels = self.dataset.labels[rows]
-        _, seen, clean = self.judged(self.stages.draw(self.stages.codes_of(rows), self.args.seed + 3))
-        found = factor_accuracy(seen, labels, self.names, pair)
         guessed = next(name for name in pair if name != "colour")
-        line = {"pair kept": found.pop("pair"), "clean": mean(clean), "factors": found,
-                "chance (colour right, the other factor guessed)": 1 / len(data.SHAPES[guessed]),
-                "unseen pairs among seen codes' images": mean(data.is_unseen(usual_factors, pair))}
+        seen_by_mistake = data.is_unseen(usual_factors, pair, self.args.held_out)
+        line = {"chance (colour right, the other factor guessed)": 1 / len(data.SHAPES[guessed]),
+                "unseen pairs among seen codes' images": mean(seen_by_mistake)}
+        sources = {"from the code": (self.stages.codes_of(rows), "generator")}
         if (self.run.folder / "generator-factors.pt").exists():
-            images = self.stages.draw(labels, self.args.seed + 3, stage="generator-factors")
-            found = factor_accuracy(self.judged(images)[1], labels, self.names, pair)
-            line["pair kept from true factors"] = found["pair"]
+            sources["from true factors"] = (labels, "generator-factors")
+        for name, (codes, stage) in sources.items():
+            _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 3, stage=stage))
+            kept = (seen == labels)[:, [self.names.index(factor) for factor in pair]].all(1)
+            line[name] = {"pair kept": mean(kept), "kept and clean": mean(kept & clean), "clean": mean(clean),
+                          **factor_accuracy(seen, labels, self.names)}
         return line
 
     def captions_of(self, rows, said=(True,) * 4):
@@ -646,6 +734,7 @@ def train_stages(args, dataset):
     """Train what has not finished, in order, each stage as its own command with the flags they all have."""
     names = ("dataset", "data_dir", "out", "image_size", "seed", "device", "dtype", "workers")
     flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
+    flags += ["--held-out", *map(str, args.held_out)]
     stages = [(tokenizer, ""), (generator, ""), (prior, "--kind masked"), (prior, "--kind ar"),
               (text_prior, "")]
     for module, words in stages:
@@ -738,7 +827,13 @@ def compose_pictures(stages, args, inputs, codes):
     columns = max(k, args.columns)
     families = codes.expand(columns * args.rows, k, L)
     rng = data.step_generator(args.seed, 0)
-    children = stages.compose(families, args.weights or [1 / k] * k, rng, args.choose, args.positions)
+    positions = args.positions
+    if args.inside:
+        side = stages.stored["side"]
+        if side < 3:
+            data.fail("--inside: needs codes of --sem-read patches, at least 3 patches side by side")
+        positions = inner_positions(L, side).tolist()
+    children = stages.compose(families, args.weights or [1 / k] * k, rng, args.choose, positions)
     blank = torch.full((columns - k, *inputs.shape[1:]), 255, dtype=torch.uint8)
     return torch.cat([inputs, blank, stages.draw(children, args.seed)]), columns
 
@@ -797,14 +892,19 @@ def parse(argv):
     add("--keep", type=data.fraction, default=0.5, help="share of positions kept (infill: on average)")
     add("--positions", type=data.count, nargs="+",
         help="compose: take these positions from the first image; text: keep these of --image")
+    add("--inside", action="store_true",
+        help="compose: what is inside the first image, in the surroundings of the others")
     add("--weights", type=data.non_negative, nargs="+",
         help="compose: of each image (default: equal); text: of prompt and --image")
     add = parser.add_argument_group("sampler").add_argument
     add("--kind", choices=("masked", "ar"), default="masked", help="the prior of unconditional samples")
     add("--choose", choices=("prior", "random"), default="prior",
         help="compose: who chooses the image of each position, the masked prior or chance")
-    add("--rounds", type=data.count, default=32, help="compose: rounds in which the prior chooses again")
-    add("--round-share", type=data.fraction, default=0.25, help="compose: share of the positions in a round")
+    add("--draws", type=data.positive, default=8, help="compose: children drawn, of which one is taken")
+    add("--most", type=data.fraction, default=0.8,
+        help="compose: largest share of the positions where its parents differ that a child has from one")
+    add("--rounds", type=data.count, default=16, help="compose: rounds in which the prior chooses again")
+    add("--round-share", type=data.fraction, default=0.125, help="compose: share of the positions in a round")
     add("--guide", choices=("null", "early"), default="null",
         help="guide images by the model without code, or by its earlier checkpoint")
     add("--text-guidance", type=data.number(0, 1e6), nargs="+", default=[2.0],

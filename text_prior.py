@@ -479,7 +479,7 @@ def main(argv=None, dataset=None):
     """Train the text prior; report bits per token of codes, with and without captions, and of captions."""
     parser = data.make_parser(__doc__)
     add_flags(parser)
-    data.add_training_flags(parser, steps=1000, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50, ema=0.995)
+    data.add_training_flags(parser, steps=700, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50, ema=0.99)
     args = data.parse(parser, PRESETS, argv)
     check_flags(parser, args)
     args.hidden = args.hidden or prior.swiglu_hidden(args.width)

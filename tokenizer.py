@@ -35,23 +35,23 @@ from PIL import Image
 PRESETS = {
     "cifar10": dict(
         patch=4, width=384, depth=8, heads=6, attention=True, registers=4, codes=64, values=64,
-        prototypes=4096, teacher_temperature=0.04, ibot=0.5, koleo=0.1,
+        prototypes=4096, teacher_temperature=0.04, ibot=1.0, koleo=0.05,
         global_scale=[0.4, 1.0], ratio=0.75, locals=4, local_scale=[0.1, 0.4],
         jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, solarise=0.2,
         steps=40_000, batch_size=512, lr=1e-3, momentum=0.992, warmup=2000),
     "folder": dict(
-        codes=64, prototypes=1024,
+        values=64, prototypes=1024,
         global_scale=[0.5, 1.0], ratio=0.75, jitter=[0.2, 0.2, 0.1, 0.05],
         steps=2000, batch_size=128),
     "imagenet": dict(
         image_size=256, patch=14, stem=0, width=1024, depth=24, heads=16, attention=True, registers=4,
         layer_scale=1e-5, drop_path=0.3, codes=512, values=256, sem_read="registers", centre_codes=False,
         head_hidden=2048, bottleneck=256, prototypes=65_536, ibot=1.0, koleo=0.1,
-        teacher_temperature=0.07, teacher_start=0.04, teacher_warmup=37_500,
+        centering="centre", teacher_temperature=0.07, teacher_start=0.04, teacher_warmup=37_500,
         global_size=224, global_scale=[0.32, 1.0], ratio=0.75,
         locals=8, local_size=98, local_scale=[0.05, 0.32],
         jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, blur=[1.0, 0.1, 0.5], solarise=0.2,
-        steps=125_000, batch_size=256, lr=5e-5, lr_final=0.02, momentum=0.992, warmup=12_500,
+        steps=125_000, batch_size=256, lr=5e-5, lr_final=0.02, beta2=0.999, momentum=0.992, warmup=12_500,
         weight_decay=0.04, weight_decay_final=0.4, layer_decay=0.9, patch_lr=0.2, workers=12),
 }
 
@@ -378,18 +378,35 @@ def make_views(images, args, part):
     return views
 
 
-MASK_RATIOS = (0.1, 0, 0.23, 0, 0.37, 0, 0.5, 0)  # of the patches of image i mod 8: as many in each batch
+BLOCKS = 16  # rectangles that a mask is made of, at most
 
 
-def mask_counts(patches, images, first=0):
-    """How many of its patches each image hides; `first`: which image of the whole batch the first is."""
-    return [round(MASK_RATIOS[i % 8] * patches) for i in range(first, first + images)]
+def mask_counts(patches, crops, seed, step):
+    """How many of its patches each of so many global crops hides in iBOT: half of them none, the others from
+    10 to 50 %, evenly spread, in an order that follows from (seed, step): (crops,) long, on the CPU."""
+    masked = crops // 2
+    share = 0.1 + 0.4 * (torch.arange(masked) + 0.5) / masked
+    counts = torch.cat([(share * patches).round().long(), torch.zeros(crops - masked).long()])
+    order = torch.Generator().manual_seed(data.mix_seed(seed, step, "masks"))
+    return counts[torch.randperm(crops, generator=order)]
 
 
-def patch_masks(scores, first=0):
-    """iBOT masks (B, N) bool from uniform scores (B, N), with as many patches a row as mask_counts says."""
-    counts = torch.tensor(mask_counts(scores.shape[1], len(scores), first), device=scores.device)
-    rank = scores.argsort(1).argsort(1)  # of each patch in its image
+def patch_masks(u, counts, side):
+    """iBOT masks (B, N) bool of counts (B,) patches each, N = side², from u (B, BLOCKS, 4) uniform: they fill
+    one rectangle after the other, each of 16 patches to a third of the image, width / height from 0.3 to
+    1 / 0.3 (BEiT)."""
+    area = (16 / side ** 2 + u[..., 0] * (1 / 3 - 16 / side ** 2)).clamp(1 / side ** 2, 1)
+    ratio = torch.exp((2 * u[..., 1] - 1) * math.log(0.3))
+    width = (area * ratio).sqrt().clamp(max=1)[..., None, None]
+    height = (area / ratio).sqrt().clamp(max=1)[..., None, None]
+    left = (1 - width) * u[..., 2, None, None]
+    top = (1 - height) * u[..., 3, None, None]
+    grid = (torch.arange(side, device=u.device) + 0.5) / side
+    inside = ((grid - left - width / 2).abs() <= width / 2) & \
+             ((grid[:, None] - top - height / 2).abs() <= height / 2)  # (B, BLOCKS, side, side)
+    everywhere = torch.ones_like(inside[:, :1])  # after all rectangles
+    first = torch.cat([inside, everywhere], 1).float().argmax(1).flatten(1)  # (B, N), which covers it first
+    rank = first.argsort(dim=1, stable=True).argsort(1)
     return rank < counts[:, None]
 
 
@@ -461,8 +478,16 @@ def koleo_loss(x):
     return -torch.log((x - neighbours).norm(dim=1) + 1e-8).mean()
 
 
-def step_loss(student, teacher, centering, images, part, args, run, temperature):
-    """Equation (3) and its terms by name, on images as in make_views; temperature: the teacher's."""
+def teacher_temperature(step, args):
+    """Of the teacher's softmax: from --teacher-start, linear over --teacher-warmup steps."""
+    progress = step / args.teacher_warmup if step < args.teacher_warmup else 1.0
+    return args.teacher_start + progress * (args.teacher_temperature - args.teacher_start)
+
+
+def step_loss(student, teacher, centering, images, part, args, run, step):
+    """Equation (3) and its terms by name, on images as in make_views."""
+    temperature = teacher_temperature(step, args)
+
     def targets_of(logits, kind):
         method = centering[kind] if args.centering == "centre" else sinkhorn
         return method(logits, temperature)
@@ -473,11 +498,12 @@ def step_loss(student, teacher, centering, images, part, args, run, temperature)
     local_crops = torch.cat(views[2:]) if args.locals else None
     mask = chosen = None
     if args.ibot > 0:
-        N = (args.global_size // args.patch) ** 2
-        first = part.whole.start
-        mask = torch.cat([patch_masks(part.uniform(N), first) for _ in range(2)])  # (2b, N)
-        count = 2 * sum(mask_counts(N, b, first))  # known without asking the device
-        chosen = torch.nonzero_static(mask.flatten(), size=count)[:, 0]
+        side = args.global_size // args.patch
+        counts = mask_counts(side ** 2, 2 * args.batch_size, args.seed, step).unflatten(0, (2, -1))
+        counts = counts[:, part.whole].flatten()  # (2b,), known without asking the device
+        u = torch.cat([part.uniform(BLOCKS, 4) for _ in range(2)])  # (2b, BLOCKS, 4)
+        mask = patch_masks(u, counts.to(run.device), side)  # (2b, N)
+        chosen = torch.nonzero_static(mask.flatten(), size=int(counts.sum()))[:, 0]
     with run.autocast():
         with torch.no_grad():
             t_views, t_patches, _ = teacher(global_crops, chosen=chosen)
@@ -485,14 +511,14 @@ def step_loss(student, teacher, centering, images, part, args, run, temperature)
 
     targets = targets_of(t_views, "views").unflatten(0, (-1, b))  # (2, b, K)
     dino = dino_loss(targets, s_views.unflatten(0, (-1, b)), args.student_temperature)
-    koleo = sum(koleo_loss(view) for view in out.chunk(2)) / 2
+    koleo = sum(koleo_loss(view) for view in out.chunk(2))
     terms = {"dino": dino, "koleo": koleo}
     loss = dino + args.koleo * koleo
     if args.ibot > 0:
         weight = mask / mask.sum(1, keepdim=True).clamp(min=1)  # every masked image counts the same
         targets = targets_of(t_patches, "patches")  # (n, K)
         of_patches = cross_entropy(targets, s_patches, args.student_temperature)  # (n,)
-        terms["ibot"] = (of_patches * weight.flatten()[chosen]).sum() / b  # half of the 2b views are masked
+        terms["ibot"] = (of_patches * weight.flatten()[chosen]).sum() / (2 * b)
         loss = loss + args.ibot * terms["ibot"]
     return loss, terms
 
@@ -656,7 +682,8 @@ def write_codes(backbone, dataset, run, args, made_from, batch=500):
     made = data.fill_rows(folder, len(dataset), run, encode, shapes)
     if run.main:
         found = report(dataset, **made, values=backbone.V, run=run)
-        data.save_codes(path, made["codes"], backbone.V, dataset, found, made_from)
+        side = backbone.side if backbone.sem_read == "patches" else 0
+        data.save_codes(path, made["codes"], backbone.V, side, dataset, found, made_from)
         del made  # Windows removes no file that is mapped
         shutil.rmtree(folder)
 
@@ -756,12 +783,6 @@ def lr_scale(args):
     return scale
 
 
-def teacher_temperature(step, args):
-    """Of the teacher's softmax: from --teacher-start, linear over --teacher-warmup steps."""
-    progress = step / args.teacher_warmup if step < args.teacher_warmup else 1.0
-    return args.teacher_start + progress * (args.teacher_temperature - args.teacher_start)
-
-
 def add_flags(parser):
     """The tokenizer's own flags; the defaults are the shapes values."""
     add = parser.add_argument_group("model").add_argument
@@ -774,8 +795,8 @@ def add_flags(parser):
     add("--stem", type=data.number(0, 30, int), default=2, help="halving convolutions before the patches")
     add("--layer-scale", type=data.number(), default=1.0, help="start of the gains on residual branches")
     add("--drop-path", type=data.fraction, default=0.0, help="probability of dropping a residual branch")
-    add("--codes", type=data.positive, default=16, help="L, code positions")
-    add("--values", type=data.number(2, 65_535, int), default=64, help="V, values per position")
+    add("--codes", type=data.positive, default=64, help="L, code positions")
+    add("--values", type=data.number(2, 65_535, int), default=8, help="V, values per position")
     add("--tau", type=data.above_zero, default=1.0, help="temperature of the SEM's softmax in training")
     add("--registers", type=data.count, default=0, help="register tokens beside CLS")
     add("--sem-read", choices=("registers", "patches"), default="patches",
@@ -798,10 +819,9 @@ def add_flags(parser):
     add("--teacher-temperature", type=data.above_zero, default=0.02, help="of the teacher's softmax")
     add("--centering", choices=("sinkhorn", "centre"), default="sinkhorn",
         help="how the teacher's targets are kept from collapsing")
-    add("--momentum", type=data.fraction, default=0.98,
-        help="of the teacher, rising to 1 by a cosine (its first steps: data.averaged)")
+    add("--momentum", type=data.fraction, default=0.98, help="of the teacher, rising to 1 by a cosine")
     add("--ibot", type=data.non_negative, default=0.0, help="weight of the masked-patch loss; 0: none")
-    add("--koleo", type=data.non_negative, default=1.0, help="weight of KoLeo")
+    add("--koleo", type=data.non_negative, default=0.5, help="weight of KoLeo")
     add = parser.add_argument_group("views").add_argument
     add("--global-size", type=data.positive, default=32, help="side of global crops in pixels")
     add("--global-scale", type=data.fraction, nargs=2, default=[0.6, 1.0], help="share of the area, from, to")
@@ -844,8 +864,6 @@ def check_flags(parser, args):
            "init", "DINOv2's patches have no convolutions before them; add --stem 0")
     expect(args.accumulate == 1,
            "accumulate", "the losses look at the whole batch; use more processes instead")
-    expect(args.ibot == 0 or args.batch_size % 8 == 0,
-           "batch-size", f"{args.batch_size} is no multiple of 8, as iBOT's masks need")
 
 
 def main(argv=None, dataset=None):
@@ -884,8 +902,7 @@ def main(argv=None, dataset=None):
     for step in steps:
         images = next(batches)  # of this process; of files the crops
         [part] = data.batch_parts(step, train_rows, args, run, wrapped)  # one: see check_flags, accumulate
-        temperature = teacher_temperature(step, args)
-        loss, terms = step_loss(wrapped, teacher, centering, images, part, args, run, temperature)
+        loss, terms = step_loss(wrapped, teacher, centering, images, part, args, run, step)
         loss = run.average(part.backward(loss))
         decay = data.cosine(step, args.steps, args.weight_decay, last_decay)
         norm = optimizers.step(step, loss, decay)  # stops where the loss or a gradient is not finite

@@ -41,15 +41,20 @@ def test_the_device_is_cuda_then_mps_then_cpu(monkeypatch, cuda, mps, device):
 
 # --- shapes -----------------------------------------------------------------------------------------------
 
-def test_shapes_are_balanced_and_keep_unseen_pairs_out_of_every_other_split():
+@pytest.mark.parametrize("held", [(1, 0), (4, 0), (1, 1), (6, 2)])
+def test_shapes_are_balanced_and_keep_unseen_pairs_out_of_every_other_split(held):
     for split in SMALL:
-        labels, nuisance, _ = data.shapes_labels(split, 4000)
+        labels, nuisance, _ = data.shapes_labels(split, 4000, held)
         for kind, pair in data.UNSEEN_PAIRS.items():
-            assert data.is_unseen(labels, pair).float().mean() == (split == kind), (split, kind)
+            assert data.is_unseen(labels, pair, held).float().mean() == (split == kind), (split, kind)
+        pairs = labels[:, 0] * 8 + labels[:, 1]  # of (shape, colour)
+        seen = held[0] if split == "unseen-shape-colour" else 8 - held[0]  # colours of a shape
+        assert split == "unseen-colour-frame" or len(pairs.unique()) == 6 * seen
         for k, values in enumerate(data.SHAPES.values()):
             counts = torch.bincount(labels[:, k], minlength=len(values)) / len(labels)
-            assert (counts * len(values) - 1).abs().max() < 0.5 or split in data.UNSEEN_PAIRS, (split, k)
-        fewer, same, _ = data.shapes_labels(split, 100)  # a function of the split and the index
+            balanced = (counts * len(values) - 1).abs().max() < 0.5
+            assert balanced or split in data.UNSEEN_PAIRS or k == 1 and held[1], (split, k)
+        fewer, same, _ = data.shapes_labels(split, 100, held)  # a function of the split and the index
         assert torch.equal(fewer, labels[:100]) and torch.equal(same, nuisance[:100])
 
 
@@ -343,7 +348,7 @@ def test_codes_come_back_in_few_bytes_with_all_that_is_known_of_them(tmp_path, v
     dataset = types.SimpleNamespace(splits=splits, id="those images")
     codes = torch.randint(0, values, (20, 2, 5))
     made_from = {"images": "those images", "tokenizer": "that"}
-    data.save_codes(path, codes, values, dataset, {"knn": 0.5}, made_from)
+    data.save_codes(path, codes, values, 2, dataset, {"knn": 0.5}, made_from)
     stored = data.load_codes(path, "make it", "those images")
     assert torch.equal(stored["codes"].long(), codes) and stored["codes"].dtype == dtype
     assert torch.equal(stored["codes"][[7, 3], [1, 0]].long(), codes[[7, 3], [1, 0]])
@@ -426,7 +431,8 @@ def test_gradients_are_clipped_and_one_that_is_not_finite_is_named(monkeypatch):
 
 @pytest.mark.parametrize("decay", [0.6, lambda n: 0.5 + 0.005 * n], ids=["constant", "of the update"])
 def test_averages_follow_their_recursion(decay):
-    """average ← d · average + (1 − d) · weights, d = min(decay, n / (9 + n)), from the model as it starts."""
+    """average ← d · average + (1 − d) · weights from the model as it starts, d = min(decay, n / (9 + n)) or,
+    given as a function, what it says."""
     model = torch.nn.Linear(3, 2).double()
     average = data.averaged(model, decay)
     expected = model.weight.detach().clone()
@@ -435,7 +441,7 @@ def test_averages_follow_their_recursion(decay):
         with torch.no_grad():
             model.weight += torch.randn(2, 3)
         average.update_parameters(model)
-        d = min(decay(n) if callable(decay) else decay, n / (9 + n))
+        d = decay(n) if callable(decay) else min(decay, n / (9 + n))
         expected = d * expected + (1 - d) * model.weight.detach()
         assert torch.allclose(average.module.weight, expected, rtol=1e-12, atol=1e-12), n
 

@@ -17,7 +17,7 @@ def dit(condition="both", **change):
     """A small DiT without the zeros that it starts with, which would hide everything that is tested here."""
     torch.manual_seed(0)
     settings = dict(size=16, patch=4, stem=1, width=32, depth=2, heads=2, codes=8, values=5, groups=4,
-                    condition=condition, predict="x")
+                    condition=condition, predict="x", code_side=2)
     model = generator.DiT(**settings | change).requires_grad_(False).eval()
     for p in model.parameters():
         if not p.any():
@@ -30,7 +30,7 @@ def test_it_starts_as_zero_whatever_it_is_shown():
     assert not model(torch.randn(2, 3, 16, 16), torch.rand(2), torch.zeros(2, 8).long()).any()
 
 
-@pytest.mark.parametrize("condition", ["both", "mean", "context", "none"])
+@pytest.mark.parametrize("condition", ["both", "mean", "context", "place", "none"])
 def test_each_way_of_reading_the_code_sees_every_position_and_the_time(condition):
     codes = torch.cat([torch.zeros(2, 8), torch.eye(8)]).long()
     t = torch.full((10,), 0.3)
@@ -39,6 +39,18 @@ def test_each_way_of_reading_the_code_sees_every_position_and_the_time(condition
     assert not torch.allclose(images[1], images[0], atol=1e-4)
     for image in images[2:]:
         assert torch.allclose(image, images[0], atol=1e-6) == (condition == "none")
+
+
+def test_in_place_a_patch_of_the_code_reaches_its_own_pixels_alone():
+    """A code of 2 × 2 patches with two positions each, on 4 × 4 tokens that do not see one another."""
+    model = dit("place", depth=0, stem=0)
+    codes = torch.cat([torch.zeros(1, 8), torch.eye(8)]).long()
+    images = model(torch.randn(1, 3, 16, 16).expand(9, -1, -1, -1), torch.full((9,), 0.3), codes)
+    changed = (images[1:] != images[0]).any(1)  # (8 positions, 16, 16)
+    for position, where in enumerate(changed):
+        row, column = divmod(position // 2, 2)
+        quarter = where[8 * row:8 * row + 8, 8 * column:8 * column + 8]
+        assert quarter.float().mean() > 0.9 and where.sum() == quarter.sum()
 
 
 def test_code_embedding_is_the_mean_over_each_group_and_deviates_by_point_seven():
@@ -84,11 +96,12 @@ def test_the_loss_is_zero_for_the_true_velocity_and_right_for_a_known_error(run,
     assert abs(logit.mean() - t_mean) < 0.3 and abs(logit.std() - 0.7) < 0.2  # logit-normal times
 
 
-def test_codes_are_dropped_whole_and_as_often_as_said():
-    codes = generator.drop_codes(torch.zeros(20_000, 16).long(), 9, part(20_000), 0.1)
-    dropped = (codes == 9).all(1)
-    assert torch.equal(codes, torch.where(dropped, 9, 0)[:, None].expand(-1, 16))
-    assert abs(dropped.float().mean() - 0.1) < 0.01
+@pytest.mark.parametrize("positions", [0.0, 0.25])
+def test_codes_are_dropped_whole_and_in_single_positions_as_often_as_said(positions):
+    codes = generator.drop_codes(torch.zeros(20_000, 16).long(), 9, part(20_000), 0.1, positions)
+    whole = (codes == 9).all(1)
+    assert abs(whole.float().mean() - 0.1) < 0.01
+    assert abs((codes[~whole] == 9).float().mean() - positions) < 0.01
 
 
 # --- sampler ----------------------------------------------------------------------------------------------

@@ -19,10 +19,10 @@ SAMPLER = {"temperature": 1.0, "nucleus": 1.0, "order": "event", "per_step": 1, 
            "steps": 64, "remask": 0.0, "remask_window": [0.3, 0.55]}
 
 
-def tiny(causal, tables="position", codes=L, values=V):
+def tiny(causal, tables="position", codes=L, values=V, per_token=1):
     """A prior whose outputs and gains are not those that it starts with."""
     torch.manual_seed(0)
-    model = prior.Prior(codes, values, 16, 2, 2, 0.0, causal, tables).requires_grad_(False).eval()
+    model = prior.Prior(codes, values, 16, 2, 2, 0.0, causal, tables, per_token).requires_grad_(False).eval()
     torch.nn.init.normal_(model.head, std=0.5)
     for name, p in model.named_parameters():
         if "norm" in name or "ln_f" in name:
@@ -76,9 +76,10 @@ def distance(codes, p):
 
 # --- likelihoods ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("tables", ["position", "shared"])
-def test_ar_likelihoods_of_all_codes_sum_to_one(run, tables):
-    model = tiny(True, tables)
+@pytest.mark.parametrize("tables, per_token", [
+    ("position", 1), ("shared", 1), ("position", 2), ("shared", 4)])
+def test_ar_likelihoods_of_all_codes_sum_to_one(run, tables, per_token):
+    model = tiny(True, tables, per_token=per_token)
     nll = prior.ar_nll(model, CODES, run).double()
     assert abs(torch.exp(-nll * L).sum() - 1) < 1e-5
     bits, error = prior.bits_per_token(model, CODES, run)
@@ -86,8 +87,9 @@ def test_ar_likelihoods_of_all_codes_sum_to_one(run, tables):
     assert error * math.log(2) == pytest.approx(nll.std().item() / 9, rel=0.01)
 
 
-def test_ar_is_causal():
-    model = tiny(True)
+@pytest.mark.parametrize("per_token", [1, 2])
+def test_ar_is_causal_and_sees_all_that_came_before(per_token):
+    model = tiny(True, per_token=per_token)
     codes = CODES[:1]
     for position in range(L):
         other = codes.clone()
@@ -96,15 +98,17 @@ def test_ar_is_causal():
         assert equal[:position + 1].all() and not equal[position + 1:].any()
 
 
-@pytest.mark.parametrize("tables, length", [("position", L), ("shared", L), ("shared", 150)])
-def test_the_cache_equals_the_full_forward(run, tables, length):
+@pytest.mark.parametrize("tables, length, per_token", [
+    ("position", L, 1), ("shared", L, 1), ("shared", 150, 1), ("position", 8, 4), ("shared", 150, 2)])
+def test_the_cache_equals_the_full_forward(run, tables, length, per_token):
     """Also where it grows: it doubles, and ends at a length that is no power of two."""
-    model = tiny(True, tables, length, values=7)
+    model = tiny(True, tables, length, 7, per_token)
     codes = torch.randint(0, 7, (3, length), generator=rng())
     decoder = prior.Decoder(model, 3, run)
     before = torch.cat([torch.full_like(codes[:, :1], model.V), codes[:, :-1]], 1)
     stepwise = torch.stack([decoder(before[:, at], at) for at in range(length)], 1)
-    assert torch.allclose(stepwise, model(codes), atol=1e-4) and decoder.cache.shape[3] == length
+    assert torch.allclose(stepwise, model(codes), atol=1e-4)
+    assert decoder.cache.shape[3] == length // per_token
 
 
 def exact_bound(model):
@@ -119,14 +123,15 @@ def exact_bound(model):
     return total
 
 
-def test_the_masked_estimate_is_unbiased_for_the_bound_of_every_code(run):
-    model = tiny(False)
+@pytest.mark.parametrize("per_token", [1, 2])
+def test_the_masked_estimate_is_unbiased_for_the_bound_of_every_code(run, per_token):
+    model = tiny(False, per_token=per_token)
     codes = CODES[[0, 33, 80]].repeat_interleave(3000, 0)
     uniform = torch.rand(len(codes), 1 + L, generator=rng())
     estimate = prior.masked_nll(model, codes, V, uniform[:, 0], uniform[:, 1:], run).view(3, 3000).mean(1)
     assert (estimate - exact_bound(model)[[0, 33, 80]]).abs().max() < 0.03
     bits, error = prior.bits_per_token(model, CODES.repeat(100, 1), run)
-    assert 0 < error < 0.02 and abs(bits - exact_bound(model).mean() / math.log(2)) < 4 * error
+    assert 0 < error < 0.03 and abs(bits - exact_bound(model).mean() / math.log(2)) < 4 * error
 
 
 def test_the_bound_is_above_the_truth_and_tight_for_exact_conditionals(known):
@@ -152,8 +157,9 @@ def test_a_sample_does_not_depend_on_how_many_are_drawn(run, order):
     assert not torch.equal(many[:20], many[prior.BATCH:])
 
 
-def test_ar_samples_follow_the_likelihood(run):
-    model = tiny(True)
+@pytest.mark.parametrize("per_token", [1, 2])
+def test_ar_samples_follow_the_likelihood(run, per_token):
+    model = tiny(True, per_token=per_token)
     codes, calls = prior.sample_ar(model, 40_000, SAMPLER, run, rng())
     assert distance(codes, torch.exp(-prior.ar_nll(model, CODES, run) * L)) < 0.06 and (calls == L).all()
 

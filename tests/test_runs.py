@@ -99,7 +99,7 @@ def test_training_pairs_each_code_with_its_own_flip_and_caption(trained, tmp_pat
 
     note(generator, "flow_loss")
     note(text_prior, "text_nll")
-    train(trained, tmp_path, "generator", "--drop", "0")
+    train(trained, tmp_path, "generator", "--drop", "0", "--drop-positions", "0")
     train(trained, tmp_path, "text_prior", "--drop", "0")
     args = sample.parse(["text", "--out", str(tmp_path)])
     stages = sample.Stages(args, data.Run(args))
@@ -114,7 +114,7 @@ def test_training_pairs_each_code_with_its_own_flip_and_caption(trained, tmp_pat
 
 def test_the_references_leave_the_files_of_the_generator_alone(tmp_path):
     """The true factors, and no codes."""
-    for flags in (["--factors", "--groups", "5"], ["--condition", "none"]):
+    for flags in ("--factors --condition both --groups 5".split(), ["--condition", "none"]):
         call("generator", *TINY["generator"], *flags, "--out", tmp_path)
     names = {path.name for path in (tmp_path / "shapes").glob("generator*")}
     assert names == {f"generator-{what}.{end}" for what in ("factors", "uncond") for end in ("pt", "jsonl")}

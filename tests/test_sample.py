@@ -23,6 +23,19 @@ def test_a_mixture_weighs_the_values_of_its_parents():
     assert torch.equal(batch, F.one_hot(codes[1], 4).float().expand(7, 2, 4))
 
 
+def test_the_share_of_the_nearest_parent_counts_where_parents_differ_alone():
+    parents = torch.tensor([[[0, 0, 0, 0, 5], [0, 1, 1, 1, 5]]])  # they differ in three positions
+    children = torch.tensor([[0, 0, 0, 0, 5], [0, 1, 1, 0, 5], [0, 2, 2, 1, 5]])
+    shares = sample.nearest_share(children, parents.expand(3, -1, -1))
+    assert torch.allclose(shares, torch.tensor([1, 2 / 3, 1 / 3]))
+
+
+def test_inner_positions_are_those_of_all_patches_off_the_rim():
+    inner = torch.zeros(4, 4, 2).long()
+    inner[1:3, 1:3] = 1
+    assert sample.inner_positions(32, 4).tolist() == inner.flatten().nonzero()[:, 0].tolist()
+
+
 def test_frechet_distance_of_gaussians_with_known_distance():
     a = torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     b = a.flip(0) * torch.tensor([1.0, 2.0, 3.0]) + torch.tensor([1.0, 0, 0])
@@ -74,6 +87,12 @@ def test_composing_and_infilling_keep_what_they_should_and_stored_codes_fit_thei
         first = children == parents[:, 0]
         second = children == parents[:, 1]
         assert (first | second).all() and not first.all() and not second.all()
+    shares = {}
+    for draws in (1, 8):
+        args.draws = draws
+        children = stages.compose(parents[:, :2], [0.5, 0.5], data.step_generator(0, 0), "prior")
+        shares[draws] = sample.nearest_share(children, parents[:, :2])
+    assert (shares[8] <= shares[1]).all() and (shares[1] > args.most).any()
     codes = parents.flatten(0, 1)
     keep = torch.rand(codes.shape, generator=rng) < 0.5
     filled = stages.infill(codes, keep, rng)
@@ -115,17 +134,18 @@ def test_the_table_of_scores_is_complete_and_within_bounds(trained, tmp_path, mo
     call("sample", *"--score --count 16 --sample-steps 2 --out".split(), tmp_path)
     scores = json.loads((tmp_path / "shapes" / "scores.json").read_text())
     assert scores.keys() == {
-        "real images", "blends of two images", "tokenizer", "reconstruct", "held-out codes", "prior-masked",
-        "prior-ar", "masked bound / ar bits", "compose, positions chosen by the prior",
-        "compose, positions at random", "text to image, guidance 2", "captions of images",
-        *data.UNSEEN_PAIRS, "settings", "seconds"}
+        "real images", "blended, blurred and frayed images", "tokenizer", "reconstruct",
+        "held-out codes", "prior-masked",
+        "prior-ar", "masked bound / ar bits", "compose", "text to image, guidance 2", "captions of images",
+        *data.UNSEEN_PAIRS, *(f"compose, {split}" for split in data.UNSEEN_PAIRS), "settings", "seconds"}
     masked = scores["prior-masked"]
     assert scores["prior-ar"]["calls per sample"] == 16 and masked["calls per sample"] <= 16
     ratio = masked["frechet"] / scores["reconstruct"]["frechet"]
     assert masked["frechet / true codes"] == pytest.approx(ratio)
-    assert 0 <= scores["compose, positions at random"]["every factor from a parent, clean"] <= 1
-    assert 0 <= scores["unseen-colour-frame"]["pair kept"] <= 1
-    assert "compose, positions at random" in capsys.readouterr().out
+    assert 0 <= scores["compose"]["positions by random"]["right and clean"] <= 1
+    assert scores["compose"]["copy of the first parent"]["right, clean, unlike both parents"] <= 1 / 2
+    assert 0 <= scores["unseen-colour-frame"]["from the code"]["pair kept"] <= 1
+    assert "inner patches of the first" in capsys.readouterr().out
 
 
 def numpy_scores(real, made, classes):

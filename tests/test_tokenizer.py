@@ -232,12 +232,17 @@ def test_colour_augmentation_does_what_its_probabilities_say():
     assert torch.allclose(after[1:].norm(dim=0), before[1:].norm(dim=0), atol=0.02)  # hue keeps both
 
 
-def test_patch_masks_hide_as_many_patches_in_every_batch():
-    for seed in range(3):
-        masks = tokenizer.patch_masks(part(16, seed).uniform(100))
-        assert masks.sum(1).tolist() == [10, 0, 23, 0, 37, 0, 50, 0] * 2
-    scores = torch.rand(8, 100)  # a process that holds the second half of the batch hides what one would
-    assert torch.equal(tokenizer.patch_masks(scores[4:], first=4), tokenizer.patch_masks(scores)[4:])
+def test_masks_hide_blocks_of_half_of_the_crops_from_a_tenth_to_a_half_of_each():
+    counts = tokenizer.mask_counts(256, 64, seed=0, step=3)
+    assert (counts == 0).sum() == 32 and not (counts[:32] > 0).all()  # in no order
+    masked = counts[counts > 0].sort().values / 256
+    assert torch.allclose(masked, 0.1 + 0.4 * (torch.arange(32) + 0.5) / 32, atol=1 / 256)
+    assert not torch.equal(tokenizer.mask_counts(256, 64, 0, 4), counts)
+    masks = tokenizer.patch_masks(torch.rand(64, tokenizer.BLOCKS, 4), counts, side=16)
+    assert torch.equal(masks.sum(1), counts)
+    grid = masks[counts > 25].view(-1, 16, 16)
+    beside = (grid[:, :, 1:] & grid[:, :, :-1]).sum() / grid[:, :, 1:].sum()
+    assert beside > 0.75  # of hidden patches the left one is hidden too; scattered: a third
 
 
 # --- losses and schedules ---------------------------------------------------------------------------------
@@ -269,6 +274,23 @@ def test_koleo_is_minus_the_mean_log_distance_to_the_nearest():
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [-1.0, 0.0]])  # at √2, √2, 0, 0
     expected = -(2 * math.log(math.sqrt(2) + 1e-8) + 2 * math.log(1e-8)) / 4
     assert tokenizer.koleo_loss(x * 7).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_terms_of_the_loss_are_weighted_as_in_dinov2(run):
+    """Where all prototypes are equally likely, a view costs log K: DINO is a mean over pairs of views, iBOT a
+    sum over masked crops divided by all crops, half of which are masked; KoLeo a sum over both crops."""
+    args = parsed("--attention", "--ibot", "1", "--koleo", "1", "--batch-size", "8", "--global-size", "32")
+    out = torch.randn(16, 5)
+
+    def network(crops, local_crops=None, mask=None, chosen=None):
+        return torch.zeros(16, 7), torch.zeros(len(chosen), 7), out
+
+    images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    loss, terms = tokenizer.step_loss(network, network, {}, images, part(8), args, run, step=0)
+    koleo = tokenizer.koleo_loss(out[:8]) + tokenizer.koleo_loss(out[8:])
+    assert terms["dino"].item() == pytest.approx(math.log(7), rel=1e-5)
+    assert terms["ibot"].item() == pytest.approx(math.log(7) / 2, rel=1e-5)
+    assert loss.item() == pytest.approx(1.5 * math.log(7) + koleo.item(), rel=1e-5)
 
 
 def parsed(*flags):
@@ -305,7 +327,7 @@ def test_the_loss_falls_and_reaches_every_weight(run, flags):
     optimizer = torch.optim.Adam(student.parameters(), 3e-3)
     losses = []
     for step in range(15):
-        loss, parts = tokenizer.step_loss(student, teacher, centering, images, part(8), args, run, 0.02)
+        loss, parts = tokenizer.step_loss(student, teacher, centering, images, part(8), args, run, step=0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
