@@ -10,7 +10,9 @@ variance. Sampled from all-hidden by revealing positions: ancestral, one event a
 --kind ar, autoregressive, with exact likelihood and a key-value cache for sampling:
     − log p(c) = Σ_l − log p(c_l | c_1 .. c_{l−1})                                                         (2)
 
-Both are reported in bits per token, − log₂ p(c) / L, on held-out codes. (H: attention heads.)
+Both are reported in bits per token, − log₂ p(c) / L, on held-out codes. (H: attention heads.) Where each
+patch has P positions of its own, the transformer sees them as one of N = L / P tokens; what is hidden, drawn
+and counted are positions all the same.
 
 Reads OUT/<dataset>/codes.pt; writes OUT/<dataset>/prior-masked.pt or prior-ar.pt.
     python prior.py --kind masked                                            # the dataset shapes, on a CPU
@@ -37,7 +39,7 @@ PRESETS = {
         clip=1.0, save_every=5000),
 }
 
-SHAPES = {"masked": dict(depth=2, steps=1800), "ar": dict(depth=1, steps=1200)}  # masked is the harder task
+BY_KIND = {"masked": dict(depth=2, steps=1800), "ar": dict(depth=1, steps=1200)}  # masked is the harder task
 
 # -------- model ----------------------------------------------------------------------------------------
 
@@ -102,8 +104,8 @@ class Block(nn.Module):
 
 
 class Within(nn.Module):
-    """What an autoregressive prior adds where a token stands for several positions: the embeddings (rows, D)
-    of a token's earlier positions, and a SwiGLU that reads them. (..., D) → (..., D)."""
+    """What an autoregressive prior adds where a token stands for P positions: each of them also knows the
+    values of those before it in its token, by the sum of their embeddings `earlier` and a SwiGLU."""
 
     def __init__(self, rows, width, inner):
         super().__init__()
@@ -113,9 +115,13 @@ class Within(nn.Module):
         self.up_proj = linear(width, inner)
         self.ff_out = linear(inner, width)
 
-    def forward(self, x):
+    def forward(self, x, rows, P):
+        """x (B, L, D): the token of each position; rows (B, L): of its value, in `earlier` → (B, L, D)."""
+        values = F.embedding(rows, self.earlier).unflatten(1, (-1, P))  # (B, N, P, D)
+        before = F.pad(values[:, :, :-1], (0, 0, 1, 0)).cumsum(2)  # shifted by one: those before it alone
+        x = x + before.flatten(1, 2)  # (B, L, D)
         h = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))  # (B, L, D)
 
 
 class Prior(nn.Module):
@@ -138,7 +144,7 @@ class Prior(nn.Module):
         self.head = nn.Parameter(torch.zeros(vocabularies, width, values))
         if causal and per_token > 1:
             self.within = Within(len(self.wte), width, inner)
-        first_row = torch.arange(codes) % vocabularies * (values + 1)  # of each position, in wte
+        first_row = (torch.arange(codes) % vocabularies) * (values + 1)  # of each position, in wte
         self.register_buffer("first_row", first_row, persistent=False)
         self.register_buffer("rope", torch.stack(rope_table(codes // per_token, width // heads)),
                              persistent=False)
@@ -154,26 +160,17 @@ class Prior(nn.Module):
         x = self.embed(codes)  # (B, L, D)
         if self.P > 1:
             x = x.unflatten(1, (-1, self.P)).sum(2)  # (B, N, D)
-        if self.causal:  # a token sees the one before it, the first value V, at position L − 1, as a start
+        if self.causal:  # shifted by one token; the first is value V at position L − 1, as a start
             start = self.embed(torch.full_like(codes[:, 0], self.V), self.L - 1)  # (B, D)
             x = torch.cat([start[:, None], x[:, :-1]], 1)  # (B, N, D)
         cos, sin = self.rope  # 2 × (N, D/H/2)
         for block in self.blocks:
             x = block(x, cos, sin)  # (B, N, D)
         if self.P > 1:
-            x = self.spread(x, codes)  # (B, L, D)
+            x = x.repeat_interleave(self.P, 1)  # (B, L, D)
+            if self.causal:
+                x = self.within(x, codes + self.first_row, self.P)
         return self.output(self.ln_f(x))
-
-    def spread(self, x, codes):
-        """Tokens (B, N, D) → one vector for each of their positions (B, L, D); causal: which also knows the
-        values of the token's earlier positions."""
-        x = x.repeat_interleave(self.P, 1)  # (B, L, D)
-        if not self.causal:
-            return x
-        values = F.embedding(codes + self.first_row, self.within.earlier)  # (B, L, D)
-        values = values.unflatten(1, (-1, self.P))[:, :, :-1]  # (B, N, P − 1, D): nobody needs the last
-        before = F.pad(values, (0, 0, 1, 0)).cumsum(2)  # (B, N, P, D)
-        return self.within(x + before.flatten(1, 2))
 
     def output(self, x):
         """Logits (B, L, V) from (B, L, D), by one matrix a position, or one for all."""
@@ -189,7 +186,7 @@ class Decoder:
         self.model, self.heads = model, model.blocks[0].heads
         width = model.wpe.shape[1]
         query_scale = torch.ones(3 * width, 1, device=run.device)
-        query_scale[:width] = (width // self.heads) ** -0.5  # of the attention scores, moved into the queries
+        query_scale[:width] = (width // self.heads) ** -0.5  # of the scores, folded into the queries' weights
 
         def pack(norm, *parts, scale=1.0):
             """Several matrices as one, with the gain of the norm before them."""
@@ -206,7 +203,7 @@ class Decoder:
         if model.P > 1:
             within = model.within
             gate_up = pack(within.ff_norm, within.ff_proj, within.up_proj)
-            self.within = gate_up, within.ff_out.weight.detach().to(run.dtype)
+            self.within_weights = gate_up, within.ff_out.weight.detach().to(run.dtype)
         N = model.L // model.P
         shape = (len(self.layers), 2, batch * self.heads, min(32, N), width // self.heads)
         self.cache = torch.zeros(shape, device=run.device, dtype=run.dtype)
@@ -223,18 +220,19 @@ class Decoder:
         """Logits (B, V) of a position, from the values (B,) of the one before it, V before the first;
         positions come in order."""
         model, inside = self.model, position % self.model.P
-        x = model.embed(previous, (position - 1) % model.L)  # (B, D)
+        x = model.embed(previous, (position - 1) % model.L)  # (B, D), at position 0 the start
         if model.P == 1 or position == 0 or inside == 1:
-            self.token = x  # of the first position of a token
+            self.last_token = x  # begins a new sum
         else:
-            self.token = self.token + x
-        if inside == 0:  # the token before is whole
-            x = self.hidden = self.transform(self.token, position // model.P)
+            self.last_token = self.last_token + x
+        if inside == 0:  # the last token is whole
+            self.hidden = self.transform(self.last_token, position // model.P)  # (B, D)
         else:
             row = previous + model.first_row[position - 1]
-            x = self.hidden = self.hidden + F.embedding(row, model.within.earlier)
+            self.hidden = self.hidden + F.embedding(row, model.within.earlier)
+        x = self.hidden
         if model.P > 1:
-            x = self.feed_forward(x, *self.within)
+            x = self.feed_forward(x, *self.within_weights)
         return self.normalise(x) @ self.head[position if len(self.head) > 1 else 0]  # (B, V)
 
     def feed_forward(self, x, gate_up, ff_out):
@@ -440,10 +438,10 @@ def redraw_codes(model, codes, rounds, fraction, sampler, run, generator, log_we
     """Codes (n, L) after `rounds` of redrawing. In each, a random `fraction` of the positions is hidden and
     drawn again in one network call, each hidden position on its own: Gibbs sampling where there is one, near
     it where there are more. log_weights as in sample_masked."""
-    chosen = max(1, round(fraction * model.L))  # positions a round
-    at_once = {**sampler, "order": "event", "per_step": chosen}
+    per_round = max(1, round(fraction * model.L))
+    at_once = {**sampler, "order": "event", "per_step": per_round}
     for _ in range(rounds):
-        hidden = ranks(torch.rand(codes.shape, generator=generator)) < chosen
+        hidden = ranks(torch.rand(codes.shape, generator=generator)) < per_round
         visible = torch.where(hidden, model.V, codes)
         codes, _ = sample_masked(model, visible, at_once, run, generator, log_weights)
     return codes
@@ -542,7 +540,7 @@ def add_flags(parser):
     add("--tables", choices=("position", "shared"), default="position",
         help="embeddings and outputs: one set a position, or one for all")
     add("--token", choices=("patch", "position"), default="patch",
-        help="what a token stands for, where each patch has positions of its own")
+        help="what a token stands for, where each patch and each position has values of its own")
     add("--dropout", type=data.fraction, default=0.0, help="on both residual branches")
 
 
@@ -553,7 +551,7 @@ def main(argv=None):
     data.add_training_flags(parser, steps=None, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50, ema=0.995)
     add_sampler_flags(parser)
     args = data.parse(parser, PRESETS, argv)
-    for name, value in SHAPES[args.kind].items():
+    for name, value in BY_KIND[args.kind].items():
         setattr(args, name, getattr(args, name) or value)
     if args.width % args.heads or args.width // args.heads % 2:
         parser.error(f"argument --heads: --width {args.width} over {args.heads} heads is no even number")
@@ -564,7 +562,7 @@ def main(argv=None):
     stored = data.load_codes(run.folder / "codes.pt", remedy)
     train_rows = stored["splits"]["train"]
     args.codes, args.values = stored["L"], stored["V"]
-    by_patch = args.token == "patch" and stored["side"] > 0
+    by_patch = args.token == "patch" and stored["side"] > 0 and args.tables == "position"
     args.per_token = stored["L"] // stored["side"] ** 2 if by_patch else 1
     torch.manual_seed(args.seed)
     model = build_prior(vars(args)).to(run.device)

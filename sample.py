@@ -156,9 +156,9 @@ class Stages:
         """A child (n, L) of each family of k codes (n, k, L), at every position the value of a parent. choose
         "random": by the weights alone; "prior": by the masked prior times the weights, then redrawn.
 
-        The prior knows no better code than that of a parent. So up to --draws children of a family are drawn,
-        and the first one is taken that has no more than --most of the positions where its parents differ from
-        one of them, or else the one that has least."""
+        No code is likelier under the prior than a parent's own. So up to --draws children of a family are
+        drawn, and the first one is taken that has no more than --most of the positions where its parents
+        differ from one of them, or else the one that has least."""
         log_weights = mixture_weights(codes, weights, self.stored["V"], positions)  # (n, L, V)
         if positions is not None and codes.shape[1] == 2:
             choose = "random"  # nothing is left to choose
@@ -397,6 +397,7 @@ class Scores:
             if self.judge:
                 features, logits, clean = self.judge(data.from_bytes(part.to(self.run.device)))
                 factors = torch.stack([values.argmax(1) for values in logits], 1)
+                clean = clean if self.shapes else torch.ones(len(part))  # learned on shapes alone
             else:
                 _, features = tokenizer.encode_images(self.stages.backbone, part, self.run)
                 factors = torch.zeros(len(part), 0).long()
@@ -462,7 +463,7 @@ class Scores:
             sampled, calls = self.stages.sample_codes(kind, len(self.rows), self.args.seed)
             line = self.measure(self.judged(self.stages.draw(sampled, self.args.seed + 1)))
             line["frechet / true codes"] = line["frechet"] / of_true_codes
-            line["the same above real images"] = (line["frechet"] - of_real) / (of_true_codes - of_real)
+            line["the same, above real images"] = (line["frechet"] - of_real) / (of_true_codes - of_real)
             bits, error = prior.bits_per_token(self.stages.prior_model(kind), true_codes, self.run)
             line |= {"bits per token": bits, "standard error": error, "calls per sample": mean(calls)}
             result[f"prior-{kind}"] = line | memorised(sampled)
@@ -519,8 +520,9 @@ class Scores:
         mixed[:, :, second] = labels[None, :, second]
         fits = data.is_unseen(mixed.flatten(0, 1), pair, self.args.held_out).view(len(labels), -1)
         partner = (fits * torch.rand(fits.shape, generator=data.step_generator(self.args.seed, 3))).argmax(1)
-        rows = np.array(self.rows)[np.stack([np.arange(len(labels)), partner.numpy()], 1)][:self.n // 4]
-        wanted = mixed[torch.arange(len(rows)), partner[:len(rows)]]
+        firsts = fits.any(1).nonzero()[:self.n // 4, 0]  # of those with a partner
+        rows = torch.tensor(self.rows)[torch.stack([firsts, partner[firsts]], 1)]  # (n, 2)
+        wanted = mixed[firsts, partner[firsts]]
         result = {}
         for way, codes in self.children(rows).items():
             _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 2))
@@ -780,10 +782,10 @@ def check_mixture(args, k, L):
     if k < 2:
         data.fail("compose: one image; name at least 2")
     weights = args.weights or [1.0] * k
-    others = weights[1:] if args.positions else weights  # the first has its positions
+    others = weights[1:] if args.positions or args.inside else weights  # the first has its positions
     if len(weights) != k or sum(others) <= 0:
         data.fail(f"--weights: {len(weights)} numbers for {k} codes; give one each, not all zero (with "
-                  "--positions: not all but the first)")
+                  "--positions or --inside: not all but the first)")
     if args.positions and max(args.positions) >= L:
         data.fail(f"--positions: expected numbers from 0 to {L - 1}")
 
@@ -921,6 +923,8 @@ def parse(argv):
         parser.error("argument --inception: only --score reads it")
     if args.command != "text" and (args.prompts or args.image is not None):
         parser.error("arguments --prompts and --image: only text reads them")
+    if args.inside and (args.command != "compose" or args.positions):
+        parser.error("argument --inside: only for compose, and without --positions")
     if args.command == "text" and (args.weights or args.positions):
         if args.image is None or (args.weights and args.positions):
             parser.error("arguments --weights and --positions: text takes one of them, and only with --image")
