@@ -149,7 +149,7 @@ def make_parser(doc):
     add("--dataset", choices=("shapes", "cifar10", "imagenet", "folder"), default="shapes",
         help="data and preset together (default: shapes)")
     add("--image-size", type=positive, default=32, help="side of the images in pixels")
-    add("--held-out", type=number(0, 7, int), nargs=2, default=[1, 0], metavar=("NUMBER", "CHOICE"),
+    add("--held-out", type=count, nargs=2, default=[1, 0], metavar=("NUMBER", "CHOICE"),
         help="shapes: how many of the 8 colours each shape never has, and which (0: the ones reported)")
     add("--seed", type=number(0, 2 ** 63 - 1, int), default=0, help="of everything random (default: 0)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
@@ -172,7 +172,8 @@ def add_training_flags(parser, steps, batch_size, lr, lr_matrix, warmup, ema=Non
     add("--lr-matrix", type=non_negative, default=lr_matrix,
         help="learning rate of Muon for the blocks' matrices; 0: AdamW for all")
     add("--lr-final", type=fraction, default=0.05, help="share of the learning rates at the end (cosine)")
-    add("--beta2", type=fraction, default=0.95, help="of AdamW: decay a step of the mean squared gradient")
+    add("--beta2", type=number(0, 0.999999), default=0.95,
+        help="of AdamW: decay a step of the mean squared gradient")
     add("--warmup", type=count, default=warmup, help="steps of linear warm-up")
     add("--weight-decay", type=non_negative, default=0.0, help="decoupled weight decay")
     add("--clip", type=non_negative, default=3.0, help="largest gradient norm; 0: any")
@@ -209,6 +210,8 @@ def script_command(words, args):
     """The command line that runs a script with its own flags, `words`, on the dataset and folders of
     `args`."""
     flags = ["--dataset", args.dataset, "--out", args.out]
+    if args.held_out != [1, 0]:
+        flags += ["--held-out", *map(str, args.held_out)]
     if args.dataset != "shapes":
         flags += ["--data-dir", args.data_dir]
     return f"python {words} {shlex.join(flags)}"
@@ -591,10 +594,10 @@ def shapes_labels(split, size, held=(1, 0), seed=0):
         order, number = held_out((first, second), *held)
         u = uniform[:, 13 + k]
         if unseen == split:
-            place = u * number
+            place = (u * number).long()
         else:  # one of the others
-            place = number + u * (order.shape[1] - number)
-        b.copy_(order[a, place.long()])
+            place = number + (u * (order.shape[1] - number)).long()
+        b.copy_(order[a, place])
     said = (uniform[:, 15:16] < 2 / 3) | (uniform[:, 16:20] < 0.5)
     return labels, uniform[:, 5:13], said
 
@@ -619,6 +622,8 @@ def shapes_caption(labels, said=(True,) * 4):
 def load_shapes(args):
     """The generated dataset: every image follows from (split, index); --seed changes training, not the
     data."""
+    if not 0 < args.held_out[0] < 8:
+        fail(f"--held-out {args.held_out[0]}: expected 1 to 7 of the 8 colours")
     parts, captions, splits, start = [], [], {}, 0
     for split, size in SHAPES_COUNTS.items():
         labels, nuisance, said = shapes_labels(split, size, args.held_out)

@@ -32,8 +32,8 @@ PRESETS = {
     "cifar10": dict(
         patch=2, stem=0, width=384, depth=12, heads=6, condition="both", groups=16,
         steps=100_000, batch_size=256, lr=3e-4, warmup=2000, ema=0.9999,
-        sample_steps=10),
-    "folder": dict(condition="both", steps=4000, save_every=500, sample_steps=6),
+        sample_steps=10, guidance=2.0),
+    "folder": dict(condition="both", steps=4000, save_every=500, sample_steps=6, guidance=2.0),
     "imagenet": dict(
         image_size=256, patch=16, stem=0, width=1152, depth=28, heads=16, condition="both", groups=32,
         steps=500_000, batch_size=256, lr=1e-4, lr_matrix=0.0, lr_final=1.0, beta2=0.999, warmup=5000,
@@ -348,7 +348,7 @@ def load_latents(args, vae, dataset, run, batch=25):
     """Latents (N, 2 flips, C, s, s) float16 of the dataset, memory-mapped from OUT/<dataset>/latents.pt, and
     made there unless they are of the same images, size and VAE already."""
     path = run.folder / "latents.pt"
-    made_from = {"vae": vae.id, "images": dataset.id, "image size": args.image_size}
+    made_from = {"vae": vae.id, "images": dataset.id, "image size": args.image_size, "dtype": "float32"}
 
     def encode(rows):
         latents = []
@@ -465,7 +465,8 @@ def open_inputs(parser, args, stage, dataset, run):
     side = args.image_size // (args.patch * args.down)  # of the grid of tokens
     if args.condition == "place" and (stored["side"] == 0 or side % stored["side"]):
         parser.error("argument --condition: place needs codes of --sem-read patches, on a grid whose side "
-                     f"divides that of the generator's tokens, {side}; choose mean, context or both")
+                     f"divides that of the generator's tokens, {side}; choose mean, context or both (or make "
+                     "codes of an earlier version anew: tokenizer.py --restart)")
     if args.condition in ("both", "context") and args.codes % args.groups:
         parser.error(f"argument --groups: {args.groups} does not divide the {args.codes} code positions")
     return stored, vae

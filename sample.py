@@ -44,7 +44,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-PRESETS = {name: {**data.PRESETS.get(name, {}), "sample_steps": preset["sample_steps"]}
+PRESETS = {name: {**data.PRESETS.get(name, {}),
+                  "sample_steps": preset["sample_steps"], "guidance": preset["guidance"]}
            for name, preset in generator.PRESETS.items()}
 COMMANDS = ("unconditional", "reconstruct", "compose", "infill", "text", "caption")
 
@@ -158,7 +159,8 @@ class Stages:
 
         No code is likelier under the prior than a parent's own. So up to --draws children of a family are
         drawn, and the first one is taken that has no more than --most of the positions where its parents
-        differ from one of them, or else the one that has least."""
+        differ from one of them (or than its weight says), or else the one that has least. They are drawn by
+        events, whatever --order says."""
         log_weights = mixture_weights(codes, weights, self.stored["V"], positions)  # (n, L, V)
         if positions is not None and codes.shape[1] == 2:
             choose = "random"  # nothing is left to choose
@@ -167,11 +169,12 @@ class Stages:
             return prior.draw_values(log_weights, 1.0, 1.0, u)[0]
         model = self.prior_model("masked")
         sampler = prior.sampler_settings(self.args, prior.SAMPLERS["masked"])
+        most = max(self.args.most, max(weights) / sum(weights))
         begin = sampler | {"order": "event", "per_step": max(1, model.L // 16)}
         children = codes[:, 0].clone()
         share = torch.full((len(codes),), math.inf)  # of the nearest parent, in the child so far
         for _ in range(self.args.draws):
-            rows = (share > self.args.most).nonzero()[:, 0]  # (m,), to be drawn again
+            rows = (share > most).nonzero()[:, 0]  # (m,), to be drawn again
             if not len(rows):
                 break
             hidden = torch.full_like(codes[rows, 0], model.V)
@@ -516,15 +519,17 @@ class Scores:
         second its second: how often does the child show that combination?"""
         first, second = (self.names.index(name) for name in pair)
         labels = self.dataset.labels[self.rows]
-        mixed = labels[:, None].repeat(1, len(labels), 1)  # (a, b, factors)
+        mixed = labels[:self.n // 2, None].repeat(1, len(labels), 1)  # (a, b, factors)
         mixed[:, :, second] = labels[None, :, second]
-        fits = data.is_unseen(mixed.flatten(0, 1), pair, self.args.held_out).view(len(labels), -1)
+        fits = data.is_unseen(mixed.flatten(0, 1), pair, self.args.held_out).view(len(mixed), -1)
         partner = (fits * torch.rand(fits.shape, generator=data.step_generator(self.args.seed, 3))).argmax(1)
         firsts = fits.any(1).nonzero()[:self.n // 4, 0]  # of those with a partner
         rows = torch.tensor(self.rows)[torch.stack([firsts, partner[firsts]], 1)]  # (n, 2)
         wanted = mixed[firsts, partner[firsts]]
         result = {}
         for way, codes in self.children(rows).items():
+            if way.startswith("inner") and "frame" not in pair:  # shape and colour lie in the same patches
+                continue
             _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 2))
             both = (seen == wanted)[:, [first, second]].all(1)
             result[way] = {"shows the pair": mean(both), "shows it, clean": mean(both & clean)}

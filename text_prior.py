@@ -36,7 +36,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-PRESETS = prior.PRESETS | {"folder": dict(dropout=0.1, steps=2000, batch_size=128, lr=5e-3)}
+PRESETS = prior.PRESETS | {
+    "folder": dict(dropout=0.1, steps=2000, batch_size=128, lr=5e-3, ema=0.995)}
 
 # -------- text: captions to tokens and back ------------------------------------------------------------
 

@@ -7,7 +7,7 @@ The SEM turns the tokens h that it reads into L points on a simplex and back (pa
 Training (DINO on `out`, iBOT on masked patches, KoLeo spreads the batch; the teacher t averages the student
 s, k runs over the head's prototypes):
     loss = − Σ_k t_k log s_k over pairs of views + ibot · the same on masked patches                       (3)
-           − koleo · mean log distance to the nearest other image
+           − koleo · mean log distance to the nearest other image, summed over the two global crops
 
 Reads images; writes OUT/<dataset>/tokenizer.pt and codes.pt: codes (N, 2 flips, L) and a report on them.
     python tokenizer.py                                                      # the dataset shapes, on a CPU
@@ -381,32 +381,35 @@ def make_views(images, args, part):
 BLOCKS = 16  # rectangles that a mask is made of, at most
 
 
-def mask_counts(patches, crops, seed, step):
-    """How many of its patches each of so many global crops hides in iBOT: half of them none, the others from
-    10 to 50 %, evenly spread, in an order that follows from (seed, step): (crops,) long, on the CPU."""
-    masked = crops // 2
-    share = 0.1 + 0.4 * (torch.arange(masked) + 0.5) / masked
-    counts = torch.cat([(share * patches).round().long(), torch.zeros(crops - masked).long()])
+def mask_counts(patches, batch_size, seed, step):
+    """How many of its patches each of the two global crops of an image hides in iBOT: one of them none, the
+    other from 10 to 50 %, evenly spread over the batch, all in an order that follows from (seed, step): (2,
+    batch_size) long, on the CPU."""
     order = torch.Generator().manual_seed(data.mix_seed(seed, step, "masks"))
-    return counts[torch.randperm(crops, generator=order)]
+    share = 0.1 + 0.4 * (torch.randperm(batch_size, generator=order) + 0.5) / batch_size
+    counts = (share * patches).round().long().clamp(min=1)
+    first = torch.rand(batch_size, generator=order) < 0.5  # whether the first crop is the one
+    return torch.stack([counts * first, counts * ~first])
 
 
-def patch_masks(u, counts, side):
-    """iBOT masks (B, N) bool of counts (B,) patches each, N = side², from u (B, BLOCKS, 4) uniform: they fill
-    one rectangle after the other, each of 16 patches to a third of the image, width / height from 0.3 to
-    1 / 0.3 (BEiT)."""
-    area = (16 / side ** 2 + u[..., 0] * (1 / 3 - 16 / side ** 2)).clamp(1 / side ** 2, 1)
+def patch_masks(u, ties, counts, side):
+    """iBOT masks (B, N) bool of counts (B,) patches each, N = side², from u (B, BLOCKS, 4) and ties (B, N)
+    uniform: they fill one rectangle after the other, the last in no order, each of 4 patches to a third of
+    the image, width / height from 0.3 to 1 / 0.3 (BEiT)."""
+    least = 4 / side ** 2
+    area = least + u[..., 0] * max(0.0, 1 / 3 - least)
     ratio = torch.exp((2 * u[..., 1] - 1) * math.log(0.3))
     width = (area * ratio).sqrt().clamp(max=1)[..., None, None]
     height = (area / ratio).sqrt().clamp(max=1)[..., None, None]
     left = (1 - width) * u[..., 2, None, None]
     top = (1 - height) * u[..., 3, None, None]
     grid = (torch.arange(side, device=u.device) + 0.5) / side
-    inside = ((grid - left - width / 2).abs() <= width / 2) & \
-             ((grid[:, None] - top - height / 2).abs() <= height / 2)  # (B, BLOCKS, side, side)
-    everywhere = torch.ones_like(inside[:, :1])  # after all rectangles
-    first = torch.cat([inside, everywhere], 1).float().argmax(1).flatten(1)  # (B, N), which covers it first
-    rank = first.argsort(dim=1, stable=True).argsort(1)
+    across = (grid - left - width / 2).abs() <= width / 2  # (B, BLOCKS, 1, side)
+    down = (grid[:, None] - top - height / 2).abs() <= height / 2  # (B, BLOCKS, side, 1)
+    everywhere = torch.ones(len(u), 1, side, side, dtype=torch.bool, device=u.device)  # after all rectangles
+    covers = torch.cat([across & down, everywhere], 1)  # (B, BLOCKS + 1, side, side)
+    first = covers.float().argmax(1).flatten(1)  # (B, N), the rectangle that covers a patch first
+    rank = (first + ties).argsort(1).argsort(1)
     return rank < counts[:, None]
 
 
@@ -499,10 +502,11 @@ def step_loss(student, teacher, centering, images, part, args, run, step):
     mask = chosen = None
     if args.ibot > 0:
         side = args.global_size // args.patch
-        counts = mask_counts(side ** 2, 2 * args.batch_size, args.seed, step).unflatten(0, (2, -1))
+        counts = mask_counts(side ** 2, args.batch_size, args.seed, step)
         counts = counts[:, part.whole].flatten()  # (2b,), known without asking the device
         u = torch.cat([part.uniform(BLOCKS, 4) for _ in range(2)])  # (2b, BLOCKS, 4)
-        mask = patch_masks(u, counts.to(run.device), side)  # (2b, N)
+        ties = torch.cat([part.uniform(side ** 2) for _ in range(2)])  # (2b, N)
+        mask = patch_masks(u, ties, counts.to(run.device), side)  # (2b, N)
         chosen = torch.nonzero_static(mask.flatten(), size=int(counts.sum()))[:, 0]
     with run.autocast():
         with torch.no_grad():
