@@ -1173,10 +1173,12 @@ def fill_rows(folder, size, run, work, shapes, chunk=2000):
     files in `folder`; finished chunks are noted, so that a stopped run goes on. Returns {name: (size, ...)},
     memory-mapped; whoever has used them removes the folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    intact = all((folder / name).exists() for name in shapes)  # not stopped while they were removed
+    run.wait()  # all processes have looked
     starts = range(run.rank * chunk, size, run.world * chunk)
     for start in tqdm(starts, desc=folder.name.lstrip("."), disable=not run.shows_bars):
         done = folder / f"{start}.done"
-        if done.exists() and all((folder / name).exists() for name in shapes):
+        if intact and done.exists():
             continue
         for name, rows in work(range(start, min(size, start + chunk))).items():
             rows = rows.to(shapes[name][1]).numpy()
