@@ -10,8 +10,9 @@ reads each patch into positions of its own, their mean is added to the token of 
 codes are dropped, for v_null, and single positions.
 
 Reads images and OUT/<dataset>/codes.pt; writes generator.pt there and generator-early.pt, for guidance by a
-weaker self. --condition none: the baseline without codes, generator-uncond.pt. --factors: the reference that
-reads the true factors of shapes, generator-factors.pt. --vae: in latents, kept in latents.pt, not in pixels.
+weaker self. --condition none: the baseline without codes, generator-uncond.pt. --factors (with --condition
+both --groups 5): the reference that reads the true factors of shapes, generator-factors.pt. --vae: in
+latents, kept in latents.pt, not in pixels.
     python generator.py                                                      # the dataset shapes, on a CPU
     python generator.py --dataset cifar10                                    # one GPU
     torchrun --nproc-per-node 8 generator.py --dataset imagenet              # a node, pixels, patch 16
