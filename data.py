@@ -127,6 +127,8 @@ def number(low=-math.inf, high=math.inf, kind=float):
     return convert
 
 
+HELD_OUT = [1, 0]  # of shapes: the pairs that are reported
+
 count = number(0, 10 ** 9, int)  # the types of most flags
 positive = number(1, 10 ** 9, int)
 non_negative = number(0)
@@ -149,7 +151,7 @@ def make_parser(doc):
     add("--dataset", choices=("shapes", "cifar10", "imagenet", "folder"), default="shapes",
         help="data and preset together (default: shapes)")
     add("--image-size", type=positive, default=32, help="side of the images in pixels")
-    add("--held-out", type=count, nargs=2, default=[1, 0], metavar=("NUMBER", "CHOICE"),
+    add("--held-out", type=count, nargs=2, default=HELD_OUT, metavar=("NUMBER", "CHOICE"),
         help="shapes: how many of the 8 colours each shape never has, and which (0: the ones reported)")
     add("--seed", type=number(0, 2 ** 63 - 1, int), default=0, help="of everything random (default: 0)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
@@ -210,7 +212,7 @@ def script_command(words, args):
     """The command line that runs a script with its own flags, `words`, on the dataset and folders of
     `args`."""
     flags = ["--dataset", args.dataset, "--out", args.out]
-    if args.held_out != [1, 0]:
+    if args.held_out != HELD_OUT:
         flags += ["--held-out", *map(str, args.held_out)]
     if args.dataset != "shapes":
         flags += ["--data-dir", args.data_dir]
@@ -495,7 +497,7 @@ SHAPES_COUNTS = {"train": 32_000, "val": 2_000, "test": 4_000,
                  "unseen-shape-colour": 2_000, "unseen-colour-frame": 2_000}
 
 
-def held_out(pair, number=1, choice=0):
+def held_out(pair, number, choice):
     """For each value of the first of a `pair` of factors, the n values of the second in an order (k, n) of
     which it never meets the first few, and how many these are: of (shape, colour) `number`, else 1. Choice 0:
     from value i on those of its own number, i, i + 1, ..; others: at random."""
@@ -508,7 +510,7 @@ def held_out(pair, number=1, choice=0):
     return torch.from_numpy(np.stack([rng.permutation(second) for _ in range(first)])), number
 
 
-def is_unseen(labels, pair, held=(1, 0)):
+def is_unseen(labels, pair, held=HELD_OUT):
     """Which rows of `labels` (N, factors) show a combination of `pair` (two factor names) that training never
     shows, with --held-out as `held`: (N,) bool."""
     first, second = (list(SHAPES).index(name) for name in pair)
@@ -581,11 +583,11 @@ def draw_shapes(labels, nuisance, size=32):
     return ((image * (1 - alpha) + frame * alpha) * 255).round().to(torch.uint8)
 
 
-def shapes_labels(split, size, held=(1, 0), seed=0):
-    """Factors (size, 5) of a split, a function of (seed, split, index), uniform nuisances (size, 8), and
+def shapes_labels(split, size, held=HELD_OUT):
+    """Factors (size, 5) of a split, a function of (split, index), uniform nuisances (size, 8), and
     which of colour, size, background and frame the caption says (size, 4) bool: two captions in three say
     all, the others each with probability ½."""
-    key = int.from_bytes(hashlib.sha256(f"{seed}/{split}".encode()).digest()[:8], "little")
+    key = int.from_bytes(hashlib.sha256(f"0/{split}".encode()).digest()[:8], "little")
     uniform = np.random.Generator(np.random.Philox(key=key)).random((size, 29), dtype=np.float64)
     uniform = torch.from_numpy(uniform).float()  # 20 columns are used; another width gives other images
     labels = (uniform[:, :5] * torch.tensor([len(values) for values in SHAPES.values()])).long()
@@ -638,7 +640,7 @@ def load_shapes(args):
         return torch.cat(list(drawn))
 
     source = SHAPES_COUNTS
-    if args.held_out != [1, 0]:
+    if args.held_out != HELD_OUT:  # the default keeps the id that it always had
         source = source | {"held out": args.held_out}
     return Dataset("shapes", draw, labels, SHAPES, splits, captions, source)
 

@@ -7,7 +7,7 @@ A straight path from noise e to image x; the network predicts x and is compared 
 The code c (L positions) can enter as the mean of one embedding per position, beside t in adaLN (the paper,
 section 3.2), as G in-context tokens, each the mean over L / G positions, and in place: where the tokenizer
 reads each patch into positions of its own, their mean is added to the token of that patch. In training whole
-codes are dropped, for v_null, and single positions.
+codes are dropped, for v_null, and, in place, single positions.
 
 Reads images and OUT/<dataset>/codes.pt; writes generator.pt there and generator-early.pt, for guidance by a
 weaker self. --condition none: the baseline without codes, generator-uncond.pt. --factors (with --condition
@@ -443,8 +443,8 @@ def check_flags(parser, args):
         parser.error(f"argument --stem: {args.stem} halvings do not fit in --patch {args.patch}")
     if args.image_size % args.patch:
         parser.error(f"argument --patch: {args.patch} does not divide --image-size {args.image_size}")
-    if args.factors and (args.dataset != "shapes" or args.condition == "none"):
-        parser.error("argument --factors: only shapes has known factors, and --condition must read them")
+    if args.factors and (args.dataset != "shapes" or args.condition in ("none", "place")):
+        parser.error("argument --factors: only for shapes, and with --condition both --groups 5")
 
 
 def open_inputs(parser, args, stage, dataset, run):

@@ -540,7 +540,7 @@ def add_flags(parser):
     add("--tables", choices=("position", "shared"), default="position",
         help="embeddings and outputs: one set a position, or one for all")
     add("--token", choices=("patch", "position"), default="patch",
-        help="what a token stands for, where each patch and each position has values of its own")
+        help="what a token stands for, where codes are read by patch (with shared tables: position)")
     add("--dropout", type=data.fraction, default=0.0, help="on both residual branches")
 
 

@@ -485,7 +485,7 @@ class Scores:
         side = self.stages.stored["side"]
         if side > 2:
             inner = inner_positions(codes.shape[2], side)
-            found["inner patches of the first"] = codes[:, 1].index_copy(1, inner, codes[:, 0, inner])
+            found["inner patches of the first"] = self.stages.compose(codes, [1, 1], rng, "random", inner)
         return found
 
     def score_composition(self):
@@ -839,7 +839,7 @@ def compose_pictures(stages, args, inputs, codes):
         side = stages.stored["side"]
         if side < 3:
             data.fail("--inside: needs codes of --sem-read patches, at least 3 patches side by side")
-        positions = inner_positions(L, side).tolist()
+        positions = inner_positions(L, side)
     children = stages.compose(families, args.weights or [1 / k] * k, rng, args.choose, positions)
     blank = torch.full((columns - k, *inputs.shape[1:]), 255, dtype=torch.uint8)
     return torch.cat([inputs, blank, stages.draw(children, args.seed)]), columns

@@ -795,7 +795,7 @@ def add_flags(parser):
     add("--depth", type=data.positive, default=2, help="transformer blocks")
     add("--heads", type=data.positive, default=2, help="attention heads")
     add("--attention", action=argparse.BooleanOptionalAction, default=False,
-        help="patches see each other; without it each is encoded on its own")
+        help="patches attend to each other; without it an MLP sees each token alone")
     add("--stem", type=data.number(0, 30, int), default=2, help="halving convolutions before the patches")
     add("--layer-scale", type=data.number(), default=1.0, help="start of the gains on residual branches")
     add("--drop-path", type=data.fraction, default=0.0, help="probability of dropping a residual branch")

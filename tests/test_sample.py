@@ -1,6 +1,7 @@
 """Pictures and scores: mixtures of codes, the Fréchet distance, the judge, the table, Inception."""
 import json
 import shutil
+from types import SimpleNamespace
 
 import data
 import numpy as np
@@ -34,6 +35,31 @@ def test_inner_positions_are_those_of_all_patches_off_the_rim():
     inner = torch.zeros(4, 4, 2).long()
     inner[1:3, 1:3] = 1
     assert sample.inner_positions(32, 4).tolist() == inner.flatten().nonzero()[:, 0].tolist()
+
+
+def test_recombination_asks_for_pairs_that_training_never_shows():
+    """Where images are their factors: a copy never shows the pair, the two factors put together always do."""
+    scores = sample.Scores.__new__(sample.Scores)
+    scores.args = data.make_parser("").parse_args([])
+    scores.dataset = data.load_shapes(scores.args)
+    scores.names = list(data.SHAPES)
+    scores.rows = list(scores.dataset.splits["test"])
+    scores.n = len(scores.rows)
+    scores.stages = SimpleNamespace(draw=lambda codes, seed: codes)
+    scores.judged = lambda codes: (None, codes, torch.ones(len(codes), dtype=torch.bool))
+    for pair in data.UNSEEN_PAIRS.values():
+        second = scores.names.index(pair[1])
+
+        def children(rows):
+            labels = scores.dataset.labels[rows]
+            mixed = labels[:, 0].clone()
+            mixed[:, second] = labels[:, 1, second]
+            assert data.is_unseen(mixed, pair).all()
+            return {"copy": labels[:, 0], "mixed": mixed}
+
+        scores.children = children
+        found = scores.score_recombination(pair)
+        assert found["copy"]["shows the pair"] == 0 and found["mixed"]["shows it, clean"] == 1
 
 
 def test_frechet_distance_of_gaussians_with_known_distance():
