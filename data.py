@@ -103,8 +103,8 @@ def needed_package(package, what):
     """Inside, a package is imported that `what` alone needs."""
     try:
         yield
-    except ImportError:
-        fail(f"{what}: needs a package: pip install {package}")
+    except (ImportError, RuntimeError) as problem:  # the latter: a package that does not fit this torch
+        fail(f"{what}: needs a package, pip install {package} ({str(problem)[:200]})")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1061,6 +1061,9 @@ def to_bytes(images):
 
 # -------- files ----------------------------------------------------------------------------------------
 
+WEIGHT_FILES = ("*.index.json", "*.safetensors", "*.bin", "*.pth", "*.pt")  # the first kind in a folder counts
+
+
 def cannot_write(path, problem):
     """Stop where a file cannot be written."""
     fail(f"cannot write {path}: {problem}; what was there is as it was. Make room, or see to who may write "
@@ -1130,6 +1133,56 @@ def load(path, kind, remedy, only=None):
     """As `read`; stops with one line that ends in `remedy` where that raises."""
     with reading(path, remedy):
         return read(path, kind, only)
+
+
+def read_weights(path):
+    """{name: tensor} of weights made elsewhere: a .pth, .pt or .bin (no code in it is run) or .safetensors
+    (memory-mapped), the .index.json of several, or the folder that one of these lies in. A dict inside under
+    "teacher" or "model" is taken."""
+    path = Path(path)
+    with reading(path, "expected .pth, .pt, .bin, .safetensors, an .index.json of several, or their folder"):
+        if path.is_dir():
+            found = [file for kind in WEIGHT_FILES for file in sorted(path.glob(kind))]
+            if not found:
+                raise Unfit("has no weights")
+            path = found[0]
+        if path.suffix == ".json":
+            state = {}
+            for name in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+                state |= read_weights(path.parent / name)
+        elif path.suffix == ".safetensors":
+            with needed_package("safetensors", path):
+                from safetensors.torch import load_file
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        for inside in ("teacher", "model"):
+            state = state.get(inside, state)
+        if not all(torch.is_tensor(value) for value in state.values()):
+            raise Unfit("expected tensors by name")
+        return {re.sub(r"^((_orig_mod|module|backbone)\.)+", "", name): x for name, x in state.items()}
+
+
+def fill_model(model, state, assign=False):
+    """Put tensors by name into a model: all of them, nothing else, in the same shapes; else raises Unfit with
+    the first that differs. assign: they take the place of its own, with their type, and are not copied."""
+    own = model.state_dict()
+    for name in sorted(own.keys() - state.keys()):
+        raise Unfit(f"lacks {name}")
+    for name in sorted(state.keys() - own.keys()):
+        raise Unfit(f"has {name}, which is not expected")
+    for name, x in state.items():
+        if x.shape != own[name].shape:
+            raise Unfit(f"{name} is {tuple(x.shape)}, expected {tuple(own[name].shape)}")
+    model.load_state_dict(state, assign=assign)
+
+
+def released_config(folder):
+    """The config.json in a folder of released weights, {} where there is none: for what shapes do not
+    tell."""
+    path = Path(folder) / "config.json"
+    with reading(path, "bring the folder back as it was released"):
+        return json.loads(path.read_text()) if path.exists() else {}
 
 
 def is_made_from(path, kind, made_from):

@@ -7,7 +7,8 @@ A straight path from noise e to image x; the network predicts x and is compared 
 The code c (L positions) can enter as the mean of one embedding per position, beside t in adaLN (the paper,
 section 3.2), as G in-context tokens, each the mean over L / G positions, and in place: where the tokenizer
 reads each patch into positions of its own, their mean is added to the token of that patch. In training whole
-codes are dropped, for v_null, and, in place, single positions.
+codes are dropped, for v_null, and, in place, single positions. --predict noise: the paper's own diffusion, in
+a section of its own below.
 
 Reads images and OUT/<dataset>/codes.pt; writes generator.pt there and generator-early.pt, for guidance by a
 weaker self. --condition none: the baseline without codes, generator-uncond.pt. --factors (with --condition
@@ -18,10 +19,12 @@ latents, kept in latents.pt, not in pixels.
     torchrun --nproc-per-node 8 generator.py --dataset imagenet              # a node, pixels, patch 16
     torchrun --nproc-per-node 8 generator.py --dataset imagenet --vae sd-vae-ft-ema --patch 2 --size XL
 """
+import functools
 import hashlib
 import json
 import math
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import data  # first: it sets the threads' waiting policy before torch starts them
@@ -56,20 +59,22 @@ def modulate(x, shift, scale):
 
 
 class Attention(nn.Module):
-    """Self-attention with normalised queries and keys. (B, N, D) → (B, N, D)."""
+    """Self-attention with normalised queries and keys, or `plain`, with biases instead, as DiT's. (B, N, D) →
+    (B, N, D)."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, plain=False):
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
+        self.heads, self.plain = heads, plain
+        self.qkv = nn.Linear(width, 3 * width, bias=plain)
+        self.proj = nn.Linear(width, width, bias=plain)
 
     def forward(self, x):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 × (B, H, N, D/H)
-        q = F.layer_norm(q, q.shape[-1:])
-        k = F.layer_norm(k, k.shape[-1:])
+        if not self.plain:
+            q = F.layer_norm(q, q.shape[-1:])
+            k = F.layer_norm(k, k.shape[-1:])
         x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
 
@@ -88,13 +93,21 @@ class SwiGLU(nn.Module):
         return self.w2(F.silu(gate) * x)  # (..., D)
 
 
+def plain_mlp(width):
+    """DiT's own MLP, fc2(gelu(fc1 x)). (..., D) → (..., D)."""
+    return nn.Sequential(OrderedDict(
+        fc1=nn.Linear(width, 4 * width),
+        gelu=nn.GELU(approximate="tanh"),
+        fc2=nn.Linear(4 * width, width)))
+
+
 class Block(nn.Module):
     """DiT block, adaLN-Zero: the condition shifts, scales and gates each branch. It starts as identity."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, plain=False):
         super().__init__()
-        self.attn = Attention(width, heads)
-        self.mlp = SwiGLU(width)
+        self.attn = Attention(width, heads, plain)
+        self.mlp = plain_mlp(width) if plain else SwiGLU(width)
         self.adaLN = nn.Linear(width, 6 * width)
         nn.init.zeros_(self.adaLN.weight)
         nn.init.zeros_(self.adaLN.bias)
@@ -126,21 +139,22 @@ class CodeEmbedding(nn.Module):
         return x.view(len(codes), self.groups, -1)  # (B, groups, D)
 
 
-def timestep_features(t):
-    """Cosines and sines (B, 256) of t (B,) in [0, 1], as DiT's of 1000 t."""
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(128, device=t.device) / 128)
-    angles = 1000 * t.float()[:, None] * frequencies
+def timestep_features(k):
+    """Cosines and sines (B, 256) of k (B,) from 0 to 1000, as DiT's."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(128, device=k.device) / 128)
+    angles = k.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 class DiT(nn.Module):
     """Diffusion transformer, with `stem` halving convolutions before the patches and their mirror image
     after. It draws pixels (C = 3) or latents, of side `size`, from codes of `codes` = L positions with
-    `values` = V values, read in place on a grid of code_side². `vae` is set from outside for a model of
-    latents; only `generate` uses it."""
+    `values` = V values, read in place on a grid of code_side². predict "x" or "v", at a time t in [0, 1]; or
+    "noise" and how much to trust it, 2 C channels, at a level of noise from 0 to 999. `vae` is set from
+    outside for a model of latents; only `generate` uses it."""
 
     def __init__(self, size, patch, stem, width, depth, heads, codes, values, groups, condition, predict,
-                 channels=3, code_side=0):
+                 channels=3, code_side=0, block="gated"):
         super().__init__()
         self.side = size // patch
         self.inner_patch = patch >> stem  # side of a patch after the halvings
@@ -150,7 +164,9 @@ class DiT(nn.Module):
         levels = list(zip(widths, widths[1:]))
         patch_width = widths[-1] * self.inner_patch ** 2  # P
         self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in levels)
-        self.head = nn.ModuleList(nn.Conv2d(b, 4 * a, 3, padding=1) for a, b in levels)
+        outputs = [channels * (2 if predict == "noise" else 1)] + widths[1:]
+        output_width = outputs[-1] * self.inner_patch ** 2  # Q
+        self.head = nn.ModuleList(nn.Conv2d(b, 4 * a, 3, padding=1) for a, b in zip(outputs, outputs[1:]))
         self.x_embed = nn.Linear(patch_width, width)
         self.pos_embed = nn.Parameter(torch.randn(1, self.side ** 2, width) * 0.02)
         self.t_embed = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -162,15 +178,15 @@ class DiT(nn.Module):
         if condition in ("both", "context"):
             self.code_context = CodeEmbedding(codes, values, groups, width)
             self.context_pos = nn.Parameter(torch.randn(1, groups, width) * 0.02)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, block == "plain") for _ in range(depth))
         self.final_adaLN = nn.Linear(width, 2 * width)
-        self.final = nn.Linear(width, patch_width)
+        self.final = nn.Linear(width, output_width)
         for p in (self.final_adaLN.weight, self.final_adaLN.bias, self.final.weight, self.final.bias):
             nn.init.zeros_(p)
 
     def forward(self, z, t, codes=None):
-        """Noisy z (B, C, S, S), t (B,) in [0, 1], codes (B, L) long, V: no code → x or v (B, C, S, S)."""
-        c = self.t_embed(timestep_features(t))  # (B, D)
+        """Noisy z (B, C, S, S), time or level t (B,), codes (B, L) long, V: no code → (B, C or 2 C, S, S)."""
+        c = self.t_embed(timestep_features(t if self.predict == "noise" else 1000 * t.float()))  # (B, D)
         if self.code_mean is not None:
             c = c + self.code_mean(codes)[:, 0]  # (B, D)
         c = F.silu(c)
@@ -190,11 +206,11 @@ class DiT(nn.Module):
             x = torch.cat([x, self.code_context(codes) + self.context_pos], 1)  # (B, N + G, D)
         for block in self.blocks:
             x = block(x, c)  # (B, N + G, D)
-        x = self.final(modulate(x[:, :n], *self.final_adaLN(c).chunk(2, -1)))  # (B, N, P)
-        x = x.transpose(1, 2).unflatten(2, (self.side, self.side))  # (B, P, side, side)
-        h = F.pixel_shuffle(x, self.inner_patch)  # (B, 32 << (stem − 1) or C, S / 2^stem, S / 2^stem)
+        x = self.final(modulate(x[:, :n], *self.final_adaLN(c).chunk(2, -1)))  # (B, N, Q)
+        x = x.transpose(1, 2).unflatten(2, (self.side, self.side))  # (B, Q, side, side)
+        h = F.pixel_shuffle(x, self.inner_patch)  # (B, Q / inner_patch², S / 2^stem, S / 2^stem)
         for conv, skip in zip(reversed(self.head), reversed(skips)):
-            h = F.pixel_shuffle(conv(F.silu(h + skip)), 2)  # twice the side, ..., at last (B, C, S, S)
+            h = F.pixel_shuffle(conv(F.silu(h + skip)), 2)  # twice the side, ..., at last (B, .., S, S)
         return h
 
 
@@ -204,10 +220,13 @@ NEAREST = 0.05  # least 1 − t in the loss with x-prediction: bounds the weight
 
 
 def velocity(output, z, t, predict, nearest=0.0):
-    """Equation (1): an output (B, C, S, S), of the network or the one it should give, at z and t (B,) as a
-    velocity; `nearest`: least 1 − t to divide by."""
+    """Equation (1): an output (B, C, S, S), of the network or the one it should give, at z and t (B,), or one
+    number, as a velocity; `nearest`: least 1 − t to divide by."""
     output = output.float()
-    return output if predict == "v" else (output - z) / (1 - t)[:, None, None, None].clamp(min=nearest)
+    if predict == "v":
+        return output
+    left = 1 - torch.as_tensor(t, device=z.device)
+    return (output - z) / left.view(-1, 1, 1, 1).clamp(min=nearest)
 
 
 def drop_codes(codes, null, part, drop, drop_positions):
@@ -235,56 +254,188 @@ def flow_loss(model, x, codes, part, args, run):
 
 # -------- sampler --------------------------------------------------------------------------------------
 
-def integrate(field, z, steps, method="heun"):
-    """Solve dz/dt = field(z, t) from t = 0 to 1 in equal steps; z (B, ...), t a float. Heun (second order)
-    averages the slope at both ends of a step, but for the last, which is Euler's: velocity (1) is not defined
-    at t = 1. The field is called `steps` times by Euler, 2 · steps − 1 times by Heun."""
-    for k in range(steps):
-        t, dt = k / steps, 1 / steps
+def integrate(field, z, times, method="heun"):
+    """Solve dz/dt = field(z, t) from the first to the last of `times`, which is 1; z (B, ...), t a float.
+    Heun (second order) averages the slope at both ends of a step, but for the last, which is Euler's:
+    velocity (1) is not defined at t = 1. For n steps the field is called n times by Euler, 2 n − 1 times by
+    Heun."""
+    for t, after in zip(times, times[1:]):
+        dt = after - t
         slope = field(z, t)
-        if method == "heun" and k < steps - 1:
-            slope = (slope + field(z + dt * slope, t + dt)) / 2
+        if method == "heun" and after < 1:
+            slope = (slope + field(z + dt * slope, after)) / 2
         z = z + dt * slope
     return z
 
 
-def guided_field(model, codes, guidance, interval, run, weak=None):
-    """The right-hand side of equation (3) as a function of (z, t). v_null is the model's own without code,
-    or, with `weak` (an earlier self), that model's with the code. Without guidance (w = 1, t outside the
-    interval, no codes) the network is called once."""
+def guided_network(model, codes, guidance, interval, run, weak=None):
+    """A function of z (B, C, S, S), the time t, and what the network takes as time (default: t) → its output,
+    guided as in (3), of which the velocity is a linear function. "null" is the model itself without code, or,
+    with `weak` (an earlier self), that model with the code. Without guidance (w = 1, t outside the interval,
+    no codes) the network is called once."""
     def call(network, z, t, c):
         t = torch.full((len(z),), t, device=z.device)
         with run.autocast():
-            output = network(z, t, c)
-        return velocity(output, z, t, network.predict)
+            return network(z, t, c).float()
 
-    def field(z, t):
+    def guided(z, t, level=None):
         outside = not interval[0] <= t <= interval[1]
+        level = t if level is None else level
         if guidance == 1 or outside or (weak is None and model.condition == "none"):
-            return call(model, z, t, codes)
+            return call(model, z, level, codes)
         if weak is not None:
-            v = call(model, z, t, codes)
-            v_null = call(weak, z, t, codes)
+            output = call(model, z, level, codes)
+            null = call(weak, z, level, codes)
         else:  # both in one call
             both = torch.cat([codes, torch.full_like(codes, model.V)])
-            v, v_null = call(model, z.repeat(2, 1, 1, 1), t, both).chunk(2)
-        return v_null + guidance * (v - v_null)
+            output, null = call(model, z.repeat(2, 1, 1, 1), level, both).chunk(2)
+        C = z.shape[1]
+        drawn = null[:, :C] + guidance * (output[:, :C] - null[:, :C])
+        return torch.cat([drawn, output[:, C:]], 1)  # a learned variance is not guided
+
+    return guided
+
+
+# --- the paper's own diffusion (--predict noise) ---
+
+class NoiseLevels:
+    """DDPM (Ho et al. 2020) with a learned variance (Nichol and Dhariwal 2021), as in DiT. Of 1,000 levels k,
+    β from 1e-4 to .02 in a line and ᾱ_k = Π_{j ≤ k} (1 − β_j), `kept` are used, evenly spread; b the one
+    before k, ᾱ_b = 1 before the first, and β_k = 1 − ᾱ_k / ᾱ_b:
+        z_k = √ᾱ_k x + √(1 − ᾱ_k) e                                                                    (4)
+        q(z_b | z_k, x) = N(mean, β̃_k),  β̃_k = β_k (1 − ᾱ_b) / (1 − ᾱ_k)
+        mean = (√ᾱ_b β_k x + √(1 − β_k) (1 − ᾱ_b) z_k) / (1 − ᾱ_k)                                      (5)
+    The network says ê and u, (B, C, S, S) each; a step draws from N(mean of (5) at x̂, variance), with
+        x̂ = (z_k − √(1 − ᾱ_k) ê) / √ᾱ_k    log variance = f log β_k + (1 − f) log β̃_k    f = (u + 1) / 2  (6)
+    t = √ᾱ_k / (√ᾱ_k + √(1 − ᾱ_k)) of the flow has the same ratio of image to noise. Tables (kept, 1, 1, 1).
+    """
+
+    def __init__(self, kept=1000, device="cpu"):
+        strides = torch.full((kept,), 999 / max(1, kept - 1), dtype=torch.float64)
+        strides[0] = 0
+        self.numbers = strides.cumsum(0).round().long()  # k of each
+        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        alpha = (1 - betas).cumprod(0)[self.numbers]  # ᾱ
+        before = F.pad(alpha[:-1], (1, 0), value=1.0)
+        beta = 1 - alpha / before
+        posterior = beta * (1 - before) / (1 - alpha)  # β̃
+        posterior[0] = posterior[min(1, kept - 1)]  # it is 0 at the first
+        self.times = (alpha.sqrt() / (alpha.sqrt() + (1 - alpha).sqrt())).tolist()
+
+        def spread(table):
+            return table.float()[:, None, None, None].to(device)
+
+        self.signal, self.noise = spread(alpha.sqrt()), spread((1 - alpha).sqrt())
+        self.of_x = spread(before.sqrt() * beta / (1 - alpha))
+        self.of_z = spread((1 - beta).sqrt() * (1 - before) / (1 - alpha))
+        self.log_beta, self.log_posterior = spread(beta.log()), spread(posterior.log())
+
+    def posterior_mean(self, x, z, i):
+        """Equation (5) at rows i (B,) of the tables, from x and z (B, C, S, S)."""
+        return self.of_x[i] * x + self.of_z[i] * z
+
+    def step(self, output, z, i):
+        """Mean and log-variance (B, C, S, S) of equation (6) from the network's output (B, 2 C, S, S)."""
+        e, u = output.chunk(2, 1)
+        x = (z - self.noise[i] * e) / self.signal[i]
+        f = (u + 1) / 2
+        log_variance = f * self.log_beta[i] + (1 - f) * self.log_posterior[i]
+        return self.posterior_mean(x, z, i), log_variance
+
+
+noise_levels = functools.lru_cache(NoiseLevels)
+
+
+def bound_bits(x, z, mean, log_variance, i, levels):
+    """The variational bound's term of rows i (B,), in bits a dimension (B,), of a step N(mean, exp
+    log_variance) (B, C, S, S): KL(q ‖ step), or, at level 0, −log of the probability that the step gives to
+    the byte of x."""
+    true = levels.log_posterior[i]
+    ratio = true - log_variance
+    squares = (levels.posterior_mean(x, z, i) - mean).square() * torch.exp(-log_variance)
+    kl = 0.5 * (ratio.exp() - 1 - ratio + squares)
+
+    def normal_cdf(x):  # as nearly as GELU's tanh is: DiT's own
+        return 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x ** 3)))
+
+    scale = torch.exp(-0.5 * log_variance)
+    below = torch.where(x < -0.999, 0.0, normal_cdf((x - mean - 1 / 255) * scale))
+    upto = torch.where(x > 0.999, 1.0, normal_cdf((x - mean + 1 / 255) * scale))
+    byte = -(upto - below).clamp(min=1e-12).log()
+    nats = torch.where((i == 0)[:, None, None, None], byte, kl)
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def noise_loss(model, x, codes, part, args, run):
+    """mean (ê − e)² + the bound, which trains the variance alone: ê is held fixed there. Arguments as
+    flow_loss."""
+    levels = noise_levels(1000, x.device)
+    i = (part.uniform() * 1000).long()  # (B,)
+    e = part.normal(*x.shape[1:])  # (B, C, S, S)
+    z = levels.signal[i] * x + levels.noise[i] * e
+    with run.autocast():
+        output = model(z, i, codes)  # (B, 2 C, S, S)
+    drawn, u = output.float().chunk(2, 1)
+    mean, log_variance = levels.step(torch.cat([drawn.detach(), u], 1), z, i)
+    return (drawn - e).square().mean() + bound_bits(x, z, mean, log_variance, i, levels).mean()
+
+
+def sample_ddpm(guided, z, levels, draw):
+    """From noise z (B, C, S, S) to images by steps (6), one network call each; draw() gives the noise of a
+    step."""
+    for i in reversed(range(len(levels.times))):
+        output = guided(z, levels.times[i], levels.numbers[i].item())
+        mean, log_variance = levels.step(output, z, [i])
+        z = mean
+        if i > 0:
+            z = z + torch.exp(0.5 * log_variance) * draw()
+    return z
+
+
+def noise_field(guided, levels):
+    """The velocity (B, C, S, S) of the flow (1) at (z, t), t one of levels.times, by a network that says the
+    noise: v = x̂ − ê = (z − ê) / t."""
+    def field(z, t):
+        i = levels.times.index(t)
+        e = guided(z * levels.signal[i] / t, t, levels.numbers[i].item())[:, :z.shape[1]]
+        return (z - e) / t
 
     return field
 
 
+def solve(model, guided, noise, sampler, draw):
+    """Noise (n, C, S, S) → x of the same shape, by the `guided` network of a model and its method; draw()
+    gives more noise."""
+    steps = sampler["steps"]
+    method = sampler["method"] or ("ddpm" if model.predict == "noise" else "heun")
+    if model.predict != "noise":
+        if method == "ddpm":
+            data.fail("--method ddpm: needs a generator of --predict noise; choose heun or euler")
+        times = [k / steps for k in range(steps + 1)]
+        return integrate(lambda z, t: velocity(guided(z, t), z, t, model.predict), noise, times, method)
+    levels = noise_levels(steps, noise.device)
+    if method == "ddpm":
+        return sample_ddpm(guided, noise, levels, draw)
+    start = noise * levels.times[-1] / levels.signal[-1]
+    return integrate(noise_field(guided, levels), start, levels.times[::-1] + [1.0], method)
+
+
 @torch.no_grad()
-def generate(model, codes, count, sampler, run, seed=0, weak=None, first=0, batch=250):
+def generate(model, codes, count, sampler, run, seed=0, weak=None, first=0):
     """Images (count, 3, S, S) uint8 on the CPU, from codes (count, L) long (None: without); sampler as
     sampler_settings. The noise of image i follows from (seed, first + i) alone."""
-    images = []
+    images, batch = [], sampler["batch"]
     for start in range(0, count, batch):
         numbers = range(first + start, first + min(count, start + batch))  # of these images
-        noise = [torch.randn(model.x_shape, generator=data.step_generator(seed, k)) for k in numbers]
-        noise = torch.stack(noise).to(run.device)  # (n, C, S, S)
+        generators = [data.step_generator(seed, k) for k in numbers]
+
+        def draw():
+            noise = [torch.randn(model.x_shape, generator=generator) for generator in generators]
+            return torch.stack(noise).to(run.device)  # (n, C, S, S)
+
         c = None if codes is None else codes[start:start + batch].to(run.device)
-        field = guided_field(model, c, sampler["guidance"], sampler["interval"], run, weak)
-        x = integrate(field, noise, sampler["steps"], sampler["method"])  # (n, C, S, S)
+        guided = guided_network(model, c, sampler["guidance"], sampler["interval"], run, weak)
+        x = solve(model, guided, draw(), sampler, draw)  # (n, C, S, S)
         if not x.isfinite().all():
             data.fail("an image that is not finite was drawn; lower --guidance, or try --dtype float32")
         pixels = model.vae.decode(x) if model.vae else x  # (n, 3, S, S)
@@ -295,9 +446,11 @@ def generate(model, codes, count, sampler, run, seed=0, weak=None, first=0, batc
 def add_sampler_flags(parser):
     """How images are drawn from a trained generator."""
     add = parser.add_argument_group("image sampler").add_argument
-    add("--sample-steps", type=data.positive, default=4, help="steps from noise to image")
-    add("--method", choices=("heun", "euler"), default="heun", help="ODE solver")
+    add("--sample-steps", type=data.number(1, 1000, int), default=4, help="steps from noise to image")
+    add("--method", choices=("heun", "euler", "ddpm"),
+        help="ODE solver, or the steps (6) of --predict noise (default: ddpm for that, else heun)")
     add("--guidance", type=data.non_negative, default=1.5, help="w of equation (3); 1: none")
+    add("--batch", type=data.positive, default=250, help="images drawn together")
     add("--guidance-interval", type=data.fraction, nargs=2, default=[0.0, 1.0], metavar=("FROM", "TO"),
         help="t in which guidance acts")
     add("--vae", metavar="PATH",
@@ -307,7 +460,7 @@ def add_sampler_flags(parser):
 def sampler_settings(args):
     """The sampler flags as the dict that `generate` takes."""
     return {"steps": args.sample_steps, "method": args.method, "guidance": args.guidance,
-            "interval": args.guidance_interval}
+            "interval": args.guidance_interval, "batch": args.batch}
 
 
 # -------- latents --------------------------------------------------------------------------------------
@@ -331,8 +484,9 @@ class VAE:
             weights = sorted(path.glob("diffusion_pytorch_model.*"))[-1]  # .safetensors before .bin
             with open(weights, "rb") as file:
                 self.id = hashlib.file_digest(file, "sha256").hexdigest()
-            self.model = AutoencoderKL.from_pretrained(path, local_files_only=True)
+            self.model = AutoencoderKL.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False)
             self.model.to(device).eval().requires_grad_(False)
+            self.model.enable_slicing()  # one image at a time: a batch takes many gigabytes
 
     @torch.no_grad()
     def encode(self, x):
@@ -372,15 +526,59 @@ def load_latents(args, vae, dataset, run, batch=25):
     return data.read(path, "latents", only="latents")["latents"]
 
 
-# -------- training -------------------------------------------------------------------------------------
+# -------- building and loading -------------------------------------------------------------------------
 
 def build_generator(config):
     """The DiT of a dict of settings (a checkpoint's config)."""
     keys = ("patch", "stem", "width", "depth", "heads", "codes", "values", "groups", "condition", "predict",
             "channels")
     return DiT(config["image_size"] // config["down"], **{key: config[key] for key in keys},
-               code_side=config.get("code_side", 0))
+               code_side=config.get("code_side", 0), block=config.get("block", "gated"))
 
+
+# -------- the authors' release (sample.py --release, --init) -------------------------------------------
+
+RELEASED_NAMES = {"x_embedder.proj": "x_embed", "t_embedder.mlp": "t_embed", "final_layer.linear": "final",
+                  "sem_embedder.embedding_table": "code_mean.table", "adaLN_modulation.1": "adaLN",
+                  "final_layer.": "final_"}
+
+
+def read_release(folder):
+    """The weights of the authors' DiT (a folder DLC_DiT_L512 of a diffusers pipeline) by the names of DiT
+    above, and its settings, as of a checkpoint's config, which their shapes tell."""
+    path = Path(folder) / "transformer"
+    state = {}
+    for name, x in data.read_weights(path).items():
+        for theirs, ours in RELEASED_NAMES.items():
+            name = name.replace(theirs, ours)
+        state[name] = x
+    with data.reading(path, "expected the authors' DiT"):
+        codes, rows, width = state["code_mean.table"].shape
+        _, channels, patch, _ = state["x_embed.weight"].shape
+        state["code_mean.table"] = state["code_mean.table"].flatten(0, 1)
+        state["x_embed.weight"] = state["x_embed.weight"].flatten(1)  # channel, row, column: pixel_unshuffle
+        for kind in ("weight", "bias"):  # row, column, channel; pixel_shuffle: channel, row, column
+            final = state[f"final.{kind}"].unflatten(0, (patch ** 2, 2 * channels))
+            state[f"final.{kind}"] = final.transpose(0, 1).flatten(0, 1)
+        config = dict(
+            image_size=math.isqrt(state["pos_embed"].shape[1]) * patch, down=1, channels=channels,
+            patch=patch, stem=0, width=width, codes=codes, values=rows - 1, groups=1, condition="mean",
+            predict="noise", block="plain", heads=data.released_config(path).get("num_heads", 16),
+            depth=len([name for name in state if name.endswith("attn.qkv.weight")]))
+    return state, config
+
+
+def load_release(folder, device):
+    """The authors' DiT with its autoencoder, ready to draw."""
+    state, config = read_release(folder)
+    with data.reading(Path(folder) / "transformer", "expected the authors' DiT"):
+        model = build_generator(config)
+        data.fill_model(model, state)
+    model.vae = VAE(Path(folder) / "vae", device)
+    return model.to(device).eval()
+
+
+# -------- training -------------------------------------------------------------------------------------
 
 def load_generator(args, codes_id, device, stage="generator"):
     """The trained model with averaged weights from OUT/<dataset>/<stage>.pt. Refused: one that reads other
@@ -419,20 +617,24 @@ def add_flags(parser):
     add("--width", type=data.positive, default=192, help="D, width of the tokens")
     add("--depth", type=data.positive, default=4, help="transformer blocks")
     add("--heads", type=data.positive, default=2, help="attention heads")
+    add("--block", choices=("gated", "plain"), default="gated",
+        help="plain: DiT's own, biases and GELU; gated: normalised queries and keys and SwiGLU")
     add("--condition", choices=("place", "mean", "context", "both", "none"), default="place",
         help="how the code enters: in place, as a mean, as context tokens, both of these, or not at all (the "
              "baseline)")
     add("--factors", action="store_true", help="read the true factors in place of the code (shapes)")
     add("--groups", type=data.positive, default=4, help="context: G, in-context code tokens")
     add = parser.add_argument_group("flow").add_argument
-    add("--predict", choices=("x", "v"),
-        help="what the network outputs; the loss is on v in both cases (default: x in pixels, v in latents)")
+    add("--predict", choices=("x", "v", "noise"),
+        help="what the network outputs; the loss is on v (default: x in pixels, v in latents); noise: DDPM")
     add("--t-mean", type=data.number(), default=-0.4, help="mu of equation (1)")
     add("--t-std", type=data.non_negative, default=1.0, help="sigma of equation (1)")
     add("--drop", type=data.fraction, default=0.1, help="probability of training without the code")
     add("--drop-positions", type=data.fraction, default=0.25,
         help="place: probability of training without a position of the code")
     add("--early", type=data.fraction, default=0.25, help="share of the steps before generator-early.pt")
+    add = parser.add_argument_group("start of the run").add_argument
+    add("--init", metavar="DIR", help="start from the authors' weights, the folder DLC_DiT_L512")
 
 
 def check_flags(parser, args):
@@ -490,6 +692,7 @@ def main(argv=None, dataset=None):
     args = data.parse(parser, PRESETS, argv, SIZES)
     check_flags(parser, args)
     args.predict = args.predict or ("v" if args.vae else "x")
+    loss_of = noise_loss if args.predict == "noise" else flow_loss
     stage = "generator-factors" if args.factors else "generator"
     if args.condition == "none":
         stage = "generator-uncond"
@@ -500,6 +703,9 @@ def main(argv=None, dataset=None):
     stored, vae = open_inputs(parser, args, stage, dataset, run)
     torch.manual_seed(args.seed)
     model = build_generator(vars(args)).to(run.device)
+    if args.init:  # a run that goes on loads its own weights over these
+        with data.reading(args.init, "expected the authors' DLC_DiT_L512, and flags of its sizes (README)"):
+            data.fill_model(model, read_release(args.init)[0])
     if args.dry_run:
         data.dry_run(args, model, run)  # ends here; on CUDA after two steps
     latents = load_latents(args, vae, dataset, run) if vae else None
@@ -528,7 +734,7 @@ def main(argv=None, dataset=None):
             if args.condition != "none":
                 singly = args.drop_positions if args.condition == "place" else 0.0
                 c = drop_codes(c, args.values, part, args.drop, singly)
-            loss = loss + part.backward(flow_loss(wrapped, x, c, part, args, run))
+            loss = loss + part.backward(loss_of(wrapped, x, c, part, args, run))
         loss = run.average(loss)
         norm = optimizers.step(step, loss)  # stops where the loss or a gradient is not finite
         ema.update_parameters(model)

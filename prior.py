@@ -177,6 +177,82 @@ class Prior(nn.Module):
         return (x.transpose(0, 1) @ self.head.to(x.dtype)).transpose(0, 1)
 
 
+class SigmaBlock(nn.Module):
+    """SEDD's block: pre-LayerNorm, rotary attention, GELU, each branch shifted, scaled and gated by the noise
+    (adaLN-Zero)."""
+
+    def __init__(self, width, heads, condition, dropout):
+        super().__init__()
+        self.heads = heads
+        self.dropout = nn.Dropout(dropout)
+        self.norm1 = nn.LayerNorm(width, bias=False)
+        self.norm2 = nn.LayerNorm(width, bias=False)
+        self.attn_qkv = linear(width, 3 * width)
+        self.attn_out = linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        self.adaLN_modulation = nn.Linear(condition, 6 * width)
+        nn.init.zeros_(self.adaLN_modulation.weight)
+        nn.init.zeros_(self.adaLN_modulation.bias)
+
+    def forward(self, x, c, cos, sin):
+        """x (B, L, D), c (B, 1, condition), cos and sin (L, D/H/2) → (B, L, D)."""
+        B, L, D = x.shape
+        of_noise = self.adaLN_modulation(c)  # (B, 1, 6 D)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = of_noise.chunk(6, -1)  # 6 × (B, 1, D)
+        h = self.norm1(x) * (1 + scale_a) + shift_a  # (B, L, D)
+        qkv = self.attn_qkv(h).view(B, L, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 × (B, H, L, D/H)
+        h = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, L, D/H)
+        x = x + gate_a * self.dropout(self.attn_out(h.transpose(1, 2).reshape(B, L, D)))
+        h = self.norm2(x) * (1 + scale_m) + shift_m  # (B, L, D)
+        return x + gate_m * self.dropout(self.mlp(h))
+
+
+class SEDD(nn.Module):
+    """The paper's own prior (--network sedd), the network of score entropy discrete diffusion (Lou et al.
+    2024), as a masked prior like the one above; its parameters have the names of the authors' release.
+
+    There a position is hidden at noise σ with probability 1 − e^−σ, and the network says out_v, the score of
+    value v at a hidden position being e^out_v / ((e^σ − 1) V). The true score is p(c_l = v | visible) /
+    (e^σ − 1): out says p up to a constant, and the least of score entropy and of (1) are at the same p, which
+    does not depend on σ. So (1) trains it, and every sampler here draws from it, in at most L calls. It is
+    told the σ at which the share of positions that is hidden would be expected."""
+
+    def __init__(self, codes, values, width, depth, heads, dropout, condition=128):
+        super().__init__()
+        self.L, self.V, self.causal = codes, values, False
+        self.pos_embed = nn.Parameter(torch.randn(codes, width) * 0.05)
+        self.vocab_embed = nn.ParameterDict({"embedding": torch.randn(values + 1, width) * 0.1})  # V: hidden
+        self.sigma_map = nn.ModuleDict({"mlp": nn.Sequential(
+            nn.Linear(256, condition), nn.SiLU(), nn.Linear(condition, condition))})
+        self.blocks = nn.ModuleList(SigmaBlock(width, heads, condition, dropout) for _ in range(depth))
+        self.output_layer = nn.ModuleDict({
+            "norm_final": nn.LayerNorm(width, bias=False),
+            "linear": nn.Linear(width, values + 1),  # the last one is never read
+            "adaLN_modulation": nn.Linear(condition, 2 * width)})
+        for p in self.output_layer["adaLN_modulation"].parameters():
+            nn.init.zeros_(p)
+        self.register_buffer("rope", torch.stack(rope_table(codes, width // heads)), persistent=False)
+
+    def forward(self, codes):
+        """codes (B, L) long, V: hidden → logits (B, L, V)."""
+        share = (codes == self.V).float().mean(1)  # (B,)
+        return self.outputs(codes, -torch.log1p(-share.clamp(max=0.999)))[..., :self.V]
+
+    def outputs(self, codes, sigma):
+        """What the network says of codes (B, L) at noise sigma (B,): (B, L, V + 1)."""
+        angles = sigma[:, None] * 10_000.0 ** (-torch.arange(128, device=sigma.device) / 128)
+        features = torch.cat([angles.cos(), angles.sin()], 1)  # (B, 256)
+        c = F.silu(self.sigma_map["mlp"](features))[:, None]  # (B, 1, condition)
+        x = F.embedding(codes, self.vocab_embed["embedding"]) + self.pos_embed  # (B, L, D)
+        cos, sin = self.rope  # 2 × (L, D/H/2)
+        for block in self.blocks:
+            x = block(x, c, cos, sin)  # (B, L, D)
+        shift, scale = self.output_layer["adaLN_modulation"](c).chunk(2, -1)  # 2 × (B, 1, D)
+        x = self.output_layer["norm_final"](x) * (1 + scale) + shift
+        return self.output_layer["linear"](x)
+
+
 class Decoder:
     """A causal prior one position at a time, for sampling: weights in the run's dtype, q, k and v (and gate
     and up) packed into one matrix, and a key-value cache that doubles its length when it is full. Between two
@@ -513,8 +589,11 @@ def sampler_settings(args, defaults):
 
 def build_prior(config):
     """The transformer of a dict of settings (a checkpoint's config)."""
-    keys = ("codes", "values", "width", "depth", "heads", "dropout", "tables")
+    keys = ("codes", "values", "width", "depth", "heads", "dropout")
+    if config.get("network") == "sedd":
+        return SEDD(**{key: config[key] for key in keys})
     return Prior(**{key: config[key] for key in keys}, causal=config["kind"] == "ar",
+                 tables=config["tables"],
                  per_token=config.get("per_token", 1))  # a checkpoint of an earlier version has one
 
 
@@ -530,10 +609,34 @@ def load_prior(args, kind, stored, device):
     return model.to(device).eval()
 
 
+def read_release(folder):
+    """The weights of the authors' SEDD (a folder DLC_SEDD_L512), and the sizes of SEDD above that they
+    tell."""
+    state = data.read_weights(folder)
+    with data.reading(folder, "expected the authors' SEDD"):
+        codes, width = state["pos_embed"].shape
+        heads = width // (2 * len(state.pop("rotary_emb.inv_freq")))
+        config = dict(codes=codes, values=len(state["vocab_embed.embedding"]) - 1, width=width, heads=heads,
+                      depth=len([name for name in state if name.endswith("attn_qkv.weight")]), dropout=0.0,
+                      condition=len(state["sigma_map.mlp.0.weight"]))
+    return state, config
+
+
+def load_release(folder, device):
+    """The authors' prior, ready to draw."""
+    state, config = read_release(folder)
+    with data.reading(folder, "expected the authors' SEDD"):
+        model = SEDD(**config)
+        data.fill_model(model, state)
+    return model.to(device).eval()
+
+
 def add_flags(parser):
     """The prior's own flags; the defaults are the shapes values."""
     add = parser.add_argument_group("model").add_argument
     add("--kind", choices=("masked", "ar"), required=True, help="masked diffusion or autoregressive")
+    add("--network", choices=("llada", "sedd"), default="llada",
+        help="the transformer: LLaDA's, or, for --kind masked, the paper's")
     add("--width", type=data.positive, default=128, help="D, width of the tokens")
     add("--depth", type=data.positive, help="transformer blocks (default: by kind)")
     add("--heads", type=data.positive, default=2, help="attention heads")
@@ -542,6 +645,8 @@ def add_flags(parser):
     add("--token", choices=("patch", "position"), default="patch",
         help="what a token stands for, where codes are read by patch (with shared tables: position)")
     add("--dropout", type=data.fraction, default=0.0, help="on both residual branches")
+    add = parser.add_argument_group("start of the run").add_argument
+    add("--init", metavar="DIR", help="start from the authors' weights, the folder DLC_SEDD_L512")
 
 
 def main(argv=None):
@@ -555,6 +660,8 @@ def main(argv=None):
         setattr(args, name, getattr(args, name) or value)
     if args.width % args.heads or args.width // args.heads % 2:
         parser.error(f"argument --heads: --width {args.width} over {args.heads} heads is no even number")
+    if args.kind == "ar" and args.network == "sedd":
+        parser.error("argument --network: sedd is a masked prior; choose --kind masked")
 
     stage = f"prior-{args.kind}"
     run = data.Run(args, lock=stage)
@@ -566,6 +673,9 @@ def main(argv=None):
     args.per_token = stored["L"] // stored["side"] ** 2 if by_patch else 1
     torch.manual_seed(args.seed)
     model = build_prior(vars(args)).to(run.device)
+    if args.init:  # a run that goes on loads its own weights over these
+        with data.reading(args.init, "expected the authors' DLC_SEDD_L512, and flags of its sizes (README)"):
+            data.fill_model(model, read_release(args.init)[0])
     if args.dry_run:
         data.dry_run(args, model, run)  # ends here; on CUDA after two steps
     ema = data.averaged(model, args.ema)

@@ -12,6 +12,7 @@
     python sample.py text "a green ring" --image a.png --keep 0.5          # half of the picture's code stays
     python sample.py text "a green ring" --image a.png --weights 0.5 0.5   # positions from prompt and picture
     python sample.py caption a.png b.png             # what the codes of the images say, in words
+    python sample.py compose a.png b.png --release DIR          # any of these with the authors' models
     torchrun --nproc-per-node 8 sample.py --score --inception inception-2015-12-05.pt --dataset imagenet
 
 Images are files of any size; where none are named, pictures of the test split are taken. Grids go to
@@ -47,6 +48,9 @@ import torch.nn.functional as F
 PRESETS = {name: {**data.PRESETS.get(name, {}),
                   "sample_steps": preset["sample_steps"], "guidance": preset["guidance"]}
            for name, preset in generator.PRESETS.items()}
+RELEASE = dict(  # --release: the paper's settings
+    dataset="imagenet", out="out/release", image_size=256, dtype="float32", sample_steps=250, guidance=1.4,
+    batch=16, choose="random", text_guidance=[1.0])
 COMMANDS = ("unconditional", "reconstruct", "compose", "infill", "text", "caption")
 
 # -------- codes in, pictures out -----------------------------------------------------------------------
@@ -84,9 +88,10 @@ class Stages:
     """The trained stages of OUT/<dataset>, each loaded when first used, with the samplers of the flags. Where
     one is missing, the run stops with the command that trains it."""
 
+    samplers = prior.SAMPLERS | {"to code": text_prior.TO_CODE, "to text": text_prior.TO_TEXT}
+
     def __init__(self, args, run):
         self.args, self.run = args, run
-        self.models = {}  # priors and generators that are loaded, by stage
 
     @functools.cached_property
     def dataset(self):
@@ -113,23 +118,30 @@ class Stages:
         """(model, Text, config) of text_prior.pt."""
         return text_prior.load_text_prior(self.args, self.stored, self.run.device)
 
+    def made_from(self, kind):
+        """What pictures of the prior `kind` follow from, as plain values."""
+        names = ["generator", f"prior-{kind}"] + ["generator-early"] * (self.args.guide == "early")
+        states = [data.load(self.run.folder / f"{name}.pt", name, "train it", only="ema") for name in names]
+        return [[state["id"], state["step"]] for state in states]
+
+    @functools.cache
     def prior_model(self, kind):
         """The model of prior-masked.pt or prior-ar.pt."""
-        if kind not in self.models:
-            self.models[kind] = prior.load_prior(self.args, kind, self.stored, self.run.device)
-        return self.models[kind]
+        return prior.load_prior(self.args, kind, self.stored, self.run.device)
 
-    def generator_model(self, stage="generator"):
+    @functools.cache
+    def generator_model(self, stage):
         """The model of generator.pt, or of another stage of the same architecture."""
-        if stage not in self.models:
-            stand_ins = {"generator-uncond": "none", "generator-factors": "factors"}
-            codes_id = stand_ins.get(stage) or self.stored["id"]
-            model = generator.load_generator(self.args, codes_id, self.run.device, stage)
-            size = model.x_shape[1] * (model.vae.down if model.vae else 1)
-            if size != self.args.image_size:
-                data.fail(f"{stage}.pt does not draw {self.args.image_size} pixels: add --image-size {size}")
-            self.models[stage] = model
-        return self.models[stage]
+        stand_ins = {"generator-uncond": "none", "generator-factors": "factors"}
+        codes_id = stand_ins.get(stage) or self.stored["id"]
+        return self.fitting(generator.load_generator(self.args, codes_id, self.run.device, stage))
+
+    def fitting(self, model):
+        """A generator, if it draws pictures of --image-size."""
+        size = model.x_shape[1] * (model.vae.down if model.vae else 1)
+        if size != self.args.image_size:
+            data.fail(f"the generator does not draw {self.args.image_size} pixels: add --image-size {size}")
+        return model
 
     def codes_of(self, rows):
         """The stored codes (n, L) of the unflipped images `rows`."""
@@ -150,7 +162,7 @@ class Stages:
 
     def sample_codes(self, kind, count, seed=0, first=0):
         """Codes (count, L) and network calls (count,) of a prior; `first` as in `draw`."""
-        sampler = prior.sampler_settings(self.args, prior.SAMPLERS[kind])
+        sampler = prior.sampler_settings(self.args, self.samplers[kind])
         return prior.sample_codes(self.prior_model(kind), count, sampler, self.run, seed, first)
 
     def compose(self, codes, weights, rng, choose, positions=None):
@@ -168,7 +180,7 @@ class Stages:
             u = torch.rand(log_weights.shape[:2], generator=rng, dtype=torch.float64)
             return prior.draw_values(log_weights, 1.0, 1.0, u)[0]
         model = self.prior_model("masked")
-        sampler = prior.sampler_settings(self.args, prior.SAMPLERS["masked"])
+        sampler = prior.sampler_settings(self.args, self.samplers["masked"])
         most = max(self.args.most, max(weights) / sum(weights))
         begin = sampler | {"order": "event", "per_step": max(1, model.L // 16)}
         children = codes[:, 0].clone()
@@ -190,7 +202,7 @@ class Stages:
     def infill(self, codes, keep, rng):
         """Codes (n, L): positions `keep` (n, L) bool stay, the masked prior draws the others."""
         model = self.prior_model("masked")
-        sampler = prior.sampler_settings(self.args, prior.SAMPLERS["masked"])
+        sampler = prior.sampler_settings(self.args, self.samplers["masked"])
         return prior.sample_masked(model, torch.where(keep, codes, model.V), sampler, self.run, rng)[0]
 
     def codes_from_prompts(self, prompts, guidance, seed=0, given=None):
@@ -202,7 +214,7 @@ class Stages:
         for prompt, ids in zip(prompts, encoded):
             if not 0 < len(ids) <= most:
                 data.fail(f"prompt {prompt[:30]!r}: {len(ids):,} tokens; write at most {most}, not empty")
-        sampler = prior.sampler_settings(self.args, text_prior.TO_CODE)
+        sampler = prior.sampler_settings(self.args, self.samplers["to code"])
         return text_prior.codes_from_text(model, text.rows(encoded), sampler, guidance, self.run, seed, given)
 
     def readable_captions(self, rows):
@@ -215,9 +227,64 @@ class Stages:
     def captions_from_codes(self, codes, seed=0):
         """Captions, n texts, of codes (n, L)."""
         model, text, config = self.text_model
-        sampler = prior.sampler_settings(self.args, text_prior.TO_TEXT)
+        sampler = prior.sampler_settings(self.args, self.samplers["to text"])
         ids = text_prior.text_from_codes(model, codes, config["window"], sampler, self.run, seed)
         return [text.decode(row) for row in ids.tolist()]
+
+
+# -------- the authors' release -------------------------------------------------------------------------
+
+class Release(Stages):
+    """The authors' models in the folders of --release DIR, in place of trained stages. They know no dataset:
+    codes of its images are made when they are asked for."""
+
+    samplers = Stages.samplers | {
+        "masked": {"temperature": 1.0, "nucleus": 1.0, "order": "event", "order_noise": 1.0},
+        "to code": {"temperature": 0.2, "nucleus": 1.0, "order": "event", "order_noise": 1.0}}
+
+    def part(self, name):
+        """The folder of one of the models."""
+        return Path(self.args.release) / f"{name}_L512"
+
+    def load_codes(self, images_id=None):
+        """L and V, as the generator's weights tell them."""
+        _, sizes = generator.read_release(self.part("DLC_DiT"))
+        return {"L": sizes["codes"], "V": sizes["values"], "side": 0}
+
+    @functools.cached_property
+    def backbone(self):
+        """The authors' encoder."""
+        L, V = self.stored["L"], self.stored["V"]
+        return tokenizer.load_release(self.part("SEM_dinov2"), L, V, self.run.device)
+
+    @functools.cached_property
+    def text_model(self):
+        """(model, Text, config) of the authors' fine-tuned LLaDA."""
+        return text_prior.load_release(self.part("DLC_LLADA"), self.stored, self.run.device)
+
+    @functools.cache
+    def prior_model(self, kind):
+        """The authors' SEDD."""
+        return prior.load_release(self.part("DLC_SEDD"), self.run.device)
+
+    @functools.cache
+    def generator_model(self, stage):
+        """The authors' DiT with its autoencoder. Pictures are drawn last: what gave their codes is let go."""
+        for name in ("backbone", "text_model"):
+            vars(self).pop(name, None)
+        return self.fitting(generator.load_release(self.part("DLC_DiT"), self.run.device))
+
+    def codes_of(self, rows):
+        """Codes (n, L) of the images `rows` of the dataset, cut straight to the encoder's size."""
+        if torch.is_tensor(self.dataset.images):  # a small folder
+            return self.encode(self.dataset.pixels(rows))
+        files = data.ImageFiles([self.dataset.images.paths[row] for row in rows], self.backbone.image_size)
+        return self.encode(torch.stack(list(files)))
+
+    def made_from(self, kind):
+        """Names, sizes and times of all files of the release."""
+        files = sorted(path for path in Path(self.args.release).rglob("*") if path.is_file())
+        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 # -------- judge ----------------------------------------------------------------------------------------
@@ -679,11 +746,9 @@ def inception_scores(stages, args, run):
     true codes, on the first process. Processes share the samples; a stopped run goes on."""
     net = Inception(args.inception, run.device)
     stages.stored = stages.load_codes(stages.dataset.id)
-    stages.generator_model()  # what is missing is said now, not after hours
+    stages.generator_model("generator")  # what is missing is said now, not after hours
     stages.prior_model(args.kind)
-    names = ["generator", f"prior-{args.kind}"] + ["generator-early"] * (args.guide == "early")
-    states = [data.load(run.folder / f"{name}.pt", name, "train it", only="ema") for name in names]
-    made_from = [net.id, *([state["id"], state["step"]] for state in states)]
+    made_from = [net.id, *stages.made_from(args.kind)]
     left_out = ("workers", "device", "out", "data_dir")
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
     dataset = stages.dataset
@@ -757,15 +822,23 @@ def train_stages(args, dataset):
 
 
 def input_images(paths, stages, args, most=8):
-    """Images (n, 3, S, S) uint8 of files and their titles; where none are named, `most` of the test split."""
+    """Images (n, 3, S, S) uint8 of files, their codes (n, L) and titles; where none are named, `most` of the
+    test split."""
     if not paths:
         rows = stages.dataset.splits["test"][:most]
-        return stages.dataset.pixels(rows), [f"test {k}" for k in range(len(rows))]
-    images = []
-    for path in paths:
-        with data.reading(path, f"expected an image, one of {', '.join(data.FORMATS)}"):
-            images.append(data.read_image(path, args.image_size))
-    return torch.stack(images), [Path(path).stem[:10] for path in paths]
+        images, titles = stages.dataset.pixels(rows), [f"test {k}" for k in range(len(rows))]
+        return images, stages.codes_of(rows) if args.release else stages.encode(images), titles
+
+    def read(size):
+        images = []
+        for path in paths:
+            with data.reading(path, f"expected an image, one of {', '.join(data.FORMATS)}"):
+                images.append(data.read_image(path, size))
+        return torch.stack(images)
+
+    images = read(args.image_size)
+    seen = read(stages.backbone.image_size) if args.release else images  # the release's codes: cut straight
+    return images, stages.encode(seen), [Path(path).stem[:10] for path in paths]
 
 
 def read_prompts(args, stages):
@@ -805,8 +878,8 @@ def text_pictures(stages, args):
     rng = data.step_generator(args.seed, 1)
     given = None
     if args.image is not None:
-        image, _ = input_images([args.image], stages, args)
-        code = stages.encode(image).expand(len(repeated), L)
+        image, code, _ = input_images([args.image], stages, args)
+        code = code.expand(len(repeated), L)
         if args.positions:
             keep = torch.isin(torch.arange(L), torch.tensor(args.positions))  # (L,)
             given = torch.where(keep, code, V)
@@ -855,9 +928,8 @@ def make_pictures(command, stages, args):
     elif command == "text":
         images, columns, lines = text_pictures(stages, args)
     else:
-        inputs, titles = input_images(args.inputs, stages, args, most=2 if command == "compose" else 8)
+        inputs, codes, titles = input_images(args.inputs, stages, args, 2 if command == "compose" else 8)
         columns = len(inputs)
-        codes = stages.encode(inputs)
     if command == "reconstruct":  # a row of inputs, then rows drawn from their codes with different noise
         rows = [stages.draw(codes, data.mix_seed(args.seed, row)) for row in range(args.rows)]
         images = torch.cat([inputs, *rows])
@@ -890,6 +962,8 @@ def parse(argv):
     add("--train", action="store_true", help="train what is missing, then make all pictures and scores")
     add("--score", action="store_true", help="measure everything and write scores.json")
     add("--inception", metavar="FILE", help="--score: FID and others by this TorchScript network instead")
+    add("--release", metavar="DIR",
+        help="draw with the authors' models: the folders of their release, as they are named there")
     add("--count", type=data.number(4, 10 ** 9, int),
         help="pictures for a score, for some half (default: 2,000; with --inception 50,000)")
     add("--columns", type=data.positive, default=8, help="pictures in a row (if the inputs do not decide it)")
@@ -918,7 +992,9 @@ def parse(argv):
         help="w of equation (3) of text_prior.py; 1: none; --score measures all, pictures take the first")
     generator.add_sampler_flags(parser)
     prior.add_sampler_flags(parser)
-    args = data.parse(parser, PRESETS, argv)
+    released = any(word.startswith("--release") for word in (sys.argv[1:] if argv is None else argv))
+    presets = dict.fromkeys((*PRESETS, "shapes"), RELEASE) if released else PRESETS
+    args = data.parse(parser, presets, argv)
     args.count = args.count or (50_000 if args.inception else 2000)
     if not (args.command or args.train or args.score):
         parser.error(f"say what to do: {', '.join(COMMANDS)}, --train or --score")
@@ -928,6 +1004,10 @@ def parse(argv):
         parser.error("argument --inception: only --score reads it")
     if args.command != "text" and (args.prompts or args.image is not None):
         parser.error("arguments --prompts and --image: only text reads them")
+    of_stages = args.train or args.score and not args.inception or args.kind == "ar" or args.guide == "early"
+    if args.release and of_stages:
+        parser.error("argument --release: not with --train, --kind ar, --guide early, --score without "
+                     "--inception")
     if args.inside and (args.command != "compose" or args.positions):
         parser.error("argument --inside: only for compose, and without --positions")
     if args.command == "text" and (args.weights or args.positions):
@@ -946,7 +1026,7 @@ def main(argv=None):
         dataset = data.load_dataset(args)
         train_stages(args, dataset)
     run = data.Run(args, lock="sample" if args.inception else None)
-    stages = Stages(args, run)
+    stages = Release(args, run) if args.release else Stages(args, run)
     commands = [args.command] if args.command else []
     if args.train:
         stages.dataset = dataset

@@ -121,8 +121,8 @@ class Text:
         return self.encoding.decode(ranks, errors="replace")
 
     def unknown(self, prompt):
-        """The words of a prompt that no training caption has."""
-        return [word for word in re.findall(r"\w+", prompt) if word not in self.words]
+        """The words of a prompt that no training caption has (where these are known)."""
+        return [word for word in re.findall(r"\w+", prompt) if self.words and word not in self.words]
 
     def state(self):
         """Plain values for the checkpoint: the arguments of Text, ranks as `read_ranks` reads them."""
@@ -238,6 +238,7 @@ class TextPrior(nn.Module):
         super().__init__()
         self.L, self.V = codes, values
         self.pad, self.mask, self.start = pad, mask, start
+        self.null_is_hidden = False
         own = codes if tables == "position" else 1
         outputs = start + 1 + own * values
         self.wte = nn.Embedding(outputs + own * (own > 1), width)
@@ -247,20 +248,22 @@ class TextPrior(nn.Module):
         self.ff_out = prior.linear(width, outputs)
         nn.init.normal_(self.wte.weight, std=0.1)
         nn.init.zeros_(self.ff_out.weight)
-        rope = torch.stack(prior.rope_table(codes + 1 + positions, width // heads, theta=500_000.0))
-        first_row = start + 1 + torch.arange(own) * values  # (L or 1,), of value 0
-        hidden_row = outputs + torch.arange(own) if own > 1 else torch.tensor([mask])  # of being hidden
+        with torch.device("cpu"):  # also where the weights have no memory yet (load_release)
+            rope = torch.stack(prior.rope_table(codes + 1 + positions, width // heads, theta=500_000.0))
+            first_row = start + 1 + torch.arange(own) * values  # (L or 1,), of value 0
+            hidden_row = outputs + torch.arange(own) if own > 1 else torch.tensor([mask])  # of being hidden
         self.register_buffer("rope", rope, persistent=False)
         self.register_buffer("first_row", first_row, persistent=False)
         self.register_buffer("hidden_row", hidden_row, persistent=False)
 
-    def forward(self, codes, text, writing):
+    def forward(self, codes, text, writing, start=None, words=True):
         """codes (B, L) long, V: hidden. text (B, T) long, padded, mask: hidden. writing (B,) bool: padding is
-        part of a caption to be written, else no token sees it. → logits of the values (B, L, V) and of the
-        text (B, T, mask)."""
+        part of a caption to be written, else no token sees it. start (B, 1): the token between both (default:
+        start). → logits of the values (B, L, V) and, if `words`, of the text (B, T, mask)."""
         L = self.L
         code_rows = torch.where(codes == self.V, self.hidden_row, codes + self.first_row)  # (B, L)
-        start = torch.full_like(text[:, :1], self.start)  # (B, 1)
+        if start is None:
+            start = torch.full_like(text[:, :1], self.start)  # (B, 1)
         rows = torch.cat([code_rows, start, text], 1)  # (B, N), N = L + 1 + T
         attend = torch.ones_like(rows, dtype=torch.bool)  # (B, N)
         attend[:, L + 1:] = (text != self.pad) | writing[:, None]
@@ -269,10 +272,12 @@ class TextPrior(nn.Module):
         for block in self.blocks:
             x = block(x, cos, sin, attend[:, None, None])  # (B, N, D)
         x = self.ln_f(x)
-        of_text = self.ff_out.weight[:self.mask].to(x.dtype)  # (mask, D)
         of_codes = self.ff_out.weight[self.start + 1:].to(x.dtype)  # (L · V or V, D)
         of_codes = of_codes.view(-1, self.V, x.shape[2]).transpose(1, 2)  # (L or 1, D, V): one a position
         values = (x[:, :L].transpose(0, 1) @ of_codes).transpose(0, 1)  # (B, L, V)
+        if not words:  # tokens of text are many
+            return values, None
+        of_text = self.ff_out.weight[:self.mask].to(x.dtype)  # (mask, D)
         return values, F.linear(x[:, L + 1:], of_text)  # (B, T, mask)
 
 
@@ -325,18 +330,26 @@ def bits_per_token(model, codes, text, task, run, batch=500):
 # -------- samplers: prior.sample_masked, with the other part as its condition --------------------------
 
 class TextToCode:
-    """The network as a masked prior over codes (B, L) given text (B, T), guided as in (3)."""
+    """The network as a masked prior over codes (B, L) given text (B, T), guided as in (3). Without caption
+    means all padding, or, in the authors' release (model.null_is_hidden), start and text hidden."""
 
     def __init__(self, model, guidance):
         self.model, self.V = model, model.V
         self.guidance = guidance
 
     def __call__(self, codes, text):
+        model = self.model
         writing = torch.zeros_like(codes[:, 0], dtype=torch.bool)
         if self.guidance == 1:  # no guidance, one call
-            return self.model(codes, text, writing)[0]  # (B, L, V)
-        both = torch.cat([text, torch.full_like(text, self.model.pad)])  # (2B, T): with and without
-        logits, _ = self.model(codes.repeat(2, 1), both, writing.repeat(2))  # (2B, L, V)
+            return model(codes, text, writing, words=False)[0]  # (B, L, V)
+        start = torch.full_like(text[:, :1], model.start)  # (B, 1)
+        null, null_start = torch.full_like(text, model.pad), start
+        if model.null_is_hidden:
+            null = torch.where(text == model.pad, model.pad, model.mask)
+            null_start = torch.full_like(start, model.mask)
+        both = torch.cat([text, null])  # (2B, T): with and without
+        starts = torch.cat([start, null_start])
+        logits, _ = model(codes.repeat(2, 1), both, writing.repeat(2), starts, words=False)  # (2B, L, V)
         given, null = logits.float().log_softmax(-1).chunk(2)
         return null + self.guidance * (given - null)
 
@@ -406,6 +419,39 @@ def load_text_prior(args, stored, device):
     return model.to(device).eval(), text, config
 
 
+def read_release(folder):
+    """The weights of the authors' fine-tuned LLaDA (a folder DLC_LLADA_L512) by the names of TextPrior,
+    memory-mapped, its Text, and the settings that shapes tell (all but L)."""
+    folder = Path(folder)
+    state = {name.removeprefix("model.transformer."): x for name, x in data.read_weights(folder).items()}
+    text = read_tokenizer_json(folder / "tokenizer.json")
+    with data.reading(folder, "expected the authors' fine-tuned LLaDA"):
+        rows, width = state["wte.weight"].shape
+        config = dict(values=rows - text.start - 1, width=width, tables="shared", dropout=0.0,
+                      heads=data.released_config(folder).get("n_heads", width // 128),
+                      hidden=len(state["blocks.0.up_proj.weight"]),
+                      depth=len([name for name in state if name.endswith("up_proj.weight")]))
+    return state, text, config
+
+
+RELEASE_WINDOW = 64  # tokens of a caption that is written, by a release that says no length
+
+
+def load_release(folder, stored, device, longest=512):
+    """The authors' text prior, its Text and its config, as load_text_prior, for the L and V of `stored`. The
+    weights stay in their type (bfloat16) and go to the device one at a time; prompts of `longest` tokens."""
+    state, text, config = read_release(folder)
+    config |= {"codes": stored["L"], "text_length": longest, "window": RELEASE_WINDOW, "captions": None}
+    with data.reading(folder, "expected the authors' fine-tuned LLaDA"):
+        if config["values"] != stored["V"]:
+            raise data.Unfit(f"{config['values']} values a position, the generator has {stored['V']}")
+        with torch.device("meta"):
+            model = build_text_prior(config, text)
+        data.fill_model(model, state, assign=True)
+    model.null_is_hidden = True
+    return model.to(device).eval(), text, config
+
+
 def encode_captions(dataset, args, run):
     """The Text of the flags and all captions as token ids (N, T); says how many are missing or cut."""
     captions, train = dataset.captions, dataset.splits["train"]
@@ -463,6 +509,9 @@ def add_flags(parser):
     add("--mix", type=data.non_negative, nargs=3, default=[0.4, 0.4, 0.2],
         metavar=("TO_CODE", "TO_TEXT", "JOINT"), help="how often each task is trained")
     add("--drop", type=data.fraction, default=0.1, help="probability of reading no caption")
+    add = parser.add_argument_group("start of the run").add_argument
+    add("--init", metavar="DIR",
+        help="start from the authors' weights, the folder DLC_LLADA_L512 (--encoding: its tokenizer.json)")
 
 
 def check_flags(parser, args):
@@ -493,6 +542,9 @@ def main(argv=None, dataset=None):
     args.codes, args.values, args.window = stored["L"], stored["V"], tokens.shape[1]
     torch.manual_seed(args.seed)
     model = build_text_prior(vars(args), text)
+    if args.init:  # a run that goes on loads its own weights over these
+        with data.reading(args.init, "expected the authors' DLC_LLADA_L512, and flags of its sizes (README)"):
+            data.fill_model(model, read_release(args.init)[0])
     if args.dry_run:
         data.dry_run(args, model, run)
     if args.shard and run.world == 1:

@@ -16,12 +16,9 @@ Reads images; writes OUT/<dataset>/tokenizer.pt and codes.pt: codes (N, 2 flips,
 """
 import argparse
 import functools
-import json
 import math
-import re
 import shutil
 from collections import OrderedDict
-from pathlib import Path
 
 import data  # first: it sets the threads' waiting policy before torch starts them
 import numpy as np
@@ -158,7 +155,7 @@ class ViT(nn.Module):
             reads, inputs = self.side ** 2, width
         sem_width = codes // reads * values  # of all simplices of a read
         self.sem_embed = projection(inputs, sem_width, sem_rank)
-        self.sem_norm = nn.LayerNorm(sem_width)
+        self.sem_norm = nn.LayerNorm(sem_width, eps=1e-6)
         self.sem_out = projection(sem_width, width, sem_rank)
         self.register_buffer("sem_centre", torch.zeros(codes, values))  # of z, set by centre_codes
         for module in self.modules():
@@ -692,29 +689,7 @@ def write_codes(backbone, dataset, run, args, made_from, batch=500):
         shutil.rmtree(folder)
 
 
-# -------- weights of others (--init) -------------------------------------------------------------------
-
-def read_weights(path):
-    """{name: tensor} of a file of weights: .pth, .pt or .bin (no code in it is run), .safetensors, or the
-    .index.json of several. A dict inside under "teacher" or "model" is taken."""
-    path = Path(path)
-    with data.reading(path, "expected .pth, .pt, .bin, .safetensors, or an .index.json of such files"):
-        if path.suffix == ".json":
-            state = {}
-            for name in sorted(set(json.loads(path.read_text())["weight_map"].values())):
-                state |= read_weights(path.parent / name)
-        elif path.suffix == ".safetensors":
-            with data.needed_package("safetensors", path):
-                from safetensors.torch import load_file
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        for inside in ("teacher", "model"):
-            state = state.get(inside, state)
-        if not all(torch.is_tensor(value) for value in state.values()):
-            raise data.Unfit("expected tensors by name")
-        return {re.sub(r"^((_orig_mod|module|backbone)\.)+", "", name): x for name, x in state.items()}
-
+# -------- weights of others (--init, and sample.py --release) ------------------------------------------
 
 def from_transformers(state):
     """Weights of transformers' Dinov2WithRegisters under the names of DINOv2's release, where queries, keys
@@ -736,35 +711,50 @@ def from_transformers(state):
     return found
 
 
-def load_init(backbone, path):
-    """Start from a DINOv2 with registers, under its own names or transformers', of any image size, with a
-    simplicial embedding or without. It sees pixels normalised with the mean and deviation below, this ViT
-    pixels in [-1, 1]: the difference goes into the patch projection."""
-    state = read_weights(path)
-    own = backbone.state_dict()
-    with data.reading(path, "expected a DINOv2 with registers, of the sizes that the flags set"):
+def backbone_weights(path):
+    """Weights by the names of ViT from those of a DINOv2 with registers, under its own names or
+    transformers', with a simplicial embedding or without. It sees pixels normalised with the mean and
+    deviation below, our ViT pixels in [-1, 1]: the difference goes into the patch projection."""
+    state = data.read_weights(path)
+    with data.reading(path, "expected a DINOv2 with registers"):
         if any(name.startswith("embeddings.") for name in state):
             state = from_transformers(state)
         left_out = ("dino_head.", "ibot_head.", "sem_cls_norm.")
         state = {name: x.float() for name, x in state.items() if not name.startswith(left_out)}
-        state = {name: x for name, x in own.items() if name.startswith("sem_")} | state
-        missing = own.keys() - state.keys()
-        extra = state.keys() - own.keys()
-        if missing:
-            raise data.Unfit(f"lacks {min(missing)}")
-        if extra:
-            raise data.Unfit(f"has {min(extra)}, which is not expected")
-        state["pos_embed"] = resize_positions(state["pos_embed"], backbone.side)
-        for name, x in state.items():
-            if x.shape != own[name].shape:
-                raise data.Unfit(f"{name} is {tuple(x.shape)}, expected {tuple(own[name].shape)}")
         mean = torch.tensor([0.485, 0.456, 0.406])  # of ImageNet's pixels in [0, 1], and deviation
         std = torch.tensor([0.229, 0.224, 0.225])
         weight = state["patch_embed.proj.weight"]  # (D, 3, patch, patch)
         shift = (weight * ((0.5 - mean) / std)[:, None, None]).sum((1, 2, 3))
         state["patch_embed.proj.bias"] = state["patch_embed.proj.bias"] + shift
         state["patch_embed.proj.weight"] = weight * (0.5 / std)[:, None, None]
-        backbone.load_state_dict(state)
+    return state
+
+
+def load_init(backbone, path):
+    """Start from a DINOv2 with registers of any image size; a simplicial embedding that it lacks stays as it
+    is."""
+    state = backbone_weights(path)
+    with data.reading(path, "expected a DINOv2 with registers, of the sizes that the flags set"):
+        own = {name: x for name, x in backbone.state_dict().items() if name.startswith("sem_")}
+        state["pos_embed"] = resize_positions(state["pos_embed"], backbone.side)
+        data.fill_model(backbone, own | state)
+
+
+def load_release(folder, codes, values, device):
+    """The authors' encoder, ready to encode images of 16 × 16 patches (224 pixels), at which they read it."""
+    state = backbone_weights(folder)
+    with data.reading(folder, "expected the authors' encoder, a DINOv2 with registers and sem_ weights"):
+        width, _, _, patch = state["patch_embed.proj.weight"].shape
+        side = math.isqrt(state["pos_embed"].shape[1] - 1)
+        depth = len([name for name in state if name.endswith("norm1.weight")])
+        heads = data.released_config(folder).get("num_attention_heads", width // 64)
+        model = ViT(side * patch, patch, width, depth, heads, codes, values, 1.0, "registers",
+                    registers=state["register_tokens"].shape[1])
+        model.sem_out = None  # only training needs it
+        state.pop("sem_out.weight", None)
+        data.fill_model(model, {"sem_centre": model.sem_centre} | state)
+    model.image_size = 16 * patch
+    return model.to(device).eval()
 
 
 # -------- training -------------------------------------------------------------------------------------
@@ -841,7 +831,8 @@ def add_flags(parser):
         help="probability of blur, on each global crop and on local ones")
     add("--solarise", type=data.fraction, default=0.0, help="probability of it, on the second global crop")
     add = parser.add_argument_group("start of the run").add_argument
-    add("--init", metavar="FILE", help="start from DINOv2's weights (.pth, .safetensors, .index.json)")
+    add("--init", metavar="PATH",
+        help="start from DINOv2's weights, or the authors' encoder (file or folder)")
 
 
 def check_flags(parser, args):

@@ -293,7 +293,7 @@ def use(out, stage, dataset="shapes"):
     if stage in ("prior-masked", "prior-ar"):
         return stages.prior_model(stage.removeprefix("prior-"))
     if stage == "generator":
-        return stages.generator_model()
+        return stages.generator_model("generator")
     return getattr(stages, {"tokenizer": "backbone", "text_prior": "text_model", "codes": "stored"}[stage])
 
 
@@ -511,8 +511,8 @@ def test_mutated_captions_prompts_encodings_weights_and_autoencoders(mutated, va
     mutated(tmp_path / "tokenizer.json", encode)
     torch.save({"w": torch.arange(20.0), "b": torch.zeros(3)}, tmp_path / "w.pth")
     (tmp_path / "w.index.json").write_text('{"weight_map": {"w": "w.pth", "b": "w.pth"}}')
-    mutated(tmp_path / "w.pth", tokenizer.read_weights)
-    mutated(tmp_path / "w.index.json", tokenizer.read_weights)
+    mutated(tmp_path / "w.pth", data.read_weights)
+    mutated(tmp_path / "w.index.json", data.read_weights)
     mutated(vae / "config.json", lambda path: generator.VAE(vae, "cpu"))
 
 

@@ -115,7 +115,8 @@ def test_solvers_reach_the_known_solution_at_their_order():
         return (math.sin(t) - a * math.cos(t)) / (1 + a * a)
 
     def error(steps, method):
-        found = generator.integrate(lambda z, t: a * z + math.cos(t), start, steps, method)
+        times = [k / steps for k in range(steps + 1)]
+        found = generator.integrate(lambda z, t: a * z + math.cos(t), start, times, method)
         return (found - particular(1.0) - (start - particular(0.0)) * math.exp(a)).abs().max().item()
 
     assert 1.8 < error(40, "euler") / error(80, "euler") < 2.2
@@ -146,17 +147,20 @@ def test_guidance_is_linear_one_means_none_and_the_interval_holds(run, guidance,
     model = Scaled(1.0)
     weaker = weak and Scaled(weak)
     codes = torch.ones(2, 8).long()  # of velocity 1
-    field = generator.guided_field(model, codes, guidance, [0.3, 0.6], run, weaker)
-    assert torch.allclose(field(torch.zeros(2, 3, 4, 4), t), torch.tensor(expected)) and model.calls == calls
+    guided = generator.guided_network(model, codes, guidance, [0.3, 0.6], run, weaker)
+    assert torch.allclose(guided(torch.zeros(2, 3, 4, 4), t), torch.tensor(expected)) and model.calls == calls
     assert not weak or weaker.calls == [2]
 
 
-def test_images_follow_from_seed_and_number_alone(run):
+@pytest.mark.parametrize("predict, method", [("x", "heun"), ("noise", "ddpm")])
+def test_images_follow_from_seed_and_number_alone(run, predict, method):
+    model = dit(predict=predict, stem=0)
     codes = torch.randint(0, 5, (5, 8))
-    sampler = {"steps": 3, "method": "heun", "guidance": 2.0, "interval": [0.0, 1.0]}
+    sampler = {"steps": 3, "method": method, "guidance": 2.0, "interval": [0.0, 1.0]}
 
-    def draw(codes, **change):
-        return generator.generate(dit(), codes, len(codes), sampler, run, **{"seed": 4} | change).int()
+    def draw(codes, batch=250, **change):
+        return generator.generate(model, codes, len(codes), {**sampler, "batch": batch}, run,
+                                  **{"seed": 4} | change).int()
 
     whole = draw(codes)
     assert whole.shape == (5, 3, 16, 16)
