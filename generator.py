@@ -130,7 +130,7 @@ class CodeEmbedding(nn.Module):
         self.groups, self.per_group = groups, codes // groups
         scale = 0.7 * self.per_group ** 0.5  # so that a mean has standard deviation 0.7
         self.table = nn.Parameter(torch.randn(codes * (values + 1), width) * scale)
-        first_row = torch.arange(codes) * (values + 1)  # of each position, in the table
+        first_row = torch.arange(codes, device="cpu") * (values + 1)  # of each position, in the table
         self.register_buffer("first_row", first_row, persistent=False)
 
     def forward(self, codes):
@@ -572,8 +572,9 @@ def load_release(folder, device):
     """The authors' DiT with its autoencoder, ready to draw."""
     state, config = read_release(folder)
     with data.reading(Path(folder) / "transformer", "expected the authors' DiT"):
-        model = build_generator(config)
-        data.fill_model(model, state)
+        with torch.device("meta"):  # without memory of its own
+            model = build_generator(config)
+        data.fill_model(model, state, assign=True)
     model.vae = VAE(Path(folder) / "vae", device)
     return model.to(device).eval()
 

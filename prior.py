@@ -232,7 +232,9 @@ class SEDD(nn.Module):
             "adaLN_modulation": nn.Linear(condition, 2 * width)})
         for p in self.output_layer["adaLN_modulation"].parameters():
             nn.init.zeros_(p)
-        self.register_buffer("rope", torch.stack(rope_table(codes, width // heads)), persistent=False)
+        with torch.device("cpu"):  # also where the weights have no memory yet (load_release)
+            rope = torch.stack(rope_table(codes, width // heads))
+        self.register_buffer("rope", rope, persistent=False)
 
     def forward(self, codes):
         """codes (B, L) long, V: hidden → logits (B, L, V)."""
@@ -626,8 +628,9 @@ def load_release(folder, device):
     """The authors' prior, ready to draw."""
     state, config = read_release(folder)
     with data.reading(folder, "expected the authors' SEDD"):
-        model = SEDD(**config)
-        data.fill_model(model, state)
+        with torch.device("meta"):
+            model = SEDD(**config)
+        data.fill_model(model, state, assign=True)
     return model.to(device).eval()
 
 

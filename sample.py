@@ -92,6 +92,7 @@ class Stages:
 
     def __init__(self, args, run):
         self.args, self.run = args, run
+        self.models = {}  # priors and generators that are loaded, by stage
 
     @functools.cached_property
     def dataset(self):
@@ -124,24 +125,24 @@ class Stages:
         states = [data.load(self.run.folder / f"{name}.pt", name, "train it", only="ema") for name in names]
         return [[state["id"], state["step"]] for state in states]
 
-    @functools.cache
-    def prior_model(self, kind):
-        """The model of prior-masked.pt or prior-ar.pt."""
-        return prior.load_prior(self.args, kind, self.stored, self.run.device)
+    def model(self, stage):
+        """The model of a stage: prior-masked, prior-ar, generator, generator-early or another like these."""
+        if stage not in self.models:
+            model = self.models[stage] = self.read(stage)
+            if isinstance(model, generator.DiT):
+                size = model.x_shape[1] * (model.vae.down if model.vae else 1)
+                if size != self.args.image_size:
+                    data.fail(f"{stage} does not draw {self.args.image_size} pixels: add --image-size {size}")
+        return self.models[stage]
 
-    @functools.cache
-    def generator_model(self, stage):
-        """The model of generator.pt, or of another stage of the same architecture."""
+    def read(self, stage):
+        """Read the model of a stage."""
+        if stage.startswith("prior-"):
+            kind = stage.removeprefix("prior-")
+            return prior.load_prior(self.args, kind, self.stored, self.run.device)
         stand_ins = {"generator-uncond": "none", "generator-factors": "factors"}
         codes_id = stand_ins.get(stage) or self.stored["id"]
-        return self.fitting(generator.load_generator(self.args, codes_id, self.run.device, stage))
-
-    def fitting(self, model):
-        """A generator, if it draws pictures of --image-size."""
-        size = model.x_shape[1] * (model.vae.down if model.vae else 1)
-        if size != self.args.image_size:
-            data.fail(f"the generator does not draw {self.args.image_size} pixels: add --image-size {size}")
-        return model
+        return generator.load_generator(self.args, codes_id, self.run.device, stage)
 
     def codes_of(self, rows):
         """The stored codes (n, L) of the unflipped images `rows`."""
@@ -153,17 +154,17 @@ class Stages:
 
     def draw(self, codes, seed=0, first=0, stage="generator"):
         """Images (n, 3, S, S) uint8 from codes (n, L), of which the first is number `first` of many."""
-        model = self.generator_model(stage)
+        model = self.model(stage)
         weak = None
         if self.args.guide == "early" and stage == "generator":
-            weak = self.generator_model("generator-early")
+            weak = self.model("generator-early")
         sampler = generator.sampler_settings(self.args)
         return generator.generate(model, codes, len(codes), sampler, self.run, seed, weak, first)
 
     def sample_codes(self, kind, count, seed=0, first=0):
         """Codes (count, L) and network calls (count,) of a prior; `first` as in `draw`."""
         sampler = prior.sampler_settings(self.args, self.samplers[kind])
-        return prior.sample_codes(self.prior_model(kind), count, sampler, self.run, seed, first)
+        return prior.sample_codes(self.model(f"prior-{kind}"), count, sampler, self.run, seed, first)
 
     def compose(self, codes, weights, rng, choose, positions=None):
         """A child (n, L) of each family of k codes (n, k, L), at every position the value of a parent. choose
@@ -179,7 +180,7 @@ class Stages:
         if choose == "random":
             u = torch.rand(log_weights.shape[:2], generator=rng, dtype=torch.float64)
             return prior.draw_values(log_weights, 1.0, 1.0, u)[0]
-        model = self.prior_model("masked")
+        model = self.model("prior-masked")
         sampler = prior.sampler_settings(self.args, self.samplers["masked"])
         most = max(self.args.most, max(weights) / sum(weights))
         begin = sampler | {"order": "event", "per_step": max(1, model.L // 16)}
@@ -201,7 +202,7 @@ class Stages:
 
     def infill(self, codes, keep, rng):
         """Codes (n, L): positions `keep` (n, L) bool stay, the masked prior draws the others."""
-        model = self.prior_model("masked")
+        model = self.model("prior-masked")
         sampler = prior.sampler_settings(self.args, self.samplers["masked"])
         return prior.sample_masked(model, torch.where(keep, codes, model.V), sampler, self.run, rng)[0]
 
@@ -262,17 +263,14 @@ class Release(Stages):
         """(model, Text, config) of the authors' fine-tuned LLaDA."""
         return text_prior.load_release(self.part("DLC_LLADA"), self.stored, self.run.device)
 
-    @functools.cache
-    def prior_model(self, kind):
-        """The authors' SEDD."""
-        return prior.load_release(self.part("DLC_SEDD"), self.run.device)
-
-    @functools.cache
-    def generator_model(self, stage):
-        """The authors' DiT with its autoencoder. Pictures are drawn last: what gave their codes is let go."""
+    def read(self, stage):
+        """The authors' SEDD, or their DiT with its autoencoder. Pictures are drawn last: encoder and text
+        model are let go then."""
+        if stage == "prior-masked":
+            return prior.load_release(self.part("DLC_SEDD"), self.run.device)
         for name in ("backbone", "text_model"):
             vars(self).pop(name, None)
-        return self.fitting(generator.load_release(self.part("DLC_DiT"), self.run.device))
+        return generator.load_release(self.part("DLC_DiT"), self.run.device)
 
     def codes_of(self, rows):
         """Codes (n, L) of the images `rows` of the dataset, cut straight to the encoder's size."""
@@ -534,7 +532,7 @@ class Scores:
             line = self.measure(self.judged(self.stages.draw(sampled, self.args.seed + 1)))
             line["frechet / true codes"] = line["frechet"] / of_true_codes
             line["the same, above real images"] = (line["frechet"] - of_real) / (of_true_codes - of_real)
-            bits, error = prior.bits_per_token(self.stages.prior_model(kind), true_codes, self.run)
+            bits, error = prior.bits_per_token(self.stages.model(f"prior-{kind}"), true_codes, self.run)
             line |= {"bits per token": bits, "standard error": error, "calls per sample": mean(calls)}
             result[f"prior-{kind}"] = line | memorised(sampled)
         if len(self.kinds) == 2:
@@ -746,8 +744,8 @@ def inception_scores(stages, args, run):
     true codes, on the first process. Processes share the samples; a stopped run goes on."""
     net = Inception(args.inception, run.device)
     stages.stored = stages.load_codes(stages.dataset.id)
-    stages.generator_model("generator")  # what is missing is said now, not after hours
-    stages.prior_model(args.kind)
+    stages.model("generator")  # what is missing is said now, not after hours
+    stages.model(f"prior-{args.kind}")
     made_from = [net.id, *stages.made_from(args.kind)]
     left_out = ("workers", "device", "out", "data_dir")
     settings = {name: value for name, value in vars(args).items() if name not in left_out}

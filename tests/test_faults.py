@@ -290,10 +290,8 @@ def use(out, stage, dataset="shapes"):
     """A trained stage, or the codes, as sample.py loads them."""
     args = sample.parse(["text", "--out", str(out), "--dataset", dataset])
     stages = sample.Stages(args, SimpleNamespace(folder=out / dataset, device="cpu"))
-    if stage in ("prior-masked", "prior-ar"):
-        return stages.prior_model(stage.removeprefix("prior-"))
-    if stage == "generator":
-        return stages.generator_model("generator")
+    if stage in ("prior-masked", "prior-ar", "generator"):
+        return stages.model(stage)
     return getattr(stages, {"tokenizer": "backbone", "text_prior": "text_model", "codes": "stored"}[stage])
 
 

@@ -27,7 +27,7 @@ def nearly_same(a, b):
     """Equal results, but for rounding, and what AdamW makes of it where a gradient is tiny."""
     assert a["model"].keys() == b["model"].keys() and a["step"] == b["step"]
     distances = [(value - b["model"][name]).abs().flatten() for name, value in a["model"].items()]
-    assert a["log"][-1] == pytest.approx(b["log"][-1], rel=1e-2) and torch.cat(distances).mean() < 1e-5
+    assert a["log"][-1] == pytest.approx(b["log"][-1], rel=1e-2) and torch.cat(distances).mean() < 3e-5
 
 
 @pytest.mark.parametrize("dataset", ["shapes", "cifar10", "imagenet", "folder"])
