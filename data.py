@@ -208,6 +208,16 @@ def parse(parser, presets, argv=None, sizes=None):
     return args
 
 
+def fit_batch(parser, args, rows):
+    """Lower the preset's --batch-size to the number of images `rows` that are trained on; one that was given
+    stays."""
+    parts = int(os.environ.get("WORLD_SIZE", "1")) * args.accumulate
+    if args.batch_size == parser.get_default("batch_size") and args.batch_size > len(rows) >= parts:
+        args.batch_size = len(rows) // parts * parts
+        if os.environ.get("RANK", "0") == "0":
+            print(f"--batch-size {args.batch_size}: there are {len(rows):,} training images", file=sys.stderr)
+
+
 def script_command(words, args):
     """The command line that runs a script with its own flags, `words`, on the dataset and folders of
     `args`."""

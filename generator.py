@@ -701,6 +701,7 @@ def main(argv=None, dataset=None):
     run = data.Run(args, lock=stage)
     dataset = dataset or data.load_dataset(args)
     train_rows = dataset.splits["train"]
+    data.fit_batch(parser, args, train_rows)
     stored, vae = open_inputs(parser, args, stage, dataset, run)
     torch.manual_seed(args.seed)
     model = build_generator(vars(args)).to(run.device)

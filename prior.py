@@ -671,6 +671,7 @@ def main(argv=None):
     remedy = "make it with " + data.script_command("tokenizer.py", args)
     stored = data.load_codes(run.folder / "codes.pt", remedy)
     train_rows = stored["splits"]["train"]
+    data.fit_batch(parser, args, train_rows)
     args.codes, args.values = stored["L"], stored["V"]
     by_patch = args.token == "patch" and stored["side"] > 0 and args.tables == "position"
     args.per_token = stored["L"] // stored["side"] ** 2 if by_patch else 1

@@ -536,6 +536,8 @@ def main(argv=None, dataset=None):
 
     run = data.Run(args, lock="text_prior")
     dataset = dataset or data.load_dataset(args)
+    train_rows = dataset.splits["train"]
+    data.fit_batch(parser, args, train_rows)
     remedy = "make it with " + data.script_command("tokenizer.py", args)
     stored = data.load_codes(run.folder / "codes.pt", remedy, images_id=dataset.id)
     text, tokens = encode_captions(dataset, args, run)  # tokens (N, T)
@@ -560,7 +562,6 @@ def main(argv=None, dataset=None):
                                  text=text.state())
     start = checkpoint.resume()
     wrapped = run.wrap(model, args)
-    train_rows = dataset.splits["train"]
     length = args.codes + args.window  # L + T
     steps = data.Steps(checkpoint, start, train_rows, args.batch_size * (length + 1), "tokens")
 

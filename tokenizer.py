@@ -877,6 +877,7 @@ def main(argv=None, dataset=None):
         data.dry_run(args, student, run)
     dataset = dataset or data.load_dataset(args)
     train_rows = dataset.splits["train"]
+    data.fit_batch(parser, args, train_rows)
     if args.init and (args.restart or not (run.folder / "tokenizer.pt").exists()):  # else it goes on
         load_init(student.backbone, args.init)
     centering = nn.ModuleDict({kind: Centering(args.prototypes) for kind in ("views", "patches")})
