@@ -10,7 +10,8 @@ A dataset is images (N, 3, S, S) as bytes, labels (N, factors), captions, and sp
 choosing) / test (for reporting). Rows and randomness of a step follow from (seed, step): a stopped run goes
 on exactly.
 
-Prepare, check and look at a dataset (writes OUT/<dataset>/samples/data.png):
+Prepare, check and look at a dataset (writes OUT/<dataset>/samples/data.png; what all files call OUT/<dataset>
+is OUT/folder/pictures for my/pictures):
     python data.py                                            # shapes: drawn on the spot
     python data.py --dataset cifar10 --download               # the official binary archive into data/cifar10
     python data.py --dataset folder --data-dir my/pictures    # any tree of images, a class per sub-folder
@@ -158,7 +159,8 @@ def make_parser(doc):
         help="of the arithmetic; auto: bfloat16 where it is faster")
     add = parser.add_argument_group("run").add_argument
     add("--data-dir", help="where the images are (default: data/<dataset>)")
-    add("--out", default="out", help="results go to OUT/<dataset> (default: out)")
+    add("--out", default="out",
+        help="results go to OUT/<dataset>, those of --dataset folder to OUT/folder/<its name> (default: out)")
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps (default: the best that is there)")
     add("--workers", type=count, default=2, help="processes that decode images of folders")
     return parser
@@ -230,11 +232,20 @@ def script_command(words, args):
 
 
 def run_folder(args):
-    """OUT/<dataset>, made if needed; fails with one line when it cannot be written."""
+    """OUT/<dataset>, of own pictures OUT/folder/<name of their folder>, made if needed. Fails with one line
+    when it cannot be written, or holds the results of another folder of that name (data-dir.txt)."""
     folder = Path(args.out) / args.dataset
+    if args.dataset == "folder":
+        folder /= os.path.basename(os.path.abspath(args.data_dir))
     try:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        if args.dataset == "folder" and os.environ.get("RANK", "0") == "0":
+            note, now = folder / "data-dir.txt", os.path.realpath(args.data_dir)
+            before = os.fsdecode(note.read_bytes()) if note.exists() else now
+            if before != now and os.path.isdir(before):  # else it was moved, or this is another machine
+                fail(f"{folder}: holds the results of {before}, which is not {now}; choose another --out")
+            note.write_bytes(os.fsencode(now))
     except OSError as problem:
         fail(f"cannot write to {folder} ({problem.strerror}); choose another --out")
     return folder
@@ -785,7 +796,7 @@ class ImageFiles(torch.utils.data.Dataset):
         except Exception as problem:  # each of Pillow's decoders raises its own kinds
             reason = " ".join(str(problem).split())
             raise Unreadable(f"{self.paths[k]}: does not open as an image any more ({reason}); bring it back "
-                             "or delete OUT/<dataset>/files.json to check all files again") from None
+                             "or delete files.json beside the results to check all files again") from None
 
 
 def decode(folder, names, args):
@@ -799,7 +810,7 @@ def decode(folder, names, args):
 
 def find_broken(folder, names, args):
     """The names of the files that do not open. All are decoded in the first run alone, shared by its
-    processes, and again when names or sizes change: OUT/<dataset>/files.json remembers."""
+    processes, and again when names or sizes change: files.json beside the results remembers."""
     index = run_folder(args) / "files.json"
     tree = checksum([(name, os.path.getsize(folder / name)) for name in names])
     known = {}
@@ -1433,9 +1444,12 @@ class Checkpoint:
             if differ:
                 what = ", ".join(differ)
                 fail(f"{self.path}: trained with other settings ({what}); use those, or: {remedy}")
+            names = " and ".join(others)
             if others and not (finished_on_others and step >= args.steps):
-                names = " and ".join(others)
                 fail(f"{self.path}: made from other {names} than now; bring those back, or: {remedy}")
+            if others and self.run.main:
+                print(f"note: {self.path}: made from other {names} than those that it will encode; {remedy}",
+                      file=sys.stderr)
         mine = [now, self.made_from, step]
         if any(other != mine for other in gather(mine)):
             fail("the processes of this run differ in settings, data or step; give all the same command and "

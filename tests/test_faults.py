@@ -413,7 +413,7 @@ def test_checkpoints_of_an_earlier_commit_go_on_and_are_drawn_from(tmp_path):
     assert names >= {"unconditional-ar", "unconditional-masked", "text"}
 
 
-def test_codes_of_changed_images_are_refused_and_made_again(tmp_path):
+def test_codes_of_changed_images_are_refused_and_made_again(tmp_path, capsys):
     """A picture is renamed: no stage pairs old codes with other images."""
     folder = make_folder(tmp_path / "pictures", captions=False)
     where = ["--dataset", "folder", "--data-dir", folder, "--image-size", 32, "--out", tmp_path]
@@ -423,7 +423,9 @@ def test_codes_of_changed_images_are_refused_and_made_again(tmp_path):
     os.rename(folder / "cats" / "1.png", folder / "cats" / "100.png")
     for words in (draw, ["text_prior", *TINY["text_prior"], *where], ["sample", "--score", *where]):
         refuse(*words, words=["codes.pt: codes of other images", "python tokenizer.py"])
+    capsys.readouterr()
     call(*train)
+    assert "tokenizer.pt: made from other images than those that it will encode" in capsys.readouterr().err
     call(*draw)
 
 
