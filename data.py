@@ -461,17 +461,26 @@ class Dataset:
 
     images: (N, 3, S, S) uint8, a function that makes them when they are first asked for, or ImageFiles where
     they do not fit in memory; labels (N, factors) long; factors {name: values} in the order of the label
-    columns; splits {name: range of rows}; captions (N,) texts, "" where there is none; source: plain values
-    that say which images these are, in which order. `id` follows from source and splits: codes hold for no
-    other images. """
+    columns; splits {name: range of rows}; captions (N,) texts, "" where there is none, the first of an image
+    where a list of several was given, which all_captions {row: texts} holds; source: plain values that say
+    which images these are, in which order. `id` follows from source and splits: codes hold for no other
+    images. """
 
     def __init__(self, name, images, labels, factors, splits, captions, source):
         self._images, self.labels, self.factors = images, labels, factors
-        self.splits, self.captions = splits, captions
+        self.splits = splits
+        self.captions = [texts if isinstance(texts, str) else texts[0] for texts in captions]
+        self.all_captions = {row: texts for row, texts in enumerate(captions)
+                             if not isinstance(texts, str) and len(texts) > 1}
         self.id = checksum([name, source, {split: [rows.start, rows.stop] for split, rows in splits.items()}])
 
     def __len__(self):
         return len(self.labels)
+
+    @property
+    def captions_id(self):
+        """What follows from all captions."""
+        return checksum([self.captions, self.all_captions] if self.all_captions else self.captions)
 
     @property
     def images(self):

@@ -450,7 +450,7 @@ class Scores:
         text_path = run.folder / "text_prior.pt"
         self.texts = text_path.exists()
         self.kinds = [kind for kind in ("masked", "ar") if (run.folder / f"prior-{kind}.pt").exists()]
-        if self.texts and stages.text_model[2]["captions"] != data.checksum(self.dataset.captions):
+        if self.texts and stages.text_model[2]["captions"] != self.dataset.captions_id:
             remedy = data.script_command("text_prior.py", args) + " --restart"
             data.fail(f"{text_path}: made from other captions; bring those back, or train it with {remedy}")
         train = np.random.default_rng(1).permutation(self.dataset.splits["train"])[:10_000]

@@ -453,13 +453,18 @@ def load_release(folder, stored, device, longest=512):
 
 
 def encode_captions(dataset, args, run):
-    """The Text of the flags and all captions as token ids (N, T); says how many are missing or cut."""
-    captions, train = dataset.captions, dataset.splits["train"]
+    """The Text of the flags, all captions as token ids (N + others, T), and {row: its rows there} of images
+    with several captions; says how many are missing or cut."""
+    captions, train = list(dataset.captions), dataset.splits["train"]
     missing = captions.count("")
     if missing == len(captions):
         data.fail(f"{args.data_dir}: no captions; write a metadata.jsonl there, a line {{\"file_name\": ..., "
                   "\"text\": ...} for each image, or sort the images into folders by class")
-    seen = captions[train.start:train.stop]
+    seen, choices = captions[train.start:train.stop], {}
+    for row, texts in dataset.all_captions.items():
+        choices[row] = [row, *range(len(captions), len(captions) + len(texts) - 1)]
+        captions += texts[1:]
+        seen += texts[1:] if row in train else []
     text = build_text(args.encoding, seen)
     text.words = sorted({word for caption in seen for word in re.findall(r"\w+", caption)})
     distinct = list(dict.fromkeys(captions))
@@ -467,10 +472,18 @@ def encode_captions(dataset, args, run):
     encoded = [ids_of[caption] for caption in captions]
     cut = sum(len(ids) > args.text_length for ids in encoded)
     if run.main and (missing or cut):
-        print(f"{args.dataset}: {missing:,} of {len(captions):,} images have no caption and train without; "
+        print(f"{args.dataset}: {missing:,} of {len(dataset):,} images have no caption and train without; "
               f"{cut:,} captions are longer than --text-length {args.text_length} tokens and cut",
               file=sys.stderr)
-    return text, text.rows([ids[:args.text_length] for ids in encoded])
+    return text, text.rows([ids[:args.text_length] for ids in encoded]), choices
+
+
+def caption_rows(part, choices):
+    """The rows of tokens (b,) that a part of a batch is shown: of an image with several captions any one."""
+    if not choices:
+        return part.rows
+    own = [choices.get(row, [row]) for row in part.rows.tolist()]
+    return torch.tensor([rows[int(u * len(rows))] for rows, u in zip(own, part.uniform().tolist())])
 
 
 def report_bits(split, model, codes, text, log, step, run):
@@ -540,7 +553,7 @@ def main(argv=None, dataset=None):
     data.fit_batch(parser, args, train_rows)
     remedy = "make it with " + data.script_command("tokenizer.py", args)
     stored = data.load_codes(run.folder / "codes.pt", remedy, images_id=dataset.id)
-    text, tokens = encode_captions(dataset, args, run)  # tokens (N, T)
+    text, tokens, choices = encode_captions(dataset, args, run)  # tokens (N + others, T)
     args.codes, args.values, args.window = stored["L"], stored["V"], tokens.shape[1]
     torch.manual_seed(args.seed)
     model = build_text_prior(vars(args), text)
@@ -556,7 +569,7 @@ def main(argv=None, dataset=None):
     if args.shard:
         run.shard(model, ema.module)
     optimizers = data.Optimizers(model, args)
-    made_from = {"codes": stored["id"], "captions": data.checksum(dataset.captions),
+    made_from = {"codes": stored["id"], "captions": dataset.captions_id,
                  "encoding": data.checksum(text.state())}
     checkpoint = data.Checkpoint("text_prior", args, parser.settings, run, made_from, model, ema, optimizers,
                                  text=text.state())
@@ -569,7 +582,7 @@ def main(argv=None, dataset=None):
         loss = 0.0
         for part in data.batch_parts(step, train_rows, args, run, wrapped):
             c = stored["codes"][part.rows, part.flips().long().cpu()].long().to(run.device)  # (b, L)
-            w = tokens[part.rows].long().to(run.device)  # (b, T)
+            w = tokens[caption_rows(part, choices)].long().to(run.device)  # (b, T)
             w, task = tasks_of(w, text.pad, args.mix, args.drop, part)  # (b, T), (b,)
             u, scores = part.stratified(), part.uniform(length)  # (b,), (b, L + T)
             nll = text_nll(wrapped, c, w, task, u, scores, (args.values, text.mask), run)  # (b,)

@@ -270,6 +270,24 @@ def test_images_without_a_caption_train_without_and_are_counted_once(tmp_path, c
     assert "20 of 40 images have no caption and train without; 20 captions are longer" in said
 
 
+def test_of_several_captions_of_an_image_any_one_is_shown(run):
+    """The same in a step that comes again, and with merges learned from all."""
+    captions = [["a cat"], ["a dog", "a puppy", "it barks"], [""], ["a cat"]]
+    dataset = data.Dataset("toy", None, torch.zeros(4, 0), {}, {"train": range(4)}, captions, source=None)
+    args = types.SimpleNamespace(dataset="folder", encoding="captions", text_length=20)
+    text, tokens, choices = text_prior.encode_captions(dataset, args, run)
+    assert text.unknown("a puppy barks") == []
+
+    def shown(step):
+        part = data.Part(0, step, 4, run, rows=torch.tensor([1, 0, 2, 1]))
+        return [text.decode(row) for row in tokens[text_prior.caption_rows(part, choices)].tolist()]
+
+    steps = [shown(step) for step in range(30)]
+    assert {(step[1], step[2]) for step in steps} == {("a cat", "")} and shown(3) == steps[3]
+    assert {step[0] for step in steps} == {step[3] for step in steps} == set(captions[1])
+    assert any(step[0] != step[3] for step in steps)
+
+
 def test_prompts_that_cannot_be_drawn_are_one_line_and_others_are_text(trained, tmp_path, capsys):
     file = tmp_path / "prompts.txt"
     file.write_text("\n \n")
