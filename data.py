@@ -33,6 +33,7 @@ if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
     ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 import argparse
+import csv
 import functools
 import hashlib
 import http.client
@@ -49,8 +50,11 @@ import signal
 import tarfile
 import tempfile
 import time
+import unicodedata
 import urllib.request
+import warnings
 import zipfile
+from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -60,7 +64,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin, features
 from tqdm import tqdm
 
 try:
@@ -733,29 +737,51 @@ def load_cifar10(args):
 
 # --- folder and imagenet: any tree of images ---
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever a file is named: no other decoder
+if features.check("avif"):  # some Pillows are built without
+    IMAGE_SUFFIXES.add(".avif")
+    FORMATS += ("AVIF",)
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as large is an error, and is said
+# Folders, and values of a column `split`, that are no classes, in any letter case.
+SPLIT_NAMES = {"train": "train", "seen": "train", "val": "val", "valid": "val", "validation": "val",
+               "test": "test", "unseen": "unseen"}
+MOST_VALUES = 100  # of a factor
+RARE = 3  # fewer training pictures do not show what a value looks like
 IN_MEMORY_BYTES = 2 << 30  # a folder whose decoded images exceed this is decoded on the fly by workers
 
 
 def scaled_to_bytes(image):
     """An image of 16 or 32 bits or floats in 8 bits, which Pillow would clip. White is the least of the usual
-    values that no pixel exceeds. Raises ValueError where a value is not finite."""
+    values that no pixel exceeds; 16 bits hold 12 where the brightest pixel has at least a quarter of these:
+    as a picture of 16 it would be black. Raises ValueError where a value is not finite."""
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all():
         raise ValueError("values that are not finite")
-    usual = [65535]
-    if not image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16"):
+        usual = [4095, 65535] if values.max() >= 1024 else [65535]
+    else:
         usual = [255, 65535] if image.mode == "I" else [1, 255, 65535]
     white = next((value for value in usual if values.max() <= value), values.max())
     return Image.fromarray((values.clip(min=0) * (255 / white)).astype(np.uint8))
 
 
+@functools.lru_cache(16)
+def srgb_transform(profile, mode):
+    """What turns images of a mode and an embedded profile (bytes) into sRGB; None where they are in it.
+    Raises whatever Pillow does where the profile is broken or of another mode."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if "sRGB" in ImageCms.getProfileDescription(source):
+        return None
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+
+
 def open_image(path, least_scale):
-    """An image of any mode as RGB, upright, on white. least_scale(width, height), the same with both swapped:
-    the scale at which a JPEG may be decoded, which is faster, without losing anything. Raises whatever Pillow
-    does where the file is not a whole image."""
+    """An image of any mode and colour profile as RGB, upright, on white. least_scale(width, height), the same
+    with both swapped: the scale at which a JPEG may be decoded, which is faster, without losing anything.
+    Raises whatever Pillow does where the file is not a whole image."""
     with Image.open(path, formats=FORMATS) as image:
+        profile = image.info.get("icc_profile")
         scale = least_scale(*image.size)
         image.draft("RGB", tuple(math.ceil(side * scale) for side in image.size))
         image = ImageOps.exif_transpose(image)
@@ -764,6 +790,11 @@ def open_image(path, least_scale):
         if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.mode not in ("L", "CMYK"):  # which have profiles of their own
+            image = image.convert("RGB")
+        with suppress(Exception):  # a broken profile: the colours are taken as they are
+            transform = srgb_transform(profile, image.mode) if profile else None
+            image = ImageCms.applyTransform(image, transform) if transform else image
         return image.convert("RGB")
 
 
@@ -837,25 +868,86 @@ def find_broken(folder, names, args):
     return broken
 
 
-def read_captions(folder, files):
-    """Captions by path below `folder` from each metadata.jsonl among its `files` (lines with file_name, from
-    where the file lies, and text)."""
-    captions, known = {}, set(files)
-    for path in (folder / name for name in files if os.path.basename(name) == "metadata.jsonl"):
-        with reading(path, "save it as UTF-8"):
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        for k, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            with reading(f"{path} line {k}", 'expected {"file_name": "a.png", "text": "what it shows"}'):
-                record = json.loads(line)
-                name = os.path.relpath(path.parent / record["file_name"], folder)  # ./a.png is a.png
-                if name not in known:
-                    raise Unfit(f"{record['file_name']} is not in {path.parent}")
-                if name in captions:
-                    raise Unfit(f"{name} has a caption already")
-                captions[name] = record["text"].strip()
-    return captions
+def listed(texts, most):
+    """The first few of some texts."""
+    return ", ".join(texts[:most]) + ", ..." * (len(texts) > most)
+
+
+METADATA_ROW = ('expected {"file_name": "a.png", "text": "what it shows"}, or in a .csv file_name,text in the'
+                " first line and a.png,what it shows in others")
+
+
+def metadata_rows(path):
+    """[(number of the line, {column: value}), ...] of a metadata.csv or metadata.jsonl."""
+    with reading(path, "save it as UTF-8"):
+        text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".csv":
+        with reading(path, METADATA_ROW):
+            reader = csv.DictReader(io.StringIO(text))
+            return [(reader.line_num, row) for row in reader]
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            with reading(f"{path} line {number}", METADATA_ROW):
+                rows.append((number, json.loads(line)))
+    return rows
+
+
+def folded(path):
+    """A path such that names of the same file are equal, whichever system wrote them."""
+    return unicodedata.normalize("NFC", path.replace("\\", "/")).casefold()
+
+
+def read_captions(folder, files, names, notes):
+    """What each metadata.csv, metadata.jsonl and, beside a.png, a.txt among `files` says of the pictures
+    `names`: captions {name: texts}, other columns {name: {column: text}}, and what was read, {file: kind}.
+    Paths in metadata start where it lies, or at `folder`. Rows that name no picture are said in `notes`; it
+    fails where all are so."""
+    captions, columns, missing = {}, {}, []
+    kinds = {name: os.path.basename(name).lower() for name in files}
+    sources = {name: kind for name, kind in kinds.items() if kind in ("metadata.csv", "metadata.jsonl")}
+    if sources:
+        known = {folded(name): name for name in names} | {name: name for name in names}
+    for path in (folder / name for name in sources):
+        for number, row in metadata_rows(path):
+            with reading(f"{path} line {number}", METADATA_ROW):
+                file_name = row.pop("file_name", None)
+                texts = row.pop("text", None) or row.pop("caption", None) or []
+                texts = texts if isinstance(texts, list) else [texts]
+                texts = [text.strip() for text in texts if text.strip()]
+                if not file_name or None in row:  # csv puts what has no column under None
+                    raise Unfit("no file_name, or more values than columns")
+                places = [os.path.relpath(path.parent / file_name, folder), os.path.normpath(file_name)]
+                found = [known[key] for place in places for key in (place, folded(place)) if key in known]
+                if not found:
+                    missing.append(file_name)
+                    continue
+                if found[0] in columns:
+                    raise Unfit(f"{found[0]} has a row already")
+                columns[found[0]] = {key: "" if value is None else str(value) for key, value in row.items()}
+                if texts:
+                    captions[found[0]] = texts
+    if missing and not columns:
+        fail(f"{folder}: no row of its metadata names a picture that is there, {missing[0]!r} for one; write "
+             f"paths from where the metadata lies, here they are like {names[0]}")
+    if missing:
+        notes.append(f"{len(missing):,} rows of metadata name no picture that is there: {listed(missing, 3)}")
+    beside = {os.path.splitext(name)[0]: name for name, kind in kinds.items() if kind.endswith(".txt")}
+    for name in names if beside else ():
+        text = beside.get(os.path.splitext(name)[0])
+        if text:
+            sources[text] = ".txt files"
+            with reading(folder / text, "save it as UTF-8"):
+                words = (folder / text).read_text(encoding="utf-8-sig").strip()
+            if words:
+                captions.setdefault(name, [words])
+    return captions, columns, sources
+
+
+def is_hidden(name):
+    """Whether a path is what systems and tools leave beside pictures: ._a.png, .thumbnails/, @eaDir/."""
+    *folders, file = name.split(os.sep)
+    return file.startswith(".") or any(part[0] in ".@" or part == "__MACOSX" for part in folders)
 
 
 def list_files(folder, out):
@@ -871,84 +963,193 @@ def list_files(folder, out):
     return sorted(path for path in paths if os.path.isfile(folder / path))
 
 
-def split_folder(folder, names):
-    """{split: sorted rows of `names`} and which part of a path names the class. With train/ beside test/
-    or val/ those are the splits (where there is one of the two, it is for reporting, and a slice of train/ is
-    for choosing), else a fixed 90/5/5 % of the files."""
-    top = np.array([Path(name).parts[0] for name in names])
-    held_out = [part for part in ("test", "val", "valid", "validation") if part in top]
+def find_splits(names, columns):
+    """For each picture its split, "" where none is said, and the folders below that of the split (or, where
+    there are none, above). Splits are the first level of folders with train beside val or test, with unseen,
+    or with train alone; a column `split` that holds nothing but such names goes over them."""
+    folders = [name.split(os.sep)[:-1] for name in names]
+    splits, below = [""] * len(names), folders
+    for level in range(max(map(len, folders))):
+        here = [SPLIT_NAMES.get("".join(path[level:level + 1]).lower(), "") for path in folders]
+        kinds = set(here)
+        if kinds == {"train"} or "unseen" in kinds or "train" in kinds and kinds & {"val", "test"}:
+            splits = here
+            below = [path[level + bool(split):] or path[:level] for path, split in zip(folders, splits)]
+            break
+    given = [columns.get(name, {}).get("split", "").lower() for name in names]
+    if any(given) and set(given) <= {"", *SPLIT_NAMES}:
+        splits = [SPLIT_NAMES.get(value, "") for value in given]
+    return splits, below
+
+
+def split_folder(folder, splits):
+    """{split: sorted rows} of pictures whose split is known, or "". With train beside test or val those are
+    the splits (where there is one of the two, it is for reporting, and a slice of train is for choosing),
+    else a fixed 90/5/5 % of all that are not unseen."""
+    splits = np.array(splits)
+    rows = {split: np.flatnonzero(splits == split) for split in ("train", "val", "test", "unseen")}
+    train, unseen = rows["train"], rows["unseen"]
+    held_out = [rows[split] for split in ("test", "val") if len(rows[split])]
     rng = np.random.default_rng(0)
-    if held_out and "train" in top:
-        class_level = 1
-        test = np.flatnonzero(top == held_out[0])
-        train = np.flatnonzero(top == "train")
+    if held_out and len(train):
+        test = held_out[0]
         if len(held_out) > 1:
-            val = np.flatnonzero(top == held_out[1])
+            val = held_out[1]
         else:
             val, train = np.split(rng.permutation(train), [max(2, min(len(train) // 20, 10_000))])
     else:
-        class_level = int(set(top) == {"train"})
-        few = max(2, len(names) // 20)
-        test, val, train = np.split(rng.permutation(len(names)), [few, 2 * few])
-    if min(len(test), len(val)) < 2 or len(names) < 20:
-        fail(f"{folder}: {len(names)} images, {len(test)} of them to report on, are too few; bring at least "
-             "20 in all, 2 in test/ and val/")
-    return {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}, class_level
+        rest = np.flatnonzero(splits != "unseen")
+        few = max(2, len(rest) // 20)
+        test, val, train = np.split(rng.permutation(rest), [few, 2 * few])
+    if min(len(test), len(val)) < 2 or len(splits) - len(unseen) < 20:
+        fail(f"{folder}: {len(splits) - len(unseen)} images, {len(test)} of them to report on, are too few; "
+             "bring at least 20 in all, 2 in test/ and val/")
+    found = {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}
+    return found | ({"unseen": unseen} if len(unseen) else {})
 
 
-def load_folder(args):
-    """Images under --data-dir, split as split_folder says. The class is the first sub-folder. Captions come
-    from metadata.jsonl (images that it does not name have none), without that file from the class. Broken
-    files are named and skipped, the same way in every run."""
-    folder = Path(args.data_dir)
-    if not folder.is_dir():
-        fail(f"no folder {folder}: link or copy a tree of images there, or name one with --data-dir")
-    files = list_files(folder, args.out)
-    names = [name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
-    if not names:
-        fail(f"{folder}: no images found ({', '.join(sorted(IMAGE_SUFFIXES))}); put some there, or name "
-             "another with --data-dir")
-    top = {Path(name).parts[0] for name in names}
-    if args.dataset == "imagenet" and not {"train", "val"} <= top:
-        fail(f"{folder}: expected train/ and val/, each with a sub-folder of images for each class, found "
-             f"{', '.join(sorted(top)[:5])}; link or move the parts there")
-    if args.dataset == "imagenet":  # its test/ has no classes
-        names = [name for name in names if Path(name).parts[0] in ("train", "val")]
-    captions = read_captions(folder, files)
-    in_memory = args.dataset != "imagenet" and len(names) * 3 * args.image_size ** 2 <= IN_MEMORY_BYTES
-    if in_memory:
+def find_factors(names, columns, folders, notes):
+    """Labels (N, factors) and factors {name: values} of pictures: the columns of their metadata, but for
+    those with one value or very many, which are said in `notes`; without any, the class, the first of the
+    `folders` of each."""
+    table, others = {}, []
+    for column in dict.fromkeys(itertools.chain(*columns.values())):
+        values = [columns.get(name, {}).get(column, "") for name in names]
+        count = len(set(values))
+        if column != "split" and 1 < count <= min(MOST_VALUES, len(names) // 2):
+            table[column] = values
+        elif column != "split":
+            others.append(f"{column} ({count:,} values)")
+    if others:
+        notes.append(f"columns that are no factors: {listed(others, 5)}")
+    classes = ["".join(path[:1]) for path in folders]
+    if not table and len(set(classes)) > 1:
+        table["class"] = classes
+    factors = {name: sorted(set(values)) for name, values in table.items()}
+    labels = torch.zeros(len(names), len(factors)).long()
+    for k, (name, values) in enumerate(factors.items()):
+        place = {value: number for number, value in enumerate(values)}
+        labels[:, k] = torch.tensor([place[value] for value in table[name]])
+    return labels, factors
+
+
+def factors_caption(labels, factors):
+    """The caption of factors (F,): "a photo of a cat", or "role judge, tone dark"; "" where none is known."""
+    known = {name: values[k] for (name, values), k in zip(factors.items(), labels) if values[k]}
+    if list(known) == ["class"]:
+        return f"a photo of {with_article(known['class'].replace('_', ' '))}"
+    return ", ".join(f"{name} {value}" for name, value in known.items())
+
+
+def census(dataset, paths, source):
+    """What to know of own pictures, whose captions are from `source`, before anything is made of them: a list
+    of texts."""
+    train, captioned = dataset.splits["train"], len(dataset) - dataset.captions.count("")
+    shares = []
+    for path in paths[::len(paths) // 1000 + 1]:  # a thousand tell enough
+        with Image.open(path, formats=FORMATS) as image:
+            shares.append(1 - min(image.size) / max(image.size))
+    said = [f"{len(dataset):,} pictures",
+            f"captions from {source} ({captioned:,})" if captioned else "captions: none",
+            f"the square crop cuts {np.mean(shares):.0%} of their area"]
+    if torch.is_tensor(dataset.images):
+        seen = [hash(image.numpy().tobytes()) for image in dataset.images]
+        known = set(seen[train.start:train.stop])
+        for split, rows in dataset.splits.items():
+            copies = sum(seen[row] in known for row in rows)
+            if copies and split != "train":
+                said.append(f"{copies:,} of {len(rows):,} in {split} are copies of training ones, as cropped")
+    for k, (name, values) in enumerate(dataset.factors.items()):
+        counts = torch.bincount(dataset.labels[train.start:train.stop, k], minlength=len(values))
+        rare = (counts < RARE).sum()
+        if rare:
+            said.append(f"{rare:,} of {len(values):,} values of {name} have under {RARE} training pictures")
+    return said
+
+
+def left_out(files, names):
+    """How many of the `files` are not among `names`, by suffix: "3 .heic, 1 .zip"; "" where all are."""
+    kinds = Counter("hidden" if is_hidden(name) else os.path.splitext(name)[1].lower() or "without a suffix"
+                    for name in set(files) - set(names))
+    return listed([f"{count:,} {kind}" for kind, count in sorted(kinds.items())], 10)
+
+
+def open_all(folder, names, args, notes):
+    """{name: image} of the files that open, or where they are too many for memory {name: None}; the others
+    are said in `notes`. Fails where none opens."""
+    if args.dataset == "folder" and len(names) * 3 * args.image_size ** 2 <= IN_MEMORY_BYTES:
         images = dict(decode(folder, names, args))
         broken = [name for name in names if images[name] is None]
     else:
+        images = dict.fromkeys(names)
         broken = find_broken(folder, names, args)
-    if broken and os.environ.get("RANK", "0") == "0":
-        print(f"{folder}: {len(broken)} of {len(names)} files do not open as images and are skipped: "
-              + ", ".join(broken[:10]) + ", ..." * (len(broken) > 10), file=sys.stderr)
-    names = sorted(set(names) - set(broken))
-    if not names:
+    if broken:
+        notes.append(f"{len(broken):,} of {len(names):,} files do not open as images and are skipped: "
+                     f"{listed(broken, 10)}")
+    if len(broken) == len(names):
         fail(f"{folder}: none of its files opens as an image; expected {', '.join(FORMATS)}")
-    rows_of, class_level = split_folder(folder, names)
-    names = [names[k] for k in np.concatenate(list(rows_of.values()))]  # in the order of the splits
+    for name in broken:
+        del images[name]
+    return images
+
+
+def load_folder(args):
+    """Images under --data-dir with their splits (find_splits, split_folder), factors (find_factors) and
+    captions (read_captions; where there are none, made from the factors). What does not open is left out, the
+    same in every run. One line says what was found and what left out; of imagenet only what is wrong."""
+    folder, own = Path(args.data_dir), args.dataset == "folder"
+    if not folder.is_dir():
+        fail(f"no folder {folder}: link or copy a tree of images there, or name one with --data-dir")
+    files = list_files(folder, args.out)
+    visible = [name for name in files if not is_hidden(name)]
+    names = [name for name in visible if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+    if not names:
+        fail(f"{folder}: no images found ({', '.join(sorted(IMAGE_SUFFIXES))}), but "
+             f"{left_out(files, []) or 'nothing'}; put or unpack some there, or name another --data-dir")
+    notes = []
+    captions, columns, sources = read_captions(folder, visible, names, notes)
+    if own:
+        others = left_out(files, [*names, *sources])
+        notes += [f"left out {others}"] * bool(others)
+    else:
+        top = {name.split(os.sep)[0] for name in names}
+        if not {"train", "val"} <= top:
+            fail(f"{folder}: expected train/ and val/, each with a sub-folder of images for each class, "
+                 f"found {', '.join(sorted(top)[:5])}; link or move the parts there")
+        names = [name for name in names if name.split(os.sep)[0] in ("train", "val")]  # test/ has no classes
+    images = open_all(folder, names, args, notes)
+
+    names = sorted(images)
+    found, folders = find_splits(names, columns)
+    rows_of = split_folder(folder, found)
+    order = np.concatenate(list(rows_of.values()))  # of the splits
+    if len(order) < len(names):
+        notes.append(f"left out {len(names) - len(order):,} pictures in none of its splits")
+    names, folders = [names[k] for k in order], [folders[k] for k in order]
     splits, start = {}, 0
     for split, rows in rows_of.items():
         splits[split] = range(start, start + len(rows))
         start += len(rows)
-    if in_memory:
-        images = torch.stack([images[name] for name in names])
+    paths = [folder / name for name in names]
+    if images[names[0]] is None:
+        images = ImageFiles(paths, args.image_size)
     else:
-        images = ImageFiles([folder / name for name in names], args.image_size)
-
-    paths = [Path(name).parts for name in names]
-    folders = [path[class_level] if len(path) > class_level + 1 else "" for path in paths]
-    classes = sorted(set(folders))
-    labels, factors = torch.zeros(len(names), 0).long(), {}
-    texts = [captions.get(name, "") for name in names]
-    if len(classes) > 1:
-        labels, factors = torch.tensor([[classes.index(c)] for c in folders]), {"class": classes}
-        if not captions:
-            texts = [f"a photo of {with_article(c.replace('_', ' '))}" if c else "" for c in folders]
-    sizes = [os.path.getsize(folder / name) for name in names]
-    return Dataset(args.dataset, images, labels, factors, splits, texts, source=[names, sizes])
+        images = torch.stack([images[name] for name in names])
+    labels, factors = find_factors(names, columns, folders, notes)
+    texts = [captions.get(name, [""]) for name in names]
+    source = " and ".join(sorted(set(sources.values())))
+    if not captions:
+        texts = [[factors_caption(row, factors)] for row in labels.tolist()]
+        of_metadata = any(set(factors) & set(row) for row in columns.values())
+        source = "columns of metadata" if of_metadata else "folder names"
+    sizes = [os.path.getsize(path) for path in paths]
+    dataset = Dataset(args.dataset, images, labels, factors, splits, texts, source=[names, sizes])
+    if own:
+        notes = census(dataset, paths, source) + notes
+    if notes and os.environ.get("RANK", "0") == "0":
+        line = f"{folder}: {'; '.join(notes)}"
+        print(" ".join(line.split()), file=sys.stderr)  # a name may hold the end of a line
+    return dataset
 
 
 def load_dataset(args):

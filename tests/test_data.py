@@ -1,4 +1,5 @@
 """Flags, data sets, batches, files, optimiser and log: data.py."""
+import csv
 import hashlib
 import json
 import math
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, FakeRun, arguments, make_folder, part
-from PIL import EpsImagePlugin, Image
+from conftest import SMALL, FakeRun, arguments, finish, make_folder, part
+from PIL import EpsImagePlugin, Image, ImageCms
 
 
 # --- flags ------------------------------------------------------------------------------------------------
@@ -122,7 +123,8 @@ def test_randomness_does_not_depend_on_how_a_batch_is_divided(world, accumulate)
 # --- images and folders -----------------------------------------------------------------------------------
 
 def test_images_of_every_mode_are_read_right_upright_and_from_their_middle(tmp_path):
-    """16 bits are a share of 65,535 however dark the picture; floats lie from 0 to 1, 255 or 65,535."""
+    """16 bits are a share of 65,535, or of 4,095 where that is what they fill; floats lie from 0 to 1, 255 or
+    65,535."""
     def read(image, name, **change):
         image.save(tmp_path / name, **change)
         return data.read_image(tmp_path / name, 8).float()
@@ -137,6 +139,7 @@ def test_images_of_every_mode_are_read_right_upright_and_from_their_middle(tmp_p
     ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     for name, values, expected in (
             ("16 bits, dark.png", (ramp * 200).astype(np.uint16), ramp * 200 / 257),
+            ("12 bits of 16.png", (ramp * 4000).astype(np.uint16), ramp * 4000 / 4095 * 255),
             ("16 bits.png", (ramp * 60_000).astype(np.uint16), ramp * 60_000 / 257),
             ("32 bits.tif", (ramp * 1000).astype(np.int32), ramp * 1000 / 257),
             ("to 1.tif", ramp, ramp * 255), ("to 255.tif", ramp * 255, ramp * 255)):
@@ -149,6 +152,29 @@ def test_images_of_every_mode_are_read_right_upright_and_from_their_middle(tmp_p
     turned[0x0112] = 3  # by 180°
     middle = read(Image.fromarray(wide), "wide.png", exif=turned)
     assert middle[:, :3].mean() < 5 and middle[:, 5:].mean() > 250
+
+
+def test_colours_of_an_embedded_profile_are_read_as_they_look(tmp_path):
+    """By one that swaps red and green; a broken one is as none."""
+    def read(profile, mode="RGB", colour=(200, 100, 40)):
+        Image.new(mode, (20, 20), colour).save(tmp_path / "a.tif", icc_profile=profile)
+        return data.read_image(tmp_path / "a.tif", 8)[:, 4, 4]
+
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+    swapped = swapped.replace(b"rXYZ", b"....").replace(b"gXYZ", b"rXYZ").replace(b"....", b"gXYZ")
+    assert (read(swapped) - torch.tensor([100.0, 200.0, 40.0])).abs().max() < 3
+    for profile in (srgb, b"broken", None):
+        assert read(profile).tolist() == [200, 100, 40]
+    assert read(swapped, "CMYK", (0, 0, 0, 55)).tolist() == [200, 200, 200]  # it is of another mode
+
+
+def test_a_large_scan_is_read_without_a_warning(tmp_path):
+    folder = make_folder(tmp_path / "in", 20)
+    Image.new("L", (9600, 9600), 70).save(folder / "scan.jpg")
+    words = ["data", "--dataset", "folder", "--data-dir", folder, "--out", tmp_path / "out", "--workers", 0]
+    said = finish(tmp_path / "said", words)
+    assert "21 pictures" in said and "Warning" not in said
 
 
 def load(tmp_path, **change):
@@ -207,6 +233,7 @@ def test_broken_images_are_named_and_skipped_in_every_run(tmp_path, monkeypatch,
     None is opened as anything but a picture, nor one of 200 megapixels."""
     folder = make_folder(tmp_path / "in", 40)
     whole = load(tmp_path)
+    capsys.readouterr()
     picture = (folder / "cats" / "1.png").read_bytes()
     for name, content in (("text.png", b"hello"), ("cut.png", picture[:len(picture) // 2])):
         (folder / name).write_bytes(content)
@@ -227,15 +254,204 @@ def test_broken_images_are_named_and_skipped_in_every_run(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("line, words", [
-    ("{broken", "metadata.jsonl line 2"), ('{"file_name": "x.png"}', "line 2.*text"),
-    ('{"file_name": "../x.png", "text": "a"}', "line 2.*x.png"),
-    ('{"file_name": "no.png", "text": "a"}', "line 2.*no.png"),
+    ("{broken", "metadata.jsonl line 2"), ('{"text": "a"}', "line 2.*file_name"), ("[1]", "line 2"),
+    ('{"file_name": "cats/3.png", "text": 5}', "line 2.*text"),
     ('{"file_name": "./cats/1.png", "text": "again"}', "line 2.*already")])
 def test_broken_captions_are_refused_with_their_line(tmp_path, line, words):
     folder = make_folder(tmp_path / "in", 4)
     (folder / "metadata.jsonl").write_text('{"file_name": "cats/1.png", "text": "one"}\n' + line)
     with pytest.raises(SystemExit, match=words):
         load(tmp_path)
+
+
+def paint(folder, name, number, size=(24, 24)):
+    """A picture whose red is ten times its number."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (number * 10, 90, 40)).save(path, "JPEG" if path.suffix == ".jfif" else None)
+
+
+def write_metadata(folder, rows, name="metadata.jsonl"):
+    """Rows {column: value} as a .jsonl or .csv."""
+    path = folder / name
+    if name.lower().endswith(".csv"):
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def numbers_of(dataset, split=None):
+    """The number of each picture, of all or of a split."""
+    rows = dataset.splits[split] if split else range(len(dataset))
+    return [round(red / 10) for red in dataset.pixels(rows)[:, 0].float().mean((1, 2)).tolist()]
+
+
+@pytest.mark.parametrize("name, written, metadata, key", [
+    ("{}.png", "{}.png", "metadata.csv", "text"), ("in/{}.png", "in/{}.png", "Metadata.CSV", "caption"),
+    ("in/{}.jfif", "in\\{}.jfif", "metadata.jsonl", "text"),
+    ("cafe\u0301 {}.png", "caf\u00e9 {}.png", "METADATA.jsonl", "caption"),
+    ("IMG_{}.PNG", "img_{}.png", "metadata.csv", "text"),
+    ("in/{}.png", "in/{}.png", "in/metadata.jsonl", "text")])
+def test_captions_find_their_pictures_however_names_are_written(tmp_path, capsys, name, written, metadata,
+                                                                key):
+    """With either slash, in composed letters or not, in another case, from the top though they lie below."""
+    for number in range(20):
+        paint(tmp_path / "in", name.format(number), number)
+    rows = [{"file_name": written.format(number), key: f"picture, {number}"} for number in range(20)]
+    write_metadata(tmp_path / "in", rows, metadata)
+    dataset = load(tmp_path)
+    assert dataset.captions == [f"picture, {number}" for number in numbers_of(dataset)]
+    assert f"captions from {os.path.basename(metadata).lower()} (20)" in capsys.readouterr().err
+
+
+def test_captions_may_lie_in_text_files_and_be_several(tmp_path, capsys):
+    """Where there are several the first counts, and all are kept."""
+    for number in range(20):
+        paint(tmp_path / "in", f"{number}.png", number)
+        if number > 4:
+            (tmp_path / "in" / f"{number}.txt").write_text(f" text {number}\n")
+    rows = [{"file_name": f"{number}.png", "text": [f"first {number}", "second"]} for number in range(6)]
+    write_metadata(tmp_path / "in", rows)
+    dataset = load(tmp_path)
+    for row, number in enumerate(numbers_of(dataset)):
+        assert dataset.captions[row] == (f"first {number}" if number < 6 else f"text {number}")
+        assert dataset.all_captions.get(row) == ([f"first {number}", "second"] if number < 6 else None)
+    assert "captions from .txt files and metadata.jsonl (20)" in capsys.readouterr().err
+
+
+def test_one_line_says_what_was_found_and_what_was_left_out(tmp_path, capsys):
+    folder = tmp_path / "in"
+    for number in range(20):
+        paint(folder, f"{number}.png", number, (50, 20))
+    for name in ("a.heic", "b.heic", "c.zip", "Notes.TXT", ".DS_Store", "bare"):
+        (folder / name).write_text("no picture")
+    write_metadata(folder, [{"file_name": f"{number}.png", "text": "a"} for number in range(19, 30)])
+    load(tmp_path)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"{folder}: 20 pictures; captions from metadata.jsonl (1); ")
+    for words in ("crop cuts 60% of", "left out 2 .heic, 1 .txt, 1 .zip, 1 hidden, 1 without a suffix",
+                  "10 rows of metadata name no picture that is there: 20.png, 21.png, 22.png, ..."):
+        assert words in said, words
+
+
+def test_metadata_of_other_pictures_and_packed_pictures_are_refused(tmp_path):
+    for number in range(20):
+        paint(tmp_path / "in", f"{number}.png", number)
+    write_metadata(tmp_path / "in", [{"file_name": "../elsewhere.png", "text": "a"}])
+    with pytest.raises(SystemExit, match="no row of its metadata.*elsewhere.png.*like 0.png"):
+        load(tmp_path)
+    for path in (tmp_path / "in").glob("*.png"):
+        path.rename(path.with_suffix(".zip"))
+    with pytest.raises(SystemExit, match="no images found.*1 .jsonl, 20 .zip; .*unpack"):
+        load(tmp_path)
+
+
+def test_hidden_and_tool_folders_are_no_pictures(tmp_path):
+    for number in range(20):
+        paint(tmp_path / "in", f"{'cats' if number % 2 else 'dogs'}/{number}.png", number)
+    whole = load(tmp_path)
+    for name in (".ipynb_checkpoints/a.png", "cats/@eaDir/a.png", "__MACOSX/cats/a.png", "dogs/._1.png"):
+        paint(tmp_path / "in", name, 21)
+    write_metadata(tmp_path / "in" / ".ipynb_checkpoints", [{"file_name": "cats/1.png", "text": "old"}])
+    dataset = load(tmp_path)
+    assert dataset.id == whole.id and dataset.factors == {"class": ["cats", "dogs"]}
+    assert dataset.captions == whole.captions
+
+
+@pytest.mark.parametrize("above, train, test", [("", "Train", "TEST"), ("images/", "train", "Validation")])
+def test_splits_are_known_in_any_case_and_below_other_folders(tmp_path, capsys, above, train, test):
+    """What lies beside them is left out and counted."""
+    for number in range(24):
+        place = train if number < 20 else test if number < 22 else "extra"
+        paint(tmp_path / "in", f"{above}{place}/{'cats' if number % 2 else 'dogs'}/{number}.png", number)
+    dataset = load(tmp_path)
+    assert sizes(dataset) == {"train": 18, "val": 2, "test": 2}
+    assert numbers_of(dataset, "test") == [21, 20] and dataset.factors == {"class": ["cats", "dogs"]}
+    assert dataset.captions[-2:] == ["a photo of a cats", "a photo of a dogs"]
+    said = capsys.readouterr().err
+    assert "captions from folder names (22)" in said and "left out 2 pictures in none of its splits" in said
+
+
+def test_copies_across_splits_and_rare_classes_are_counted(tmp_path, capsys):
+    for number in range(20):
+        paint(tmp_path / "in", f"train/{number}/a.png", number)
+        paint(tmp_path / "in", f"test/{number}/b.png", number if number < 3 else 25 - number // 19)
+    load(tmp_path)
+    said = capsys.readouterr().err
+    assert "3 of 20 in test are copies of training ones" in said and "in val" not in said
+    assert "20 of 20 values of class have under 3 training pictures" in said and "captions" in said
+
+
+def test_columns_of_metadata_are_factors_and_a_folder_of_unseen_ones_is_a_split(tmp_path, capsys):
+    """A column of one value or of very many is none; where there are no captions, factors make them."""
+    rows = []
+    for number in range(24):
+        tone, weight = number % 3, number % 2
+        place = "Unseen" if tone == weight == 1 else "seen"
+        paint(tmp_path / "in", f"{place}/{number}.png", number)
+        rows.append({"file_name": f"{place}/{number}.png", "artist": "me", "number": number, "tone": tone,
+                     "weight": "heavy" if weight else "light"})
+    write_metadata(tmp_path / "in", rows, "metadata.csv")
+    dataset = load(tmp_path)
+    assert dataset.factors == {"tone": ["0", "1", "2"], "weight": ["heavy", "light"]}
+    assert sizes(dataset) == {"train": 16, "val": 2, "test": 2, "unseen": 4}
+    assert sorted(numbers_of(dataset, "unseen")) == [1, 7, 13, 19]
+    for labels, number, caption in zip(dataset.labels.tolist(), numbers_of(dataset), dataset.captions):
+        assert labels == [number % 3, (number + 1) % 2]
+        assert caption == f"tone {number % 3}, weight {'heavy' if number % 2 else 'light'}"
+    said = capsys.readouterr().err
+    assert "columns that are no factors: artist (1 values), number (24 values)" in said
+    assert "captions from columns of metadata (24)" in said
+
+
+def test_a_column_names_the_splits(tmp_path):
+    rows = []
+    for number in range(24):
+        paint(tmp_path / "in", f"{'cats' if number % 2 else 'dogs'}/{number}.png", number)
+        split = "Train" if number < 16 else ["val", "TEST", "unseen"][number % 3]
+        rows.append({"file_name": f"{'cats' if number % 2 else 'dogs'}/{number}.png", "split": split})
+    write_metadata(tmp_path / "in", rows)
+    dataset = load(tmp_path)
+    assert sizes(dataset) == {"train": 16, "val": 2, "test": 3, "unseen": 3}
+    assert sorted(numbers_of(dataset, "val")) == [18, 21]
+    assert sorted(numbers_of(dataset, "unseen")) == [17, 20, 23]
+    assert list(dataset.factors) == ["class"]
+
+
+def test_results_of_another_folder_of_the_same_name_are_refused(tmp_path):
+    """A folder that was moved keeps its results."""
+    def place(folder):
+        return data.run_folder(arguments(data_dir=str(folder), out=str(tmp_path / "out")))
+
+    for folder in ("a/pictures", "b/pictures", "a/others"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert place(tmp_path / "a/pictures") == tmp_path / "out" / "folder" / "pictures"
+    assert place(tmp_path / "a/others/../others/") == tmp_path / "out" / "folder" / "others"
+    with pytest.raises(SystemExit, match="out/folder/pictures: holds the results of .*a/pictures.*--out"):
+        place(tmp_path / "b/pictures")
+    (tmp_path / "a/pictures").rename(tmp_path / "moved")
+    assert place(tmp_path / "b/pictures") == place(tmp_path / "b/pictures")
+    assert data.run_folder(arguments(dataset="shapes", out=str(tmp_path))) == tmp_path / "shapes"
+
+
+def test_the_batch_follows_the_images_unless_it_was_given(monkeypatch, capsys):
+    parser = data.make_parser("")
+    data.add_training_flags(parser, steps=5, batch_size=64, lr=0.1, lr_matrix=0.0, warmup=0)
+
+    def fitted(*flags, images=27):
+        args = data.parse(parser, {"folder": {"batch_size": 32}}, ["--dataset", "folder", *flags])
+        data.fit_batch(parser, args, range(images))
+        return args.batch_size
+
+    assert fitted() == 27 and fitted("--accumulate", "2") == 26
+    assert capsys.readouterr().err.count("27 training images") == 2
+    assert fitted("--batch-size", "30") == 30 and fitted(images=32) == 32 and not capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert fitted() == 24
 
 
 def test_missing_empty_broken_and_small_folders_are_refused(tmp_path):

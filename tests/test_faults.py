@@ -504,7 +504,8 @@ def test_mutated_captions_prompts_encodings_weights_and_autoencoders(mutated, va
     (tmp_path / "a.tiktoken").write_text(text_prior.Text(ranks, text_prior.PATTERN).state()["ranks"])
     write_tokenizer_json(tmp_path / "tokenizer.json")
     files = data.list_files(folder, tmp_path / "out")
-    mutated(folder / "metadata.jsonl", lambda path: data.read_captions(folder, files))
+    names = [name for name in files if name.endswith(".png")]
+    mutated(folder / "metadata.jsonl", lambda path: data.read_captions(folder, files, names, []))
     args = SimpleNamespace(inputs=[], prompts=tmp_path / "prompts.txt")
     mutated(args.prompts, lambda path: sample.read_prompts(args, None))
     mutated(tmp_path / "a.tiktoken", encode)
