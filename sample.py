@@ -378,6 +378,8 @@ def load_judge(dataset, args, run):
     """The judge of OUT/<dataset>/judge.pt, trained and kept there on first use."""
     path = run.folder / "judge.pt"
     made_from = {"images": dataset.id, "image size": args.image_size, "spoiled": "blended, blurred, frayed"}
+    if args.dataset == "folder":  # whose labels may change where its images do not
+        made_from["labels"] = data.checksum([dataset.factors, dataset.labels.tolist()])
     torch.manual_seed(0)  # whatever --seed is: all runs are judged alike
     judge = Judge(dataset.factors, args.image_size).to(run.device)
     if data.is_made_from(path, "judge", made_from):
@@ -444,6 +446,8 @@ class Scores:
         self.dataset = stages.dataset
         self.names = list(self.dataset.factors)
         self.shapes = args.dataset == "shapes"
+        splits = self.dataset.splits
+        self.unseen = {split: splits[split] for split in splits if split.startswith("unseen")}
         stages.stored = stages.load_codes(self.dataset.id)
         self.judge = load_judge(self.dataset, args, run) if self.names else None
         self.rows = np.random.default_rng(0).permutation(self.dataset.splits["test"])[:self.n].tolist()
@@ -509,6 +513,12 @@ class Scores:
             for split, pair in data.UNSEEN_PAIRS.items():
                 result[split] = self.score_unseen(split, pair, drawn[1])
                 result[f"compose, {split}"] = self.score_recombination(pair)
+        elif self.unseen:  # a folder's, whose judge has not seen these combinations either: see the real ones
+            rows = self.unseen["unseen"][:self.n]
+            labels = self.dataset.labels[rows]
+            images = {"real": self.dataset.pixels(rows),
+                      "from the code": self.stages.draw(self.stages.codes_of(rows), self.args.seed + 3)}
+            result["unseen"] = {name: self.measure(self.judged(x), labels) for name, x in images.items()}
         if self.texts:
             for guidance in self.args.text_guidance:
                 result[f"text to image, guidance {guidance:g}"] = self.score_text(guidance)
@@ -652,6 +662,10 @@ class Scores:
             for split, unseen in data.UNSEEN_PAIRS.items():
                 rows = self.dataset.splits[split][:self.n // 4]
                 line[split] = self.score_prompts(self.captions_of(rows), guidance, self.names, unseen)
+        elif self.unseen and self.names:
+            unseen = self.captions_of(self.unseen["unseen"][:self.n // 4])
+            if unseen:
+                line["unseen"] = self.score_prompts(unseen, guidance, self.names)
         prompts = [prompt for prompt in list(captions.values())[:32] for _ in range(16)]
         codes, calls = self.stages.codes_from_prompts(prompts, guidance, self.args.seed + 6)
         distinct = [len(torch.unique(draws, dim=0)) for draws in codes.split(16)]
@@ -662,9 +676,8 @@ class Scores:
     def score_captions(self):
         """Image → code → caption: for shapes how often it names each factor right, else how often it is the
         image's own."""
-        unseen = {split: rows for split, rows in self.dataset.splits.items() if split in data.UNSEEN_PAIRS}
         line = {}
-        for split, rows in {"test split": self.rows, **unseen}.items():
+        for split, rows in {"test split": self.rows, **self.unseen}.items():
             rows = [row for row in rows[:self.n // 2] if self.dataset.captions[row]]
             if not rows:
                 continue

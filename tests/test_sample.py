@@ -9,7 +9,7 @@ import pytest
 import sample
 import torch
 import torch.nn.functional as F
-from conftest import Net, arguments, call, link_codes, refuse
+from conftest import TINY, Net, arguments, call, link_codes, refuse
 from PIL import Image
 
 
@@ -174,6 +174,37 @@ def test_the_table_of_scores_is_complete_and_within_bounds(trained, tmp_path, mo
     assert scores["compose"]["copy of the first parent"]["right, clean, unlike both parents"] <= 1 / 2
     assert 0 <= scores["unseen-colour-frame"]["from the code"]["pair kept"] <= 1
     assert "inner patches of the first" in capsys.readouterr().out
+
+
+def test_unseen_combinations_of_a_folder_are_scored_beside_its_test_split(tmp_path, monkeypatch):
+    """By factors in its metadata; where these change, a new judge learns them."""
+    folder = tmp_path / "pictures"
+    lines = ["file_name,tone,weight"]
+    for number in range(28):
+        place = "unseen" if number % 4 == 3 else "seen"
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number * 9, 60, 90)).save(folder / place / f"{number}.png")
+        lines.append(f"{place}/{number}.png,{number % 2},{number // 2 % 2}")
+    judges = []
+    monkeypatch.setattr(sample, "train_judge", lambda judge, *_: judges.append(judge))
+    where = ["--dataset", "folder", "--data-dir", folder, "--out", tmp_path]
+
+    def scores():
+        call("sample", *"--score --count 8 --sample-steps 1".split(), *where)
+        return json.loads((tmp_path / "folder" / "pictures" / "scores.json").read_text())
+
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    for stage in ("tokenizer", "generator", "text_prior"):
+        call(stage, *TINY[stage], *where)
+    found = scores()
+    assert found["tokenizer"]["linear on codes, unseen"].keys() == {"tone", "weight"}
+    for line in (*found["unseen"].values(), {"factors": found["text to image, guidance 2"]["unseen"]}):
+        assert line["factors"].keys() == {"tone", "weight", "all"}
+    assert found["captions of images"]["unseen"].keys() == {"equal to its own"}
+    assert scores() and len(judges) == 1
+    (folder / "metadata.csv").write_text("\n".join([lines[0].replace("weight", "mass"), *lines[1:]]))
+    (tmp_path / "folder" / "pictures" / "text_prior.pt").unlink()  # which is of other captions
+    assert "mass" in scores()["unseen"]["real"]["factors"] and len(judges) == 2
 
 
 def numpy_scores(real, made, classes):
