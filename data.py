@@ -1692,16 +1692,8 @@ class Checkpoint:
             states = {"ema": self.average.module.state_dict(), "model": self.model.state_dict(),
                       "optimizers": self.optimizers.state_dict()}
         states |= {name: module.state_dict() for name, module in self.others.items()}
-        self.write(self.stage, step, states)
-
-    def save_early(self, stage, step):
-        """Write the averaged weights alone, as another stage: an earlier self of this run."""
-        self.write(stage, step, {"ema": self.average.module.state_dict()})
-
-    def write(self, stage, step, states):
         if self.run.main:
-            path = self.run.folder / f"{stage}.pt"
-            save(path, stage, **states, **self.more, config=vars(self.args), step=step, id=self.id,
+            save(self.path, self.stage, **states, **self.more, config=vars(self.args), step=step, id=self.id,
                  made_from=self.made_from)
 
 
@@ -1717,7 +1709,7 @@ def load_trained(path, stage, dataset, remedy, **made_from):
         for name, id in made_from.items():
             if state["made_from"][name] != id:
                 raise Unfit(f"made from other {name} than now")
-        if step < steps and "optimizers" in state and os.environ.get("RANK", "0") == "0":
+        if step < steps and os.environ.get("RANK", "0") == "0":
             print(f"note: {path} is not finished (step {step} of {steps})", file=sys.stderr)
     return state
 

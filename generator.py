@@ -10,10 +10,9 @@ reads each patch into positions of its own, their mean is added to the token of 
 codes are dropped, for v_null, and, in place, single positions. --predict noise: the paper's own diffusion, in
 a section of its own below.
 
-Reads images and OUT/<dataset>/codes.pt; writes generator.pt there and generator-early.pt, for guidance by a
-weaker self. --condition none: the baseline without codes, generator-uncond.pt. --factors (with --condition
-both --groups 5): the reference that reads the true factors of shapes, generator-factors.pt. --vae: in
-latents, kept in latents.pt, not in pixels.
+Reads images and OUT/<dataset>/codes.pt; writes generator.pt there. --condition none: the baseline without
+codes, generator-uncond.pt. --factors (with --condition both --groups 5): the reference that reads the true
+factors of shapes, generator-factors.pt. --vae: in latents, kept in latents.pt, not in pixels.
     python generator.py                                                      # the dataset shapes, on a CPU
     python generator.py --dataset cifar10                                    # one GPU
     torchrun --nproc-per-node 8 generator.py --dataset imagenet              # a node, pixels, patch 16
@@ -268,27 +267,22 @@ def integrate(field, z, times, method="heun"):
     return z
 
 
-def guided_network(model, codes, guidance, interval, run, weak=None):
+def guided_network(model, codes, guidance, interval, run):
     """A function of z (B, C, S, S), the time t, and what the network takes as time (default: t) → its output,
-    guided as in (3), of which the velocity is a linear function. "null" is the model itself without code, or,
-    with `weak` (an earlier self), that model with the code. Without guidance (w = 1, t outside the interval,
-    no codes) the network is called once."""
-    def call(network, z, t, c):
-        t = torch.full((len(z),), t, device=z.device)
+    guided as in (3), of which the velocity is a linear function. One network call, with and without code in
+    one batch; without guidance (w = 1, t outside the interval, no codes) half of it."""
+    def call(z, level, c):
+        level = torch.full((len(z),), level, device=z.device)
         with run.autocast():
-            return network(z, t, c).float()
+            return model(z, level, c).float()
 
     def guided(z, t, level=None):
-        outside = not interval[0] <= t <= interval[1]
         level = t if level is None else level
-        if guidance == 1 or outside or (weak is None and model.condition == "none"):
-            return call(model, z, level, codes)
-        if weak is not None:
-            output = call(model, z, level, codes)
-            null = call(weak, z, level, codes)
-        else:  # both in one call
-            both = torch.cat([codes, torch.full_like(codes, model.V)])
-            output, null = call(model, z.repeat(2, 1, 1, 1), level, both).chunk(2)
+        outside = not interval[0] <= t <= interval[1]
+        if guidance == 1 or outside or model.condition == "none":
+            return call(z, level, codes)
+        both = torch.cat([codes, torch.full_like(codes, model.V)])
+        output, null = call(z.repeat(2, 1, 1, 1), level, both).chunk(2)
         C = z.shape[1]
         drawn = null[:, :C] + guidance * (output[:, :C] - null[:, :C])
         return torch.cat([drawn, output[:, C:]], 1)  # a learned variance is not guided
@@ -421,7 +415,7 @@ def solve(model, guided, noise, sampler, draw):
 
 
 @torch.no_grad()
-def generate(model, codes, count, sampler, run, seed=0, weak=None, first=0):
+def generate(model, codes, count, sampler, run, seed=0, first=0):
     """Images (count, 3, S, S) uint8 on the CPU, from codes (count, L) long (None: without); sampler as
     sampler_settings. The noise of image i follows from (seed, first + i) alone."""
     images, batch = [], sampler["batch"]
@@ -434,7 +428,7 @@ def generate(model, codes, count, sampler, run, seed=0, weak=None, first=0):
             return torch.stack(noise).to(run.device)  # (n, C, S, S)
 
         c = None if codes is None else codes[start:start + batch].to(run.device)
-        guided = guided_network(model, c, sampler["guidance"], sampler["interval"], run, weak)
+        guided = guided_network(model, c, sampler["guidance"], sampler["interval"], run)
         x = solve(model, guided, draw(), sampler, draw)  # (n, C, S, S)
         if not x.isfinite().all():
             data.fail("an image that is not finite was drawn; lower --guidance, or try --dtype float32")
@@ -583,17 +577,12 @@ def load_release(folder, device):
 
 def load_generator(args, codes_id, device, stage="generator"):
     """The trained model with averaged weights from OUT/<dataset>/<stage>.pt. Refused: one that reads other
-    codes, an earlier self of another generator, another VAE than it was trained with."""
-    folder = data.run_folder(args)
-    path = folder / f"{stage}.pt"
+    codes, or another VAE than it was trained with."""
+    path = data.run_folder(args) / f"{stage}.pt"
     flags = {"generator-uncond": " --condition none",
              "generator-factors": " --factors --condition both --groups 5"}  # shapes have five
     remedy = "train it with " + data.script_command("generator.py" + flags.get(stage, ""), args)
     state = data.load_trained(path, stage, args.dataset, remedy, codes=codes_id)
-    if stage == "generator-early":
-        latest = data.load(folder / "generator.pt", "generator", remedy, only="ema")
-        if state["id"] != latest["id"]:
-            data.fail(f"{path}: not an earlier self of generator.pt; {remedy} --restart")
     with data.reading(path, remedy):
         config, vae_id = state["config"], state["made_from"]["vae"]
         model = build_generator(config)
@@ -633,7 +622,6 @@ def add_flags(parser):
     add("--drop", type=data.fraction, default=0.1, help="probability of training without the code")
     add("--drop-positions", type=data.fraction, default=0.25,
         help="place: probability of training without a position of the code")
-    add("--early", type=data.fraction, default=0.25, help="share of the steps before generator-early.pt")
     add = parser.add_argument_group("start of the run").add_argument
     add("--init", metavar="DIR", help="start from the authors' weights, the folder DLC_DiT_L512")
 
@@ -741,8 +729,6 @@ def main(argv=None, dataset=None):
         norm = optimizers.step(step, loss)  # stops where the loss or a gradient is not finite
         ema.update_parameters(model)
         steps.show(loss=loss, norm=norm)
-        if stage == "generator" and step + 1 == round(args.early * args.steps):
-            checkpoint.save_early("generator-early", step + 1)
         if steps.at_checkpoint and run.main and not (args.dry_run or run.stop_asked):
             path = run.folder / "samples" / f"{stage}-{step + 1:06d}.png"
             save_samples(path, ema.module, stored, dataset, args, run)

@@ -121,12 +121,12 @@ class Stages:
 
     def made_from(self, kind):
         """What pictures of the prior `kind` follow from, as plain values."""
-        names = ["generator", f"prior-{kind}"] + ["generator-early"] * (self.args.guide == "early")
+        names = ("generator", f"prior-{kind}")
         states = [data.load(self.run.folder / f"{name}.pt", name, "train it", only="ema") for name in names]
         return [[state["id"], state["step"]] for state in states]
 
     def model(self, stage):
-        """The model of a stage: prior-masked, prior-ar, generator, generator-early or another like these."""
+        """The model of a stage: prior-masked, prior-ar, generator or another like these."""
         if stage not in self.models:
             model = self.models[stage] = self.read(stage)
             if isinstance(model, generator.DiT):
@@ -154,12 +154,8 @@ class Stages:
 
     def draw(self, codes, seed=0, first=0, stage="generator"):
         """Images (n, 3, S, S) uint8 from codes (n, L), of which the first is number `first` of many."""
-        model = self.model(stage)
-        weak = None
-        if self.args.guide == "early" and stage == "generator":
-            weak = self.model("generator-early")
         sampler = generator.sampler_settings(self.args)
-        return generator.generate(model, codes, len(codes), sampler, self.run, seed, weak, first)
+        return generator.generate(self.model(stage), codes, len(codes), sampler, self.run, seed, first)
 
     def sample_codes(self, kind, count, seed=0, first=0):
         """Codes (count, L) and network calls (count,) of a prior; `first` as in `draw`."""
@@ -997,8 +993,6 @@ def parse(argv):
         help="compose: largest share of the positions where its parents differ that a child has from one")
     add("--rounds", type=data.count, default=16, help="compose: rounds in which the prior chooses again")
     add("--round-share", type=data.fraction, default=0.125, help="compose: share of the positions in a round")
-    add("--guide", choices=("null", "early"), default="null",
-        help="guide images by the model without code, or by its earlier checkpoint")
     add("--text-guidance", type=data.number(0, 1e6), nargs="+", default=[2.0],
         help="w of equation (3) of text_prior.py; 1: none; --score measures all, pictures take the first")
     generator.add_sampler_flags(parser)
@@ -1015,10 +1009,8 @@ def parse(argv):
         parser.error("argument --inception: only --score reads it")
     if args.command != "text" and (args.prompts or args.image is not None):
         parser.error("arguments --prompts and --image: only text reads them")
-    of_stages = args.train or args.score and not args.inception or args.kind == "ar" or args.guide == "early"
-    if args.release and of_stages:
-        parser.error("argument --release: not with --train, --kind ar, --guide early, --score without "
-                     "--inception")
+    if args.release and (args.train or args.score and not args.inception or args.kind == "ar"):
+        parser.error("argument --release: not with --train, --kind ar, or --score without --inception")
     if args.inside and (args.command != "compose" or args.positions):
         parser.error("argument --inside: only for compose, and without --positions")
     if args.command == "text" and (args.weights or args.positions):

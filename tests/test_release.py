@@ -380,3 +380,13 @@ def test_training_from_the_release_starts_with_its_weights(release, trained, tmp
         assert torch.equal(weights(out, stage)["ema"][key], x.float()), key
     refuse(name, *INIT, *flags, "--width", "32", "--restart", "--init", release / part, "--out", out,
            words=[part, "expected"])
+
+
+def test_the_tokenizer_starts_from_the_released_encoder_with_its_simplicial_embedding(release, tmp_path):
+    out = tmp_path / "out"
+    flags = "--attention --stem 0 --patch 4 --registers 4 --sem-read registers --codes 16 --values 4".split()
+    call("tokenizer", *INIT, *flags, "--init", release / "SEM_dinov2_L512", "--out", out)
+    expected = tokenizer.backbone_weights(release / "SEM_dinov2_L512")
+    found = weights(out, "tokenizer")["ema"]
+    for name in ("sem_embed.weight", "patch_embed.proj.weight", "blocks.1.attn.qkv.weight"):
+        assert torch.equal(found[f"backbone.{name}"], expected[name])
