@@ -1408,6 +1408,16 @@ def fill_model(model, state, assign=False):
     model.load_state_dict(state, assign=assign)
 
 
+def fill_as_flags_say(model, state, sizes, args):
+    """fill_model with released weights that training starts from; raises Unfit with the flags that their
+    `sizes` {name: value} need."""
+    flags = {name: value for name, value in sizes.items() if name not in ("image_size", "down", "groups")}
+    differ = [f"--{name} {value}" for name, value in flags.items() if vars(args).get(name, value) != value]
+    if differ:
+        raise Unfit(f"needs {' '.join(differ)}")
+    fill_model(model, state)
+
+
 def released_config(folder):
     """The config.json in a folder of released weights, {} where there is none: for what shapes do not
     tell."""

@@ -244,7 +244,7 @@ class Release(Stages):
         return Path(self.args.release) / f"{name}_L512"
 
     def load_codes(self, images_id=None):
-        """L and V, as the generator's weights tell them."""
+        """L and V alone, as the generator's weights tell them; side 0: codes of no grid."""
         _, sizes = generator.read_release(self.part("DLC_DiT"))
         return {"L": sizes["codes"], "V": sizes["values"], "side": 0}
 

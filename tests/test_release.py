@@ -208,6 +208,8 @@ def test_a_diffusion_generator_trains_goes_on_and_draws(trained, tmp_path):
     refuse("generator", *flags[:-2], "--predict", "x", "--out", out, words=["predict noise → x"])
     link_codes(trained, tmp_path / "flow")
     call("generator", *TINY["generator"], "--out", tmp_path / "flow")
+    with pytest.raises(SystemExit):
+        call("generator", *TINY["generator"], "--method", "ddpm")
     refuse("sample", "reconstruct", "--method", "ddpm", "--out", tmp_path / "flow", words=["--predict noise"])
 
 
@@ -378,8 +380,8 @@ def test_training_from_the_release_starts_with_its_weights(release, trained, tmp
     read = {"generator": generator, "prior-masked": prior, "text_prior": text_prior}[stage].read_release
     for key, x in read(release / part)[0].items():
         assert torch.equal(weights(out, stage)["ema"][key], x.float()), key
-    refuse(name, *INIT, *flags, "--width", "32", "--restart", "--init", release / part, "--out", out,
-           words=[part, "expected"])
+    refuse(name, *INIT, *flags, "--heads", "4", "--restart", "--init", release / part, "--out", out,
+           words=[part, "needs --heads 2"])
 
 
 def test_the_tokenizer_starts_from_the_released_encoder_with_its_simplicial_embedding(release, tmp_path):
