@@ -433,13 +433,14 @@ BATCH = 500  # samples drawn together; random numbers are drawn for all: fewer s
 
 
 @torch.no_grad()
-def sample_masked(model, codes, sampler, run, generator, log_weights=None, condition=()):
+def sample_masked(model, codes, sampler, run, generator, log_weights=None, condition=(), states=None):
     """Fill the hidden positions (value V) of codes (n, L) long; given positions never change.
 
     sampler: the dict of sampler_settings. log_weights (n, L, V), from sample.py: added to the logits, −inf
     forbids a value. condition, from text_prior.py: tensors (n, ...) that the model is given beside the codes,
-    row by row. Returns codes (n, L) and the network calls each sample took (n,): at most one a hidden
-    position unless remasking hides positions again, because a step that reveals nothing costs nothing. """
+    row by row. states: a list to which the codes (n, L) before each call are added. Returns codes (n, L) and
+    the network calls each sample took (n,): at most one a hidden position unless remasking hides positions
+    again, because a step that reveals nothing costs nothing."""
     codes = codes.clone().to(run.device)
     given = codes != model.V
     condition = [c.to(run.device) for c in condition]
@@ -452,6 +453,8 @@ def sample_masked(model, codes, sampler, run, generator, log_weights=None, condi
     def call_model(rows):
         """Logits (m, L, V) of samples `rows` (m,), counted."""
         calls[rows.cpu()] += 1
+        if states is not None:
+            states.append(codes.cpu().clone())
         with run.autocast():
             logits = model(codes[rows], *(c[rows] for c in condition))  # (m, L, V)
         if log_weights is not None:
