@@ -33,6 +33,7 @@ if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
     ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 import argparse
+import colorsys
 import csv
 import functools
 import hashlib
@@ -1496,12 +1497,42 @@ def fill_rows(folder, size, run, work, shapes, chunk=2000):
     return filled
 
 
-def save_grid(path, images, columns, titles=(), lines=(), settings=None):
-    """Write images (n, 3, S, S) uint8 as a PNG with `columns` a row, `titles` above the columns or `lines`
-    above the rows, and `settings` stored inside."""
-    side = images.shape[-1] * max(1, 64 // images.shape[-1])  # small ones are enlarged
-    cell, head = side + 2, 14 if titles else 0
-    line = 14 if lines else 0
+def code_colours(V):
+    """Colours (V + 1, 3) uint8 for the values of a code; the last, "no code", is grey."""
+    hues = [colorsys.hsv_to_rgb(k / V, 0.35 if k % 2 else 0.75, 1.0) for k in range(V)]
+    return (torch.tensor([*hues, (0.88, 0.88, 0.88)]) * 255).to(torch.uint8)
+
+
+def draw_code(code, colours, side, size, texts=None):
+    """A picture (3, size, size) uint8 of a code (L,), a square for each position: in place where the code is
+    read from side² patches (0: line by line), in the colour of its value, colours (V + 1, 3) uint8. In the
+    squares, where there is room, the values, or L `texts`."""
+    texts = texts or [str(value) if value < len(colours) - 1 else "" for value in code.tolist()]
+    side = max(1, side)
+    per_patch = len(code) // side ** 2
+    rows = max(k for k in range(1, math.isqrt(per_patch) + 1) if per_patch % k == 0)  # of squares in a patch
+    columns, patch = per_patch // rows, size / side
+    width, height = (patch - 4) / columns, (patch - 4) / rows  # a gap between patches
+    has_room = min(width, height) >= max(10, 6 * max(map(len, texts)))
+    canvas = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(canvas)
+    for k, colour in enumerate(colours[code].tolist()):
+        x = 2 + round(k // per_patch % side * patch + k % columns * width)
+        y = 2 + round(k // per_patch // side * patch + k % per_patch // columns * height)
+        draw.rectangle((x, y, x + max(0, width - 2), y + max(0, height - 2)), fill=tuple(colour))
+        if has_room:
+            draw.text((x + width / 2 - 1, y + height / 2 - 1), texts[k], fill="black", anchor="mm")
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+
+def draw_grid(images, columns, titles=(), lines=()):
+    """Images (3, S, S) uint8, of several sizes or one, as one picture with `columns` a row; `titles` above
+    the columns or above all images, or `lines` above the rows."""
+    side = max(image.shape[-1] for image in images)
+    side *= max(1, 64 // side)  # small ones are enlarged
+    space, font = (2, 10) if side < 128 else (8, 12)
+    cell, head = side + space, 14 if 0 < len(titles) <= columns else 0
+    line = 14 if lines or len(titles) > columns else 0
     rows = math.ceil(len(images) / columns)
     width = max([columns * cell + 2, *(min(1600, 7 * len(text)) for text in lines)])
     canvas = Image.new("RGB", (width, rows * (cell + line) + 2 + head), "white")
@@ -1512,12 +1543,29 @@ def save_grid(path, images, columns, titles=(), lines=(), settings=None):
         tile = tile.resize((side, side), Image.Resampling.NEAREST)
         canvas.paste(tile, (2 + column * cell, 2 + head + line + row * (cell + line)))
     for k, text in enumerate(titles):
-        draw.text((3 + k * cell, 1), text, fill="black")
+        row, column = divmod(k, columns)
+        draw.text((3 + column * cell, 1 + row * (cell + line)), text, fill="black", font_size=font)
     for k, text in enumerate(lines):
-        draw.text((3, 1 + head + k * (cell + line)), " ".join(text.split()), fill="black")
+        text = " ".join(text.split())
+        draw.text((3, 1 + head + k * (cell + line)), text, fill="black", font_size=font)
+    return canvas
+
+
+def save_grid(path, images, columns, titles=(), lines=(), settings=None):
+    """Write what `draw_grid` draws as a PNG with `settings` stored inside."""
+    canvas = draw_grid(images, columns, titles, lines)
     info = PngImagePlugin.PngInfo()
     info.add_text("settings", json.dumps(settings or {}, default=str))
     write_atomic(path, lambda file: canvas.save(file, format="PNG", pnginfo=info))
+
+
+def save_animation(path, frames, settings):
+    """Write pictures as a GIF that stays on the first for a second and on the last for three, with `settings`
+    as its comment."""
+    first, *others = [frame.quantize(128, Image.Quantize.FASTOCTREE) for frame in frames]
+    more = {"append_images": others, "loop": 0, "duration": [1000, *[200] * (len(others) - 1), 3000],
+            "comment": json.dumps(settings, default=str).encode()}
+    write_atomic(path, lambda file: first.save(file, format="GIF", save_all=True, **more))
 
 
 # -------- optimiser and log ----------------------------------------------------------------------------
