@@ -4,6 +4,8 @@
     python sample.py --score                         # the scores alone, also in OUT/<dataset>/scores.json
     python sample.py unconditional --kind ar         # prior → code → image
     python sample.py reconstruct a.png b.png         # image → code → images, a new noise each
+    python sample.py explain a.png                   # its code, and what each position does to the drawing
+    python sample.py reveal                          # a GIF: codes as the masked prior writes them, drawn
     python sample.py compose a.png b.png --weights 0.5 0.5      # each position of the code from one of them
     python sample.py compose a.png b.png --positions 0 1 2 3    # these positions from the first image
     python sample.py compose a.png b.png --inside    # what is inside the first image, in the second one's rim
@@ -51,7 +53,7 @@ PRESETS = {name: {**data.PRESETS.get(name, {}),
 RELEASE = dict(  # --release: the paper's settings
     dataset="imagenet", out="out/release", image_size=256, dtype="float32", sample_steps=250, guidance=1.4,
     batch=16, choose="random", text_guidance=[1.0])
-COMMANDS = ("unconditional", "reconstruct", "compose", "infill", "text", "caption")
+COMMANDS = ("unconditional", "reconstruct", "compose", "infill", "text", "caption", "explain", "reveal")
 
 # -------- codes in, pictures out -----------------------------------------------------------------------
 
@@ -925,8 +927,58 @@ def compose_pictures(stages, args, inputs, codes):
     return torch.cat([inputs, blank, stages.draw(children, args.seed)]), columns
 
 
+def explain_pictures(stages, args, inputs, codes, names):
+    """For each of n images a row: itself, its code (L,), the drawing from it, how much that changes where one
+    position takes the value of another image, the drawings that change most. Returns pictures (3, S, S)
+    uint8, columns and titles."""
+    L, V, side = (stages.stored[name] for name in ("L", "V", "side"))
+    columns, size = max(5, args.columns), max(128, args.image_size)
+    others = stages.codes_of(stages.stored["splits"]["train"][:500])  # (m, L)
+    values = others.gather(0, (others[:, None] != codes).int().argmax(0))  # (n, L): the first that differ
+    drawn = stages.draw(codes, args.seed)  # (n, 3, S, S)
+    only = torch.eye(L).bool()  # row l: position l alone
+    changed = [stages.draw(torch.where(row, values, codes), args.seed) for row in only]  # the same noise
+    changed = torch.stack(changed, 1)  # (n, L, 3, S, S)
+    change = (changed.float() - drawn[:, None].float()).abs().mean((2, 3, 4))  # (n, L)
+    heat = (255 * change / change.amax(1, keepdim=True).clamp(min=1e-9)).long()
+    reds = (255 - torch.linspace(0, 1, 256)[:, None] * torch.tensor([20, 200, 225])).to(torch.uint8)
+    pictures, titles = [], []
+    for k, name in enumerate(names):
+        most = change[k].argsort(descending=True)[:columns - 4].tolist()
+        ranks = [str(most.index(position) + 1) if position in most else "" for position in range(L)]
+        pictures += [inputs[k], data.draw_code(codes[k], data.code_colours(V), side, size), drawn[k],
+                     data.draw_code(heat[k], reds, side, size, ranks), *changed[k, most]]
+        titles += [f"image: {name}", f"its code: {L} values", "drawn from its code", "red: matters most"]
+        titles += [f"square {ranks[l]}: {codes[k, l]} becomes {values[k, l]}" for l in most]
+    return pictures, columns, titles
+
+
+def write_reveal(stages, args, path, settings, most=32):
+    """The masked prior writes --columns codes: a GIF of about `most` states from all hidden to none, above
+    the drawings from them, always with the same noise."""
+    model, side = stages.model("prior-masked"), stages.stored["side"]
+    if stages.model("generator").condition != "place":
+        print("note: reveal: this generator was not trained on partly hidden codes", file=sys.stderr)
+    sampler = prior.sampler_settings(args, stages.samplers["masked"])
+    hidden = torch.full((args.columns, model.L), model.V)
+    rng, states = data.step_generator(args.seed, 0), []
+    codes, _ = prior.sample_masked(model, hidden, sampler, stages.run, rng, states=states)
+    colours, size, frames = data.code_colours(model.V), max(128, args.image_size), []
+    for state in [*states[::math.ceil(len(states) / most)], codes]:
+        known = (state != model.V).double().mean()
+        lines = [f"the codes: {known:.0%} written by the masked prior (grey: still hidden)",
+                 "drawn from what is written so far, always from the same noise"]
+        pictures = [data.draw_code(code, colours, side, size) for code in state]
+        pictures += stages.draw(state, args.seed)
+        frames.append(data.draw_grid(pictures, args.columns, lines=lines))
+    data.save_animation(path, frames, settings)
+
+
 def make_pictures(command, stages, args):
-    """Write the grid of a command."""
+    """Write the picture of a command."""
+    name = f"{command}-{args.kind}" if command == "unconditional" else command
+    path = stages.run.folder / "samples" / f"{name}.{'gif' if command == 'reveal' else 'png'}"
+    settings = {**vars(args), "command": command}
     titles = lines = ()
     if command == "unconditional":
         columns = args.columns
@@ -934,8 +986,9 @@ def make_pictures(command, stages, args):
         images = stages.draw(codes, args.seed)
     elif command == "text":
         images, columns, lines = text_pictures(stages, args)
-    else:
-        inputs, codes, titles = input_images(args.inputs, stages, args, 2 if command == "compose" else 8)
+    elif command != "reveal":
+        most = {"compose": 2, "explain": args.rows}.get(command, 8)
+        inputs, codes, titles = input_images(args.inputs, stages, args, most)
         columns = len(inputs)
     if command == "reconstruct":  # a row of inputs, then rows drawn from their codes with different noise
         rows = [stages.draw(codes, data.mix_seed(args.seed, row)) for row in range(args.rows)]
@@ -947,16 +1000,19 @@ def make_pictures(command, stages, args):
         images = torch.cat([inputs, stages.draw(filled, args.seed)])
     elif command == "caption":  # in each row an image and the one drawn from its code
         lines = stages.captions_from_codes(codes, args.seed)
-        for path, caption in zip(args.inputs or titles, lines):
-            print(f"{path}: {' '.join(caption.split())}")
+        for source, caption in zip(args.inputs or titles, lines):
+            print(f"{source}: {' '.join(caption.split())}")
         images = torch.stack([inputs, stages.draw(codes, args.seed)], 1).flatten(0, 1)
         columns = 2
         titles = ()
     elif command == "compose":
         images, columns = compose_pictures(stages, args, inputs, codes)
-    name = f"{command}-{args.kind}" if command == "unconditional" else command
-    path = stages.run.folder / "samples" / f"{name}.png"
-    data.save_grid(path, images, columns, titles, lines, settings={**vars(args), "command": command})
+    elif command == "explain":
+        images, columns, titles = explain_pictures(stages, args, inputs, codes, titles)
+    if command == "reveal":
+        write_reveal(stages, args, path, settings)
+    else:
+        data.save_grid(path, images, columns, titles, lines, settings)
     print(f"{command}: {path}")
 
 
@@ -974,7 +1030,7 @@ def parse(argv):
     add("--count", type=data.number(4, 10 ** 9, int),
         help="pictures for a score, for some half (default: 2,000; with --inception 50,000)")
     add("--columns", type=data.positive, default=8, help="pictures in a row (if the inputs do not decide it)")
-    add("--rows", type=data.positive, default=4, help="rows of generated pictures")
+    add("--rows", type=data.positive, default=4, help="rows of generated pictures; explain: test images")
     add("--prompts", metavar="FILE", help="text: a file with a prompt in each line")
     add("--image", metavar="FILE", help="text: a picture whose code is kept in part, or mixed in (--weights)")
     add("--keep", type=data.fraction, default=0.5, help="share of positions kept (infill: on average)")
@@ -1009,8 +1065,10 @@ def parse(argv):
         parser.error("argument --inception: only --score reads it")
     if args.command != "text" and (args.prompts or args.image is not None):
         parser.error("arguments --prompts and --image: only text reads them")
-    if args.release and (args.train or args.score and not args.inception or args.kind == "ar"):
-        parser.error("argument --release: not with --train, --kind ar, or --score without --inception")
+    if args.release and (args.train or args.score and not args.inception or args.kind == "ar"
+                         or args.command in ("explain", "reveal")):
+        parser.error("argument --release: not with --train, --kind ar, --score without --inception, explain or "
+                     "reveal")
     if args.inside and (args.command != "compose" or args.positions):
         parser.error("argument --inside: only for compose, and without --positions")
     if args.command == "text" and (args.weights or args.positions):
