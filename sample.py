@@ -932,7 +932,7 @@ def explain_pictures(stages, args, inputs, codes, names):
     position takes the value of another image, the drawings that change most. Returns pictures (3, S, S)
     uint8, columns and titles."""
     L, V, side = (stages.stored[name] for name in ("L", "V", "side"))
-    columns, size = max(5, args.columns), max(128, args.image_size)
+    columns, size = 4 + min(L, max(1, args.columns - 4)), max(128, args.image_size)
     others = stages.codes_of(stages.stored["splits"]["train"][:500])  # (m, L)
     values = others.gather(0, (others[:, None] != codes).int().argmax(0))  # (n, L): the first that differ
     drawn = stages.draw(codes, args.seed)  # (n, 3, S, S)
@@ -949,7 +949,8 @@ def explain_pictures(stages, args, inputs, codes, names):
         pictures += [inputs[k], data.draw_code(codes[k], data.code_colours(V), side, size), drawn[k],
                      data.draw_code(heat[k], reds, side, size, ranks), *changed[k, most]]
         titles += [f"image: {name}", f"its code: {L} values", "drawn from its code", "red: matters most"]
-        titles += [f"square {ranks[l]}: {codes[k, l]} becomes {values[k, l]}" for l in most]
+        titles += [f"square {rank}: {codes[k, position]} to {values[k, position]}"
+                   for rank, position in enumerate(most, 1)]
     return pictures, columns, titles
 
 
