@@ -1560,8 +1560,7 @@ def save_grid(path, images, columns, titles=(), lines=(), settings=None):
 
 
 def save_animation(path, frames, settings):
-    """Write pictures as a GIF that stays on the first for a second and on the last for three, with `settings`
-    as its comment."""
+    """Write pictures as a GIF, a second for the first, three for the last, with `settings` as its comment."""
     first, *others = [frame.quantize(128, Image.Quantize.FASTOCTREE) for frame in frames]
     more = {"append_images": others, "loop": 0, "duration": [1000, *[200] * (len(others) - 1), 3000],
             "comment": json.dumps(settings, default=str).encode()}

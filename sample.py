@@ -18,8 +18,8 @@
     torchrun --nproc-per-node 8 sample.py --score --inception inception-2015-12-05.pt --dataset imagenet
 
 Images are files of any size; where none are named, pictures of the test split are taken. Grids go to
-OUT/<dataset>/samples/, with all settings inside the PNG (text field "settings"). Positions that are drawn
-apart contradict each other: for compose the masked prior chooses them so that they fit (--choose).
+OUT/<dataset>/samples/, with all settings inside (PNG: text field "settings"; GIF: comment). Positions that
+are drawn apart contradict each other: for compose the masked prior chooses them so that they fit (--choose).
 
 Scores use a judge, a small CNN trained on all combinations of the factors (and, for shapes, to tell a clean
 drawing from a blend of two, a blurred and a frayed one); the Fréchet distance is taken in its features:
@@ -949,7 +949,7 @@ def explain_pictures(stages, args, inputs, codes, names):
         pictures += [inputs[k], data.draw_code(codes[k], data.code_colours(V), side, size), drawn[k],
                      data.draw_code(heat[k], reds, side, size, ranks), *changed[k, most]]
         titles += [f"image: {name}", f"its code: {L} values", "drawn from its code", "red: matters most"]
-        titles += [f"square {rank}: {codes[k, position]} to {values[k, position]}"
+        titles += [f"square {rank}: value {codes[k, position]} to {values[k, position]}"
                    for rank, position in enumerate(most, 1)]
     return pictures, columns, titles
 
@@ -1068,8 +1068,8 @@ def parse(argv):
         parser.error("arguments --prompts and --image: only text reads them")
     if args.release and (args.train or args.score and not args.inception or args.kind == "ar"
                          or args.command in ("explain", "reveal")):
-        parser.error("argument --release: not with --train, --kind ar, --score without --inception, explain or "
-                     "reveal")
+        parser.error("argument --release: not with --train, --kind ar, explain, reveal, or --score without "
+                     "--inception")
     if args.inside and (args.command != "compose" or args.positions):
         parser.error("argument --inside: only for compose, and without --positions")
     if args.command == "text" and (args.weights or args.positions):
