@@ -158,6 +158,8 @@ def make_parser(doc):
     add("--image-size", type=positive, default=32, help="side of the images in pixels")
     add("--held-out", type=count, nargs=2, default=HELD_OUT, metavar=("NUMBER", "CHOICE"),
         help="shapes: how many of the 8 colours each shape never has, and which (0: the ones reported)")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True,
+        help="train on mirrored images too; --no-flip where left and right differ, as in writing")
     add("--seed", type=number(0, 2 ** 63 - 1, int), default=0, help="of everything random (default: 0)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of the arithmetic; auto: bfloat16 where it is faster")
@@ -232,6 +234,7 @@ def script_command(words, args):
         flags += ["--held-out", *map(str, args.held_out)]
     if args.dataset != "shapes":
         flags += ["--data-dir", args.data_dir]
+    flags += ["--no-flip"] * (not args.flip)
     return f"python {words} {shlex.join(flags)}"
 
 
@@ -1187,10 +1190,11 @@ class Part:
     """One part of a batch in this process: its rows, its randomness and its backward pass.
 
     Random numbers are drawn for the whole batch from (seed, step) and cut to this part, so that they depend
-    neither on the number of processes nor on the number of parts. """
+    neither on the number of processes nor on the number of parts. flip: whether mirrored images are shown. """
 
-    def __init__(self, seed, step, batch_size, run, index=0, parts=1, rows=None):
+    def __init__(self, seed, step, batch_size, run, index=0, parts=1, rows=None, flip=True):
         self.generator, self.device = step_generator(seed, step, run.device), run.device
+        self.flip = flip
         self.batch_size, self.parts = batch_size, parts
         size = batch_size // run.world // parts
         self.own = slice(index * size, (index + 1) * size)  # its rows among those of this process
@@ -1214,7 +1218,7 @@ class Part:
 
     def flips(self):
         """Which rows show the mirrored image: (b,) bool."""
-        return self.uniform() < 0.5
+        return (self.uniform() < 0.5) & self.flip
 
     def backward(self, loss):
         """Add the gradient of the mean `loss` of this part; returns its contribution to the loss of the
@@ -1236,7 +1240,7 @@ def batch_parts(step, rows, args, run, model):
             model.set_requires_gradient_sync(last)
         elif run.world > 1:
             model.require_backward_grad_sync = last  # what DDP's no_sync sets; the forward pass must know too
-        yield Part(args.seed, step, args.batch_size, run, index, args.accumulate, chosen)
+        yield Part(args.seed, step, args.batch_size, run, index, args.accumulate, chosen, args.flip)
 
 
 class StepImages(torch.utils.data.Dataset):

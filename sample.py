@@ -340,7 +340,7 @@ def judge_batch(dataset, args, step, size=128):
     u = torch.from_numpy(np.random.default_rng((step, 1)).random((size, 160))).float()
     if args.dataset != "shapes":
         rows = data.batch_rows(dataset.splits["train"], size, 1, step)
-        images = dataset.pixels(rows, u[:, 0] < 0.5)
+        images = dataset.pixels(rows, (u[:, 0] < 0.5) & args.flip)
         return images, dataset.labels[rows], images[:0]
     sizes = torch.tensor([len(values) for values in data.SHAPES.values()])
     labels = (u[:, :5] * sizes).long()  # all combinations, also those that training never shows
@@ -380,6 +380,8 @@ def load_judge(dataset, args, run):
     made_from = {"images": dataset.id, "image size": args.image_size, "spoiled": "blended, blurred, frayed"}
     if args.dataset == "folder":  # whose labels may change where its images do not
         made_from["labels"] = data.checksum([dataset.factors, dataset.labels.tolist()])
+    if not args.flip:
+        made_from["flip"] = False
     torch.manual_seed(0)  # whatever --seed is: all runs are judged alike
     judge = Judge(dataset.factors, args.image_size).to(run.device)
     if data.is_made_from(path, "judge", made_from):
@@ -529,7 +531,8 @@ class Scores:
         """For each trained prior bits per token, calls, how many samples are training codes, and Fréchet
         distance, also as a multiple of that `of_true_codes`, also with that `of_real` images taken off."""
         train = self.dataset.splits["train"]
-        train_codes = self.stages.stored["codes"][train.start:train.stop].flatten(0, 1)  # (2n, L), both flips
+        shown = 1 + self.args.flip  # of the two flips
+        train_codes = self.stages.stored["codes"][train.start:train.stop, :shown].flatten(0, 1)  # (m, L)
 
         def memorised(codes):
             distance = nearest_distance(codes, train_codes)
@@ -818,7 +821,7 @@ def train_stages(args, dataset):
     """Train what has not finished, in order, each stage as its own command with the flags they all have."""
     names = ("dataset", "data_dir", "out", "image_size", "seed", "device", "dtype", "workers")
     flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
-    flags += ["--held-out", *map(str, args.held_out)]
+    flags += ["--flip" if args.flip else "--no-flip", "--held-out", *map(str, args.held_out)]
     stages = [(tokenizer, ""), (generator, ""), (prior, "--kind masked"), (prior, "--kind ar"),
               (text_prior, "")]
     for module, words in stages:

@@ -261,9 +261,9 @@ def crop_boxes(u, scale, ratio, aspect=1.0):
     return x, y, width, height, u[..., 4] < 0.5
 
 
-def read_crops(path, u, views, ratio):
+def read_crops(path, u, views, ratio, flip=True):
     """Random resized crops of an image file, cut from the whole of it: u (views, 5) uniform, views as
-    view_sizes → [(3, size, size) uint8, ...]. Raises as data.open_image."""
+    view_sizes, flip: some mirrored → [(3, size, size) uint8, ...]. Raises as data.open_image."""
     def boxes(w, h):
         return [crop_boxes(u_k, scale, ratio, w / h) for u_k, (_, scale) in zip(u, views)]
 
@@ -281,7 +281,7 @@ def read_crops(path, u, views, ratio):
         bottom = float(top + height * h)
         box = (max(0.0, left), max(0.0, top), min(w, right), min(h, bottom))
         crop = data.to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
-        crops.append(crop.flip(2) if mirror else crop)
+        crops.append(crop.flip(2) if mirror and flip else crop)
     return crops
 
 
@@ -289,7 +289,7 @@ def random_crops(images, size, scale, ratio, part):
     """A random resized crop of each image, bilinear: (B, 3, S, S) → (B, 3, size, size)."""
     x, y, width, height, mirror = crop_boxes(part.uniform(5), scale, ratio)
     zero = torch.zeros_like(x)
-    width = width * torch.where(mirror, -1.0, 1.0)
+    width = width * torch.where(mirror & part.flip, -1.0, 1.0)
     box = torch.stack([width, zero, x, zero, height, y], 1).view(-1, 2, 3)
     grid = F.affine_grid(box, (len(images), 3, size, size), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
@@ -893,7 +893,7 @@ def main(argv=None, dataset=None):
     steps = data.Steps(checkpoint, start, train_rows, args.batch_size)
     last_decay = args.weight_decay if args.weight_decay_final is None else args.weight_decay_final
     views = view_sizes(args)
-    read_views = functools.partial(read_crops, views=views, ratio=args.ratio)  # of images that lie in files
+    read_views = functools.partial(read_crops, views=views, ratio=args.ratio, flip=args.flip)  # of files
     batches = data.image_batches(dataset, run, args, start, read_views, numbers=(len(views), 5))
 
     for step in steps:

@@ -7,12 +7,15 @@ import shutil
 
 import data
 import generator
+import numpy as np
 import pytest
 import sample
 import text_prior
+import tokenizer
 import torch
-from conftest import (ONE_PICTURE, SMALL_IMAGES, STAGES, TINY, call, contents, finish, link_codes, prepare,
-                      refuse, results, run_pair, same, stopped_after, weights)
+from conftest import (ONE_PICTURE, SMALL_IMAGES, STAGES, TINY, FakeRun, call, contents, finish, link_codes,
+                      prepare, refuse, results, run_pair, same, stopped_after, weights)
+from PIL import Image
 
 COMPARABLE = "--dtype float32 --lr-matrix 0 --warmup 0".split()  # but for rounding
 
@@ -111,6 +114,43 @@ def test_training_pairs_each_code_with_its_own_flip_and_caption(trained, tmp_pat
     for codes, text, *_ in seen["text_nll"][:6]:  # the steps
         for code, ids in zip(codes.tolist(), text.tolist()):
             assert (tuple(code), stages.text_model[1].decode(ids)) in pairs
+
+
+def test_without_flips_no_stage_is_shown_a_mirrored_image(places, tmp_path, monkeypatch):
+    """Read from memory and from files; the judge too. A run that was begun so does not go on with flips."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    fading = np.broadcast_to(np.linspace(250, 100, 32)[:, None], (32, 32, 3))  # brighter on the left
+    for k in range(30):
+        Image.fromarray((fading - k).astype(np.uint8)).save(folder / f"{k}.png")
+    where = ["--dataset", "folder", "--data-dir", folder, "--out", tmp_path, "--no-flip"]
+    brighter, make_views, flow_loss = [], tokenizer.make_views, generator.flow_loss
+
+    def compare(x):
+        left, right = x.float().chunk(2, 3)
+        brighter.append((left.mean((1, 2, 3)) > right.mean((1, 2, 3))).all().item())
+
+    def noted_views(*rest):
+        views = make_views(*rest)
+        for view in views:
+            compare(view)
+        return views
+
+    def noted_loss(model, x, *rest):
+        compare(x)
+        return flow_loss(model, x, *rest)
+
+    monkeypatch.setattr(tokenizer, "make_views", noted_views)
+    monkeypatch.setattr(generator, "flow_loss", noted_loss)
+    for most in (data.IN_MEMORY_BYTES, 0):  # then as files
+        monkeypatch.setattr(data, "IN_MEMORY_BYTES", most)
+        call("tokenizer", *TINY["tokenizer"], *where, "--jitter-p", "0", "--restart")
+    call("generator", *TINY["generator"], *where)
+    args = sample.parse([str(word) for word in ["--score", *where]])
+    compare(sample.judge_batch(data.load_dataset(args), args, 0)[0])
+    assert len(brighter) == 2 * 6 * 3 + 6 + 1 and all(brighter)
+    assert not data.Part(0, 0, 100, FakeRun(), flip=False).flips().any()  # by which the priors choose codes
+    refuse("generator", *TINY["generator"], *where[:-1], words=["flip False → True"])
 
 
 def test_the_references_leave_the_files_of_the_generator_alone(tmp_path):
