@@ -113,10 +113,12 @@ def needed_package(package, what):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, which ends in `remedy`."""
+
+    remedy = "see --help"
 
     def error(self, message):
-        self.exit(2, f"error: {' '.join(message.split())[:500]}; see --help\n")
+        self.exit(2, f"error: {' '.join(message.split())[:500]}; {self.remedy}\n")
 
 
 def number(low=-math.inf, high=math.inf, kind=float):
@@ -234,6 +236,8 @@ def script_command(words, args):
         flags += ["--held-out", *map(str, args.held_out)]
     if args.dataset != "shapes":
         flags += ["--data-dir", args.data_dir]
+    if args.image_size != PRESETS.get(args.dataset, {}).get("image_size", 32):
+        flags += ["--image-size", str(args.image_size)]
     flags += ["--no-flip"] * (not args.flip)
     return f"python {words} {shlex.join(flags)}"
 
@@ -437,7 +441,8 @@ def run_script(main):
     except (MemoryError, RuntimeError) as problem:  # torch has few kinds of its own
         text = str(problem)
         if isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-            fail(f"out of memory ({text[:200]}); lower --batch-size or the sizes, or raise --accumulate")
+            fail(f"out of memory ({text[:200]}); lower --batch-size or the sizes, or raise --accumulate (in "
+                 "drawing: lower --batch)")
         if dist.is_initialized() and re.search("timed? ?out|connection|closed by", text, re.IGNORECASE):
             fail(f"another process of this run died or did not answer for {TIMEOUT} seconds; see its own "
                  "message, the same command goes on from the last checkpoint")

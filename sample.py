@@ -30,9 +30,11 @@ import hashlib
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import data  # first: it sets the threads' waiting policy before torch starts them
@@ -51,7 +53,11 @@ PRESETS = {name: {**data.PRESETS.get(name, {}),
 RELEASE = dict(  # --release: the paper's settings
     dataset="imagenet", out="out/release", image_size=256, dtype="float32", sample_steps=250, guidance=1.4,
     batch=16, choose="random", text_guidance=[1.0])
-COMMANDS = ("unconditional", "reconstruct", "compose", "infill", "text", "caption")
+COMMANDS = {  # pictures, with the last stage that they need
+    "unconditional": "prior --kind {kind}", "reconstruct": "generator", "compose": "prior --kind masked",
+    "infill": "prior --kind masked", "text": "text_prior", "caption": "text_prior"}
+STAGES = ("tokenizer", "generator", "prior --kind masked", "prior --kind ar", "text_prior")  # in order
+MODULES = {module.__name__: module for module in (tokenizer, generator, prior, text_prior)}
 
 # -------- codes in, pictures out -----------------------------------------------------------------------
 
@@ -817,25 +823,6 @@ def print_scores(result, indent=""):
 
 # -------- commands -------------------------------------------------------------------------------------
 
-def train_stages(args, dataset):
-    """Train what has not finished, in order, each stage as its own command with the flags they all have."""
-    names = ("dataset", "data_dir", "out", "image_size", "seed", "device", "dtype", "workers")
-    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
-    flags += ["--flip" if args.flip else "--no-flip", "--held-out", *map(str, args.held_out)]
-    stages = [(tokenizer, ""), (generator, ""), (prior, "--kind masked"), (prior, "--kind ar"),
-              (text_prior, "")]
-    for module, words in stages:
-        title = f"--- {module.__name__}.py {words}".rstrip()
-        if module is text_prior and not any(dataset.captions):
-            print(f"{title}: left out, the images have no captions", flush=True)
-            continue
-        print(title, flush=True)
-        start = time.time()
-        loaded = [] if module is prior else [dataset]  # a prior reads codes alone
-        module.main([*words.split(), *flags], *loaded)
-        print(f"--- {time.time() - start:.0f} s", flush=True)
-
-
 def input_images(paths, stages, args, most=8):
     """Images (n, 3, S, S) uint8 of files, their codes (n, L) and titles; where none are named, `most` of the
     test split."""
@@ -969,6 +956,55 @@ def make_pictures(command, stages, args):
     print(f"{command}: {path}")
 
 
+@contextmanager
+def advising(name):
+    """Inside, what the stage `name` says about its flags ends in how --train takes them."""
+    flag = name.replace("_", "-")
+    how = f'in sample.py --train, flags of {name}.py are given as --{flag}="--flag value"'
+    usual, data.Parser.remedy = data.Parser.remedy, how
+    try:
+        yield
+    except SystemExit as stopped:
+        if isinstance(stopped.code, str) and "--" in stopped.code:
+            raise SystemExit(f"{stopped.code} ({how})") from None
+        raise
+    finally:
+        data.Parser.remedy = usual
+
+
+def train_stages(args, run, dataset):
+    """Train what has not finished, in order, each stage as its own command with the flags that all have and
+    its own; then make the pictures that need no later one. Wrong flags are found before the first trains."""
+    names = ("dataset", "data_dir", "out", "image_size", "seed", "device", "dtype", "workers")
+    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
+    flags += ["--flip" if args.flip else "--no-flip", "--held-out", *map(str, args.held_out)]
+    captioned = any(dataset.captions)
+    planned = [stage for stage in STAGES if captioned or stage != "text_prior"]
+    words = {}
+    for stage in planned:
+        name, *kind = stage.split()
+        words[stage] = [*getattr(args, name), *kind, *flags]  # of the same flag the last counts
+        with advising(name):
+            MODULES[name].parse(words[stage])
+    if not captioned:
+        print("text_prior: left out, the images have no captions")
+    for number, stage in enumerate(planned, 1):
+        later = ", ".join([*planned[number:], "scores"])
+        print(f"--- stage {number} of {len(planned)}: {stage}; then {later}", flush=True)
+        start, name = time.time(), stage.split()[0]
+        loaded = [] if name == "prior" else [dataset]  # a prior reads codes alone
+        with advising(name):
+            MODULES[name].main(words[stage], *loaded)
+        print(f"--- {time.time() - start:.0f} s", flush=True)
+        stages = Stages(args, run)
+        stages.dataset = dataset
+        commands = [command for command, last in COMMANDS.items() if last.format(kind=args.kind) == stage]
+        if stage == "text_prior" and not stages.readable_captions(dataset.splits["test"]):
+            commands = []  # nothing to begin with
+        for command in commands:
+            make_pictures(command, stages, args)
+
+
 def parse(argv):
     """The flags of this script, checked."""
     parser = data.make_parser(__doc__)
@@ -976,6 +1012,9 @@ def parse(argv):
     add("command", nargs="?", choices=COMMANDS, help="pictures to make")
     add("inputs", nargs="*", help="image files, or the prompts of text (default: of the test split)")
     add("--train", action="store_true", help="train what is missing, then make all pictures and scores")
+    for name in MODULES:
+        add(f"--{name.replace('_', '-')}", type=shlex.split, default=[], metavar="FLAGS",
+            help=f'--train: more flags for {name}.py, as "--steps 100"')
     add("--score", action="store_true", help="measure everything and write scores.json")
     add("--inception", metavar="FILE", help="--score: FID and others by this TorchScript network instead")
     add("--release", metavar="DIR",
@@ -1016,6 +1055,8 @@ def parse(argv):
         parser.error(f"say what to do: {', '.join(COMMANDS)}, --train or --score")
     if args.train and args.command:
         parser.error("argument --train: makes all pictures; for others give a command afterwards")
+    if not args.train and any(getattr(args, name) for name in MODULES):
+        parser.error(f"arguments --{', --'.join(MODULES).replace('_', '-')}: only --train reads them")
     if args.inception and not args.score:
         parser.error("argument --inception: only --score reads it")
     if args.command != "text" and (args.prompts or args.image is not None):
@@ -1038,18 +1079,12 @@ def main(argv=None):
     args = parse(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not args.inception:
         data.fail("sample.py: several processes share --score --inception alone; start it without torchrun")
-    if args.train:
-        dataset = data.load_dataset(args)
-        train_stages(args, dataset)
     run = data.Run(args, lock="sample" if args.inception else None)
     stages = Release(args, run) if args.release else Stages(args, run)
-    commands = [args.command] if args.command else []
     if args.train:
-        stages.dataset = dataset
-        captioned = any(dataset.captions) and stages.readable_captions(dataset.splits["test"])
-        commands = [command for command in COMMANDS if captioned or command not in ("text", "caption")]
-    for command in commands:
-        make_pictures(command, stages, args)
+        train_stages(args, run, stages.dataset)
+    if args.command:
+        make_pictures(args.command, stages, args)
     if args.train or args.score:
         if args.inception:
             scores = inception_scores(stages, args, run)

@@ -574,15 +574,20 @@ def check_flags(parser, args):
         parser.error("argument --mix: expected at least one number above 0")
 
 
-def main(argv=None, dataset=None):
-    """Train the text prior; report bits per token of codes, with and without captions, and of captions."""
+def parse(argv=None):
+    """The flags of this script, checked: their parser and values."""
     parser = data.make_parser(__doc__)
     add_flags(parser)
     data.add_training_flags(parser, steps=700, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50, ema=0.99)
     args = data.parse(parser, PRESETS, argv)
     check_flags(parser, args)
     args.hidden = args.hidden or prior.swiglu_hidden(args.width)
+    return parser, args
 
+
+def main(argv=None, dataset=None):
+    """Train the text prior; report bits per token of codes, with and without captions, and of captions."""
+    parser, args = parse(argv)
     run = data.Run(args, lock="text_prior")
     dataset = dataset or data.load_dataset(args)
     train_rows = dataset.splits["train"]

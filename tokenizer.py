@@ -818,7 +818,8 @@ def add_flags(parser):
     add("--ibot", type=data.non_negative, default=0.0, help="weight of the masked-patch loss; 0: none")
     add("--koleo", type=data.non_negative, default=0.5, help="weight of KoLeo")
     add = parser.add_argument_group("views").add_argument
-    add("--global-size", type=data.positive, default=32, help="side of global crops in pixels")
+    add("--global-size", type=data.positive,
+        help="side of global crops in pixels (shapes and folder: --image-size, else 32)")
     add("--global-scale", type=data.fraction, nargs=2, default=[0.6, 1.0], help="share of the area, from, to")
     add("--ratio", type=data.number(1e-3, 1), default=0.9, help="smallest width / height; largest: 1 / RATIO")
     add("--locals", type=data.count, default=0, help="local crops per image")
@@ -849,7 +850,8 @@ def check_flags(parser, args):
     expect(args.local_size % patch == 0, "local-size", f"no multiple of --patch {patch}")
     patches = (args.global_size // patch) ** 2
     expect(args.sem_read == "registers" or args.codes % patches == 0,
-           "codes", f"{args.codes} is no multiple of the {patches} patches that are read")
+           "codes", f"{args.codes} is no multiple of the {patches} patches that are read; choose one, as "
+           f"{patches}, or another --patch or --global-size")
     expect(args.attention or (args.sem_read == "patches" and args.ibot == 0),
            "attention", "needed by --sem-read registers and --ibot; add it")
     for flag, (low, high) in (("global-scale", args.global_scale), ("local-scale", args.local_scale)):
@@ -862,14 +864,20 @@ def check_flags(parser, args):
            "accumulate", "the losses look at the whole batch; use more processes instead")
 
 
-def main(argv=None, dataset=None):
-    """Train the tokenizer, encode the dataset, report."""
+def parse(argv=None):
+    """The flags of this script, checked: their parser and values."""
     parser = data.make_parser(__doc__)
     add_flags(parser)
     data.add_training_flags(parser, steps=760, batch_size=256, lr=2e-3, lr_matrix=0.0, warmup=40)
     args = data.parse(parser, PRESETS, argv)
+    args.global_size = args.global_size or (args.image_size if args.dataset in ("shapes", "folder") else 32)
     check_flags(parser, args)
+    return parser, args
 
+
+def main(argv=None, dataset=None):
+    """Train the tokenizer, encode the dataset, report."""
+    parser, args = parse(argv)
     run = data.Run(args, lock="tokenizer")
     torch.manual_seed(args.seed)
     student = build_student(vars(args)).to(run.device)

@@ -49,7 +49,7 @@ def test_every_script_runs_on_every_dataset(places, tmp_path, dataset):
     folder = out / "folder" / "pictures" if dataset == "folder" else out / dataset
     assert {path.stem for path in folder.glob("*.pt")} == {*STAGES, "codes", "generator-early"}
     pictures = {path.stem for path in (folder / "samples").glob("*.png")}
-    assert pictures == {"data", "generator-000006", "unconditional-masked", *sample.COMMANDS[1:]}
+    assert pictures == {"data", "generator-000006", "unconditional-masked", *list(sample.COMMANDS)[1:]}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -255,37 +255,52 @@ def test_scores_by_inception_are_the_same_on_two_processes(trained, tmp_path, in
 
 
 def test_one_command_trains_draws_and_scores_and_a_second_trains_nothing(tmp_path, monkeypatch, capsys):
-    """sample.py --train: all stages in this process, on shapes that are drawn once."""
-    called, drawn, draw_shapes = [], [], data.draw_shapes
+    """sample.py --train: all stages in this process, with flags of their own, on shapes that are drawn once;
+    pictures come right after the last stage that they need."""
+    drawn, draw_shapes = [], data.draw_shapes
 
     def counted(labels, *rest):
         drawn.append(len(labels))
         return draw_shapes(labels, *rest)
 
-    def shortened(name, main):
-        def run_main(argv, *dataset):
-            called.append(name)
-            main([*argv, *TINY[name]], *dataset)
-        return run_main
-
     def results():
-        call("sample", *"--train --count 8 --rows 1 --rounds 1 --sample-steps 1 --out".split(), tmp_path)
+        flags = "--train --count 8 --rows 1 --rounds 1 --sample-steps 1 --out".split()
+        call("sample", *flags, tmp_path, *(f"--{name.replace('_', '-')}={' '.join(TINY[name])}" for name in TINY))
         scores = json.loads((tmp_path / "shapes" / "scores.json").read_text())
         stages = {path.name: path.read_bytes() for path in (tmp_path / "shapes").glob("*.pt")}
         return stages | scores | {"seconds": 0}
 
     monkeypatch.setattr(data, "draw_shapes", counted)
     monkeypatch.setattr(sample.train_judge, "__defaults__", (2,))  # its steps
-    for name in TINY:
-        module = importlib.import_module(name)
-        monkeypatch.setattr(module, "main", shortened(name, module.main))
     first = results()
-    assert called == ["tokenizer", "generator", "prior", "prior", "text_prior"]
+    steps = r"--- stage (\d of 5: [a-z_]+)|^([a-z]+): .*png"
+    said = ["".join(found) for found in re.findall(steps, capsys.readouterr().out, re.MULTILINE)]
+    assert said == ["1 of 5: tokenizer", "2 of 5: generator", "reconstruct", "3 of 5: prior", "unconditional",
+                    "compose", "infill", "4 of 5: prior", "5 of 5: text_prior", "text", "caption"]
     assert drawn.count(sum(data.SHAPES_COUNTS.values())) == 1  # the judge draws others
     pictures = {path.stem for path in (tmp_path / "shapes" / "samples").glob("*.png")}
-    assert pictures == {"generator-000006", "unconditional-masked", *sample.COMMANDS[1:]}
-    capsys.readouterr()
+    assert pictures == {"generator-000006", "unconditional-masked", *list(sample.COMMANDS)[1:]}
     assert results() == first and capsys.readouterr().out.count("is finished") == 5
+
+
+def test_flags_that_do_not_fit_are_found_before_the_first_stage_trains(tmp_path, capsys):
+    """And what a stage says is to be changed can be given to --train."""
+    for size in ("--image-size=36", "--image-size=48", "--text-prior=--heads 3", "--prior=--steps=x"):
+        with pytest.raises(SystemExit):
+            call("sample", "--train", size, "--out", tmp_path)
+        said = capsys.readouterr()
+        assert "sample.py --train, flags of" in said.err and said.err.count("\n") == 1 and not said.out
+    words = ["sample", "--train", "--image-size", "64", "--out", tmp_path]
+    refuse(*words, f"--tokenizer={' '.join(TINY['tokenizer'])} --codes 64 --batch-size 500",
+           words=["lower it (in sample.py --train, flags of tokenizer.py are given as --tokenizer="])
+    assert not list((tmp_path / "shapes").glob("*.pt"))
+
+
+def test_the_tokenizer_reads_own_pictures_at_the_size_that_is_asked_for():
+    for words, size in (("", 32), ("--image-size 64", 64), ("--image-size 64 --global-size 32", 32),
+                        ("--dataset folder --image-size 64", 64), ("--dataset cifar10 --image-size 64", 32),
+                        ("--dataset imagenet", 224)):
+        assert tokenizer.parse(words.split())[1].global_size == size
 
 
 @pytest.mark.parametrize("command", [
