@@ -696,9 +696,9 @@ class Scores:
                 pair = data.UNSEEN_PAIRS.get(split)
                 line[split] = factor_accuracy(named, self.dataset.labels[rows], self.names, pair)
             else:
-                own = [" ".join(self.dataset.captions[row].split()) for row in rows]
-                same = [" ".join(caption.split()) == words for caption, words in zip(captions, own)]
-                line[split] = {"equal to its own": sum(same) / len(same)}
+                own = [self.dataset.captions[row].split() for row in rows]
+                same = [caption.split() == words for caption, words in zip(captions, own)]
+                line[split] = {"n": len(same), "equal to its own": sum(same) / len(same)}
         return line
 
 
@@ -891,8 +891,7 @@ def text_pictures(stages, args):
     codes, _ = stages.codes_from_prompts(repeated, args.text_guidance[0], args.seed, given)
     unknown = ", ".join(dict.fromkeys(stages.text_model[1].unknown(" ".join(prompts))))
     if unknown:
-        print(f"note: no training caption has {unknown}, so written; expect the model to guess there",
-              file=sys.stderr)
+        print(f"note: no training caption has {unknown}; expect the model to guess there", file=sys.stderr)
     if args.image is not None and args.weights:
         codes = stages.compose(torch.stack([codes, code], 1), args.weights, rng, args.choose)
     images = stages.draw(codes, args.seed)

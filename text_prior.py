@@ -82,18 +82,13 @@ def learn_merges(captions, most=MERGES):
     return ranks
 
 
-def evenly_spaced(text):
-    """A text with one space before each word, the first too: " red" and "red" are different tokens."""
-    return "".join(f" {word}" for word in text.split())
-
-
 class Text:
     """Captions to token ids and back: a tiktoken encoding, and three ids beyond it: pad (also the end of a
     caption), mask, start. Ids below `mask` are what a text position can become; no text is a special token.
 
     ranks {bytes: rank} and pattern as tiktoken's; ids: the token id of each rank (default: the rank);
     special: the three, where the encoding has its own; words: as from `pieces`, of the training captions;
-    folds: blanks are read evenly_spaced, and capitals as small letters where no training caption has any.
+    folds: texts are read without the differences in blanks and capitals that do not matter (`fold`).
     """
 
     def __init__(self, ranks, pattern, ids=None, special=None, normal_form=None, words=(), folds=False):
@@ -112,9 +107,9 @@ class Text:
         self.small = self.folds and len(words) > 0 and all(word == word.lower() for word in words)
 
     def fold(self, text):
-        """A text without the differences that do not matter."""
-        if self.folds:
-            text = evenly_spaced(text)
+        """A text with one space before each word, the first too (" red" is another token than "red"), and,
+        where no training caption has a capital, in small letters."""
+        text = "".join(f" {word}" for word in text.split()) if self.folds else text
         return text.lower() if self.small else text
 
     def pieces(self, text):
@@ -146,9 +141,10 @@ class Text:
         return text.strip() if self.folds else text
 
     def unknown(self, prompt):
-        """The words of a prompt, with the signs at them, that have a piece that no training caption has
-        (where these are known)."""
-        return [word for word in prompt.split() if self.words and not self.words.issuperset(self.pieces(word))]
+        """The words of a prompt of which a piece is in no training caption (where these are known)."""
+        if not self.words:
+            return []
+        return [word for word in prompt.split() if not self.words.issuperset(self.pieces(word))]
 
     def state(self):
         """Plain values for the checkpoint: the arguments of Text, ranks as `read_ranks` reads them."""
@@ -234,12 +230,11 @@ def fetch_encoding(name, folds):
 def build_text(encoding, captions, folds=True):
     """The Text of --encoding: "captions" (merges learned from these captions), "bytes", a file, or a name of
     tiktoken's. It folds where `folds`, but for a tokenizer.json."""
-    path = Path(encoding)
+    path, of_bytes = Path(encoding), Text(BYTES, PATTERN, folds=folds)
     if encoding == "captions":
-        seen = map(evenly_spaced, captions) if folds else captions
-        return Text(learn_merges(seen), PATTERN, folds=folds)
+        return Text(learn_merges(map(of_bytes.fold, captions)), PATTERN, folds=folds)
     if encoding == "bytes":
-        return Text(BYTES, PATTERN, folds=folds)
+        return of_bytes
     if path.suffix == ".json":
         return read_tokenizer_json(path)
     if path.suffix == ".tiktoken":
@@ -489,8 +484,8 @@ def reads_as_written(path):
 
 
 def encode_captions(dataset, args, run, folds=True):
-    """The Text of the flags (folds: as in build_text), all captions as token ids (N + others, T), and {row: its rows there} of images
-    with several captions; says how many are missing or cut."""
+    """The Text of the flags (folds: as in build_text), all captions as token ids (N + others, T), and {row:
+    its rows there} of images with several captions; says how many are missing or cut."""
     captions, train = list(dataset.captions), dataset.splits["train"]
     missing = captions.count("")
     if missing == len(captions):
@@ -502,7 +497,7 @@ def encode_captions(dataset, args, run, folds=True):
         captions += texts[1:]
         seen += texts[1:] if row in train else []
     text = build_text(args.encoding, seen, folds)
-    text.know({piece for caption in set(seen) for piece in text.pieces(caption)})
+    text.know({piece for caption in seen for piece in text.pieces(caption)})
     distinct = list(dict.fromkeys(captions))
     ids_of = dict(zip(distinct, text.encode(distinct)))
     encoded = [ids_of[caption] for caption in captions]
