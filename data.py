@@ -64,7 +64,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin, features
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, features
 from tqdm import tqdm
 
 try:
@@ -1497,7 +1497,7 @@ def fill_rows(folder, size, run, work, shapes, chunk=2000):
 
 def save_grid(path, images, columns, titles=(), lines=(), settings=None):
     """Write images (n, 3, S, S) uint8 as a PNG with `columns` a row, `titles` above the columns or `lines`
-    above the rows, and `settings` stored inside."""
+    above the rows, and `settings` stored inside. A text that no font can write is printed."""
     side = images.shape[-1] * max(1, 64 // images.shape[-1])  # small ones are enlarged
     cell, head = side + 2, 14 if titles else 0
     line = 14 if lines else 0
@@ -1510,10 +1510,31 @@ def save_grid(path, images, columns, titles=(), lines=(), settings=None):
         tile = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
         tile = tile.resize((side, side), Image.Resampling.NEAREST)
         canvas.paste(tile, (2 + column * cell, 2 + head + line + row * (cell + line)))
-    for k, text in enumerate(titles):
-        draw.text((3 + k * cell, 1), text, fill="black")
-    for k, text in enumerate(lines):
-        draw.text((3, 1 + head + k * (cell + line)), " ".join(text.split()), fill="black")
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc",  # Linux
+         "Arial Unicode.ttf", "arial.ttf", "msgothic.ttc", "msyh.ttc", "malgun.ttf")  # macOS, Windows
+
+
+def find_font(text):
+    """A font that has all characters of a text (Pillow's own has ASCII alone); None where none is found."""
+    if text.isascii():
+        return ImageFont.load_default()
+    for name in FONTS:
+        with suppress(OSError, ImportError):
+            font = ImageFont.truetype(name, 10)
+            missing = bytes(font.getmask("\uffff"))  # no character: what is drawn in place of one
+            if all(character == " " or bytes(font.getmask(character)) != missing for character in text):
+                return font
+    return None
+
+
+    places = [(3 + k * cell, 1) for k in range(len(titles))]
+    places += [(3, 1 + head + k * (cell + line)) for k in range(len(lines))]
+    for k, (place, text) in enumerate(zip(places, [*titles, *lines]), 1):
+        text = " ".join(text.split())
+        font = find_font(text)
+        if font is None:
+            print(f"{path}: no font here has all characters of label {k}: {text}", file=sys.stderr)
+        draw.text(place, text if font else f"({k})", fill="black", font=font)
     info = PngImagePlugin.PngInfo()
     info.add_text("settings", json.dumps(settings or {}, default=str))
     write_atomic(path, lambda file: canvas.save(file, format="PNG", pnginfo=info))

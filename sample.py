@@ -16,8 +16,8 @@
     torchrun --nproc-per-node 8 sample.py --score --inception inception-2015-12-05.pt --dataset imagenet
 
 Images are files of any size; where none are named, pictures of the test split are taken. Grids go to
-OUT/<dataset>/samples/, with all settings inside the PNG (text field "settings"). Positions that are drawn
-apart contradict each other: for compose the masked prior chooses them so that they fit (--choose).
+OUT/<dataset>/samples/, numbered, with all settings inside the PNG (text field "settings"). Positions that
+are drawn apart contradict each other: for compose the masked prior chooses fitting ones (--choose).
 
 Scores use a judge, a small CNN trained on all combinations of the factors (and, for shapes, to tell a clean
 drawing from a blend of two, a blurred and a frayed one); the Fréchet distance is taken in its features:
@@ -27,6 +27,7 @@ OUT/<dataset>/inception.json.
 """
 import functools
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -950,7 +951,8 @@ def make_pictures(command, stages, args):
     elif command == "compose":
         images, columns = compose_pictures(stages, args, inputs, codes)
     name = f"{command}-{args.kind}" if command == "unconditional" else command
-    path = stages.run.folder / "samples" / f"{name}.png"
+    numbered = (stages.run.folder / "samples" / f"{name}-{k:03d}.png" for k in itertools.count(1))
+    path = next(path for path in numbered if not path.exists())  # earlier ones stay
     data.save_grid(path, images, columns, titles, lines, settings={**vars(args), "command": command})
     print(f"{command}: {path}")
 

@@ -16,6 +16,7 @@ import torch
 from conftest import (ONE_PICTURE, SMALL_IMAGES, STAGES, TINY, FakeRun, call, contents, finish, link_codes,
                       prepare, refuse, results, run_pair, same, stopped_after, weights)
 from PIL import Image
+PICTURES = {f"{name}-001" for name in ("unconditional-masked", *list(sample.COMMANDS)[1:])}
 
 COMPARABLE = "--dtype float32 --lr-matrix 0 --warmup 0".split()  # but for rounding
 
@@ -49,7 +50,7 @@ def test_every_script_runs_on_every_dataset(places, tmp_path, dataset):
     folder = out / "folder" / "pictures" if dataset == "folder" else out / dataset
     assert {path.stem for path in folder.glob("*.pt")} == {*STAGES, "codes", "generator-early"}
     pictures = {path.stem for path in (folder / "samples").glob("*.png")}
-    assert pictures == {"data", "generator-000006", "unconditional-masked", *list(sample.COMMANDS)[1:]}
+    assert pictures == {"data", "generator-000006", *PICTURES}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -272,15 +273,16 @@ def test_one_command_trains_draws_and_scores_and_a_second_trains_nothing(tmp_pat
 
     monkeypatch.setattr(data, "draw_shapes", counted)
     monkeypatch.setattr(sample.train_judge, "__defaults__", (2,))  # its steps
+    pictures = tmp_path / "shapes" / "samples"
     first = results()
     steps = r"--- stage (\d of 5: [a-z_]+)|^([a-z]+): .*png"
     said = ["".join(found) for found in re.findall(steps, capsys.readouterr().out, re.MULTILINE)]
     assert said == ["1 of 5: tokenizer", "2 of 5: generator", "reconstruct", "3 of 5: prior", "unconditional",
                     "compose", "infill", "4 of 5: prior", "5 of 5: text_prior", "text", "caption"]
     assert drawn.count(sum(data.SHAPES_COUNTS.values())) == 1  # the judge draws others
-    pictures = {path.stem for path in (tmp_path / "shapes" / "samples").glob("*.png")}
-    assert pictures == {"generator-000006", "unconditional-masked", *list(sample.COMMANDS)[1:]}
+    assert {path.stem for path in pictures.glob("*.png")} == {"generator-000006", *PICTURES}
     assert results() == first and capsys.readouterr().out.count("is finished") == 5
+    assert len(list(pictures.glob("*.png"))) == 1 + 2 * len(PICTURES)  # none is written over
 
 
 def test_flags_that_do_not_fit_are_found_before_the_first_stage_trains(tmp_path, capsys):

@@ -135,7 +135,7 @@ def test_pictures_store_their_settings(trained):
                           ("compose --positions 0 1", "compose"), ("compose --choose random", "compose"),
                           ("compose --inside", "compose")):
         call("sample", *command.split(), *"--rows 2 --sample-steps 2 --guide early --out".split(), trained)
-        with Image.open(trained / "shapes" / "samples" / f"{name}.png") as image:
+        with Image.open(max((trained / "shapes" / "samples").glob(f"{name}-0*.png"))) as image:  # the latest
             settings = json.loads(image.text["settings"])
         assert settings["command"] == command.split()[0]
         assert settings["sample_steps"] == 2 and settings["guide"] == "early"
@@ -148,7 +148,7 @@ def test_named_images_of_any_size_are_reconstructed_and_composed(trained, tmp_pa
     flags = ["--rows", "1", "--columns", "3", "--sample-steps", "1", "--out", trained]
     for command in ("reconstruct", "compose"):
         call("sample", command, *flags, *names)
-        with Image.open(trained / "shapes" / "samples" / f"{command}.png") as image:
+        with Image.open(max((trained / "shapes" / "samples").glob(f"{command}-*.png"))) as image:
             assert image.width == 3 * 66 + 2
     refuse("sample", "compose", names[0], *flags, words=["at least 2"])
     refuse("sample", "compose", *names, "--weights", "1", "1", *flags, words=["--weights", "3 codes"])
