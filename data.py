@@ -75,6 +75,7 @@ except ImportError:  # Windows has no such locks
 # -------- flags and run --------------------------------------------------------------------------------
 
 PATIENCE = 10  # seconds for an answer from the network
+SILENCE = 30  # seconds without a word, where no bar shows that a run is alive
 TIMEOUT = 1800  # seconds that processes wait for one of them that does not answer, before they stop
 
 
@@ -82,6 +83,21 @@ def fail(message):
     """Stop with one clear line on stderr and exit code 1."""
     line = " ".join(str(message).split())
     raise SystemExit("error: " + (line if len(line) < 2000 else f"{line[:1200]} ... {line[-600:]}"))
+
+
+def print_figures(figures, indent="", digits=3):
+    """A nested dict as an indented table, with two digits of what was measured on n < 100 images."""
+    for name, value in figures.items():
+        values = value if isinstance(value, dict) else {"": value}
+        own = 2 if values.get("n", 100) < 100 else digits
+        if any(isinstance(number, dict) for number in values.values()):
+            print(f"{indent}{name}")
+            print_figures(values, indent + "  ", own)
+            continue
+        shown = []
+        for key, number in values.items():
+            shown.append(f"{key} {number:.{own}f}" if isinstance(number, float) else f"{key} {number}")
+        print(f"{indent}{name:44} {', '.join(shown).strip()}")
 
 
 class Unfit(Exception):
@@ -441,8 +457,7 @@ def run_script(main):
     except (MemoryError, RuntimeError) as problem:  # torch has few kinds of its own
         text = str(problem)
         if isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-            fail(f"out of memory ({text[:200]}); lower --batch-size or the sizes, or raise --accumulate (in "
-                 "drawing: lower --batch)")
+            fail(f"out of memory ({text[:200]}); lower --batch-size (drawing: --batch) or raise --accumulate")
         if dist.is_initialized() and re.search("timed? ?out|connection|closed by", text, re.IGNORECASE):
             fail(f"another process of this run died or did not answer for {TIMEOUT} seconds; see its own "
                  "message, the same command goes on from the last checkpoint")
@@ -1195,7 +1210,7 @@ class Part:
     """One part of a batch in this process: its rows, its randomness and its backward pass.
 
     Random numbers are drawn for the whole batch from (seed, step) and cut to this part, so that they depend
-    neither on the number of processes nor on the number of parts. flip: whether mirrored images are shown. """
+    neither on the number of processes nor on the number of parts. flip: are mirrored images shown? """
 
     def __init__(self, seed, step, batch_size, run, index=0, parts=1, rows=None, flip=True):
         self.generator, self.device = step_generator(seed, step, run.device), run.device
@@ -1495,21 +1510,6 @@ def fill_rows(folder, size, run, work, shapes, chunk=2000):
     return filled
 
 
-def save_grid(path, images, columns, titles=(), lines=(), settings=None):
-    """Write images (n, 3, S, S) uint8 as a PNG with `columns` a row, `titles` above the columns or `lines`
-    above the rows, and `settings` stored inside. A text that no font can write is printed."""
-    side = images.shape[-1] * max(1, 64 // images.shape[-1])  # small ones are enlarged
-    cell, head = side + 2, 14 if titles else 0
-    line = 14 if lines else 0
-    rows = math.ceil(len(images) / columns)
-    width = max([columns * cell + 2, *(min(1600, 7 * len(text)) for text in lines)])
-    canvas = Image.new("RGB", (width, rows * (cell + line) + 2 + head), "white")
-    draw = ImageDraw.Draw(canvas)
-    for k, image in enumerate(images):
-        row, column = divmod(k, columns)
-        tile = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-        tile = tile.resize((side, side), Image.Resampling.NEAREST)
-        canvas.paste(tile, (2 + column * cell, 2 + head + line + row * (cell + line)))
 FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc",  # Linux
          "Arial Unicode.ttf", "arial.ttf", "msgothic.ttc", "msyh.ttc", "malgun.ttf")  # macOS, Windows
 
@@ -1527,6 +1527,21 @@ def find_font(text):
     return None
 
 
+def save_grid(path, images, columns, titles=(), lines=(), settings=None):
+    """Write images (n, 3, S, S) uint8 as a PNG with `columns` a row, `titles` above the columns or `lines`
+    above the rows, and `settings` stored inside. A text that no font can write is printed."""
+    side = images.shape[-1] * max(1, 64 // images.shape[-1])  # small ones are enlarged
+    cell, head = side + 2, 14 if titles else 0
+    line = 14 if lines else 0
+    rows = math.ceil(len(images) / columns)
+    width = max([columns * cell + 2, *(min(1600, 7 * len(text)) for text in lines)])
+    canvas = Image.new("RGB", (width, rows * (cell + line) + 2 + head), "white")
+    draw = ImageDraw.Draw(canvas)
+    for k, image in enumerate(images):
+        row, column = divmod(k, columns)
+        tile = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+        tile = tile.resize((side, side), Image.Resampling.NEAREST)
+        canvas.paste(tile, (2 + column * cell, 2 + head + line + row * (cell + line)))
     places = [(3 + k * cell, 1) for k in range(len(titles))]
     places += [(3, 1 + head + k * (cell + line)) for k in range(len(lines))]
     for k, (place, text) in enumerate(zip(places, [*titles, *lines]), 1):
@@ -1835,7 +1850,7 @@ class Steps:
         args = self.args
         hidden = not self.run.shows_bars
         self.bar = tqdm(total=args.steps, initial=self.start, disable=hidden, dynamic_ncols=True)
-        self.began = time.perf_counter()
+        self.began = self.said = time.perf_counter()
         self.last = self.start, self.began
         with self.run.noting_signals():
             for self.step in range(self.start, args.steps):
@@ -1875,6 +1890,7 @@ class Steps:
         """After each step; every 50 steps the values are averaged over processes, shown and logged."""
         self.bar.update(1)
         done = self.step + 1
+        self.say(done, values["loss"])
         if self.args.dry_run or done % 50 and done != self.args.steps:
             return
         for name, value in values.items():
@@ -1894,6 +1910,15 @@ class Steps:
             self.summary += f", MFU {speed['mfu']:.2f} of {self.peak / 1e12:.0f} TFLOP/s ({self.source})"
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()} | speed)
         self.log.write(done, **{name: round(value, 5) for name, value in values.items()}, **speed)
+
+    def say(self, done, loss):
+        """Print a line where nothing else was shown for SILENCE seconds."""
+        now = time.perf_counter()
+        if self.run.main and not self.run.shows_bars and now - self.said > SILENCE:
+            self.said, seconds = now, (now - self.began) / (done - self.start)
+            left = tqdm.format_interval((self.args.steps - done) * seconds)
+            print(f"step {done} of {self.args.steps}, loss {float(loss):.4f}, {seconds * 1e3:.0f} ms a step, "
+                  f"{left} left", flush=True)
 
     def leave(self):
         """End the run, which was asked to stop and is saved. Exit code 143, so that nobody takes it for

@@ -394,6 +394,7 @@ def load_judge(dataset, args, run):
     if data.is_made_from(path, "judge", made_from):
         judge.load_state_dict(data.read(path, "judge")["judge"])
     else:
+        print("--- scores: training a judge of images", flush=True)
         train_judge(judge, dataset, args, run)
         data.save(path, "judge", judge=judge.state_dict(), made_from=made_from)
     return judge.eval()
@@ -490,7 +491,7 @@ class Scores:
         """From what `judged` returns: Fréchet distance to training images, for shapes cleanness, and factors
         where labels (n, factors) are given."""
         features, factors, clean = judged
-        line = {"frechet": frechet(features, self.reference)}
+        line = {"n": len(features), "frechet": frechet(features, self.reference)}
         if self.shapes:
             line["clean"] = mean(clean)
         if labels is not None and self.names:
@@ -499,6 +500,7 @@ class Scores:
 
     def run_all(self):
         """Measure all that the trained stages allow; returns the nested dict of scores.json."""
+        begin = functools.partial(print, "--- scores:", flush=True)
         labels = self.dataset.labels[self.rows]
         real = self.judged(self.dataset.pixels(self.rows))
         result = {"real images": self.measure(real, labels)}
@@ -507,6 +509,7 @@ class Scores:
             result["blended, blurred and frayed images"] = {"clean": mean(self.judged(spoiled)[2])}
         report = self.stages.stored["report"]
         result["tokenizer"] = {name: value for name, value in report.items() if not name.endswith("val")}
+        begin("images from codes")
         codes = self.stages.codes_of(self.rows)
         drawn = self.judged(self.stages.draw(codes, self.args.seed))
         line = self.measure(drawn, labels)
@@ -516,10 +519,13 @@ class Scores:
             without = self.measure(self.judged(images))
             result["generator without codes"] = without
             line["frechet / without codes"] = line["frechet"] / without["frechet"]
+        begin("samples of the priors")
         result |= self.score_priors(line["frechet"], result["real images"]["frechet"])
+        begin("children of two images")
         result["compose"] = self.score_composition()
         if self.shapes:
             for split, pair in data.UNSEEN_PAIRS.items():
+                begin(f"{split} and children that show such a pair")
                 result[split] = self.score_unseen(split, pair, drawn[1])
                 result[f"compose, {split}"] = self.score_recombination(pair)
         elif self.unseen:  # a folder's, whose judge has not seen these combinations either: see the real ones
@@ -530,7 +536,9 @@ class Scores:
             result["unseen"] = {name: self.measure(self.judged(x), labels) for name, x in images.items()}
         if self.texts:
             for guidance in self.args.text_guidance:
+                begin(f"text to image, guidance {guidance:g}")
                 result[f"text to image, guidance {guidance:g}"] = self.score_text(guidance)
+            begin("captions of images")
             result["captions of images"] = self.score_captions()
         return result
 
@@ -538,12 +546,12 @@ class Scores:
         """For each trained prior bits per token, calls, how many samples are training codes, and Fréchet
         distance, also as a multiple of that `of_true_codes`, also with that `of_real` images taken off."""
         train = self.dataset.splits["train"]
-        shown = 1 + self.args.flip  # of the two flips
-        train_codes = self.stages.stored["codes"][train.start:train.stop, :shown].flatten(0, 1)  # (m, L)
+        train_codes = self.stages.stored["codes"][train.start:train.stop, :1 + self.args.flip].flatten(0, 1)
 
         def memorised(codes):
             distance = nearest_distance(codes, train_codes)
-            return {"in training set": mean(distance == 0), "distance to nearest": mean(distance)}
+            return {"n": len(codes), "in training set": mean(distance == 0),
+                    "distance to nearest": mean(distance)}
 
         true_codes = self.stages.codes_of(self.rows)
         result = {"held-out codes": memorised(true_codes)}
@@ -617,7 +625,8 @@ class Scores:
                 continue
             _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 2))
             both = (seen == wanted)[:, [first, second]].all(1)
-            result[way] = {"shows the pair": mean(both), "shows it, clean": mean(both & clean)}
+            shown_clean = mean(both & clean)
+            result[way] = {"n": len(both), "shows the pair": mean(both), "shows it, clean": shown_clean}
         return result
 
     def score_unseen(self, split, pair, usual_factors):
@@ -635,8 +644,8 @@ class Scores:
         for name, (codes, stage) in sources.items():
             _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 3, stage=stage))
             kept = (seen == labels)[:, [self.names.index(factor) for factor in pair]].all(1)
-            line[name] = {"pair kept": mean(kept), "kept and clean": mean(kept & clean), "clean": mean(clean),
-                          **factor_accuracy(seen, labels, self.names)}
+            line[name] = {"n": len(kept), "pair kept": mean(kept), "kept and clean": mean(kept & clean),
+                          "clean": mean(clean), **factor_accuracy(seen, labels, self.names)}
         return line
 
     def captions_of(self, rows, said=(True,) * 4):
@@ -650,7 +659,7 @@ class Scores:
         prompts = list(captions.values())
         codes, _ = self.stages.codes_from_prompts(prompts, guidance, self.args.seed + 4)
         _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 5))
-        line = factor_accuracy(seen, self.dataset.labels[list(captions)], names, pair)
+        line = {"n": len(seen)} | factor_accuracy(seen, self.dataset.labels[list(captions)], names, pair)
         if self.shapes:
             line["clean"] = mean(clean)
         return line
@@ -696,6 +705,7 @@ class Scores:
                 named = torch.tensor([read_shapes_caption(caption) or [-1] * 5 for caption in captions])
                 pair = data.UNSEEN_PAIRS.get(split)
                 line[split] = factor_accuracy(named, self.dataset.labels[rows], self.names, pair)
+                line[split]["n"] = len(rows)
             else:
                 own = [self.dataset.captions[row].split() for row in rows]
                 same = [caption.split() == words for caption, words in zip(captions, own)]
@@ -807,19 +817,6 @@ def inception_scores(stages, args, run):
             shutil.rmtree(folder)
         run.wait()
     return result
-
-
-def print_scores(result, indent=""):
-    """The nested dict as an indented table."""
-    for name, value in result.items():
-        if not isinstance(value, dict):
-            shown = f"{value:.3f}" if isinstance(value, float) else value
-            print(f"{indent}{name:44} {shown}")
-        elif all(isinstance(number, (int, float)) for number in value.values()):
-            print(f"{indent}{name:44} " + ", ".join(f"{key} {number:.3f}" for key, number in value.items()))
-        else:
-            print(f"{indent}{name}")
-            print_scores(value, indent + "  ")
 
 
 # -------- commands -------------------------------------------------------------------------------------
@@ -966,9 +963,8 @@ def advising(name):
     try:
         yield
     except SystemExit as stopped:
-        if isinstance(stopped.code, str) and "--" in stopped.code:
-            raise SystemExit(f"{stopped.code} ({how})") from None
-        raise
+        names_flags = isinstance(stopped.code, str) and "--" in stopped.code
+        raise SystemExit(f"{stopped.code} ({how})" if names_flags else stopped.code) from None
     finally:
         data.Parser.remedy = usual
 
@@ -1092,7 +1088,7 @@ def main(argv=None):
         else:
             scores = Scores(stages, args, run).run_all()
         if run.main:
-            print_scores(scores)
+            data.print_figures(scores)
             print(f"{time.time() - start:.0f} seconds")
             scores |= {"seconds": round(time.time() - start), "settings": vars(args)}
             data.write_json(run.folder / ("inception.json" if args.inception else "scores.json"), scores)

@@ -18,6 +18,7 @@ import argparse
 import functools
 import math
 import shutil
+import sys
 from collections import OrderedDict
 
 import data  # first: it sets the threads' waiting policy before torch starts them
@@ -657,7 +658,7 @@ def report(dataset, codes, features, values, run, most=10_000):
             for split, predictions in found.items():
                 right = (predictions == y[split]).float().mean(0).tolist()
                 accuracies = {factor: round(value, 4) for factor, value in zip(dataset.factors, right)}
-                result[f"{method} on {name}, {split}"] = accuracies
+                result[f"{method} on {name}, {split}"] = accuracies | {"n": len(predictions)}
     return result
 
 
@@ -850,8 +851,7 @@ def check_flags(parser, args):
     expect(args.local_size % patch == 0, "local-size", f"no multiple of --patch {patch}")
     patches = (args.global_size // patch) ** 2
     expect(args.sem_read == "registers" or args.codes % patches == 0,
-           "codes", f"{args.codes} is no multiple of the {patches} patches that are read; choose one, as "
-           f"{patches}, or another --patch or --global-size")
+           "codes", f"{args.codes} is no multiple of {patches} patches; choose {patches} or another --patch")
     expect(args.attention or (args.sem_read == "patches" and args.ibot == 0),
            "attention", "needed by --sem-read registers and --ibot; add it")
     for flag, (low, high) in (("global-scale", args.global_scale), ("local-scale", args.local_scale)):
@@ -918,10 +918,11 @@ def main(argv=None, dataset=None):
 
     write_codes(teacher.backbone, dataset, run, args, made_from | {"tokenizer": checkpoint.id})
     if run.main:
-        for name, value in data.read(run.folder / "codes.pt", "codes", only="codes")["report"].items():
-            values = value if isinstance(value, dict) else {"": value}
-            shown = [f"{factor} {number:.3f}".strip() for factor, number in values.items()]
-            print(f"{name:44} " + " ".join(shown))
+        found = data.read(run.folder / "codes.pt", "codes", only="codes")["report"]
+        data.print_figures(found)
+        if found["entropy per position"] < 0.1:  # bits
+            print("note: all images have nearly the same code, the tokenizer has collapsed; train it with "
+                  f"--restart and a lower --lr, or bring more images ({parser.remedy})", file=sys.stderr)
     run.wait()
 
 

@@ -1,5 +1,4 @@
 """The scripts as commands: every dataset, stops, several processes, one command for all, what is refused."""
-import importlib
 import json
 import os
 import re
@@ -16,8 +15,8 @@ import torch
 from conftest import (ONE_PICTURE, SMALL_IMAGES, STAGES, TINY, FakeRun, call, contents, finish, link_codes,
                       prepare, refuse, results, run_pair, same, stopped_after, weights)
 from PIL import Image
-PICTURES = {f"{name}-001" for name in ("unconditional-masked", *list(sample.COMMANDS)[1:])}
 
+PICTURES = {f"{name}-001" for name in ("unconditional-masked", *list(sample.COMMANDS)[1:])}
 COMPARABLE = "--dtype float32 --lr-matrix 0 --warmup 0".split()  # but for rounding
 
 
@@ -265,8 +264,9 @@ def test_one_command_trains_draws_and_scores_and_a_second_trains_nothing(tmp_pat
         return draw_shapes(labels, *rest)
 
     def results():
-        flags = "--train --count 8 --rows 1 --rounds 1 --sample-steps 1 --out".split()
-        call("sample", *flags, tmp_path, *(f"--{name.replace('_', '-')}={' '.join(TINY[name])}" for name in TINY))
+        words = "--train --count 8 --rows 1 --rounds 1 --sample-steps 1 --out".split()
+        own = [f"--{name.replace('_', '-')}={' '.join(flags)}" for name, flags in TINY.items()]
+        call("sample", *words, tmp_path, *own)
         scores = json.loads((tmp_path / "shapes" / "scores.json").read_text())
         stages = {path.name: path.read_bytes() for path in (tmp_path / "shapes").glob("*.pt")}
         return stages | scores | {"seconds": 0}

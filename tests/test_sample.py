@@ -197,10 +197,10 @@ def test_unseen_combinations_of_a_folder_are_scored_beside_its_test_split(tmp_pa
     for stage in ("tokenizer", "generator", "text_prior"):
         call(stage, *TINY[stage], *where)
     found = scores()
-    assert found["tokenizer"]["linear on codes, unseen"].keys() == {"tone", "weight"}
+    assert found["tokenizer"]["linear on codes, unseen"].keys() == {"n", "tone", "weight"}
     for line in (*found["unseen"].values(), {"factors": found["text to image, guidance 2"]["unseen"]}):
-        assert line["factors"].keys() == {"tone", "weight", "all"}
-    assert found["captions of images"]["unseen"].keys() == {"equal to its own"}
+        assert line["factors"].keys() - {"n"} == {"tone", "weight", "all"}
+    assert found["captions of images"]["unseen"] == {"n": 4, "equal to its own": 0}
     assert scores() and len(judges) == 1
     (folder / "metadata.csv").write_text("\n".join([lines[0].replace("weight", "mass"), *lines[1:]]))
     (tmp_path / "folder" / "pictures" / "text_prior.pt").unlink()  # which is of other captions

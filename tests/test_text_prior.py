@@ -271,7 +271,8 @@ def test_scores_count_what_was_asked_for(trained, monkeypatch, shift):
     right = float(shift == 0)
     for line in (drawn["captions of the test split"], written["test split"]):
         assert line["shape"] == line["frame"] == 1 and line["colour"] == line["all"] == right
-    assert drawn["shape and colour alone"] == {"shape": 1, "colour": right, "all": right, "clean": 1}
+    assert drawn["shape and colour alone"] == {
+        "n": 10, "shape": 1, "colour": right, "all": right, "clean": 1}
     for split in data.UNSEEN_PAIRS:
         assert drawn[split]["pair"] == drawn[split]["colour"] == written[split]["pair"] == right
     assert drawn["distinct codes in 16 draws of a prompt"] == 1

@@ -8,7 +8,7 @@ import pytest
 import tokenizer
 import torch
 import torch.nn.functional as F
-from conftest import part
+from conftest import TINY, call, part
 from PIL import Image
 
 
@@ -374,3 +374,12 @@ def test_centred_codes_use_values_that_a_constant_preference_would_hide(run):
     assert not tokenizer.encode_images(model, images, run)[0].any()
     tokenizer.centre_codes(model, dataset, run)
     assert tokenizer.encode_images(model, images, run)[0].unique().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_codes_that_tell_nothing_apart_are_said_with_what_to_do(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for k in range(24):
+        Image.new("RGB", (32, 32), (90, 120, 200)).save(tmp_path / "in" / f"{k}.png")
+    call("tokenizer", *TINY["tokenizer"], "--dataset", "folder", "--data-dir", tmp_path / "in", "--out", tmp_path)
+    said = capsys.readouterr().err
+    assert "note: all images have nearly the same code" in said and "--restart" in said and "see --help" in said
