@@ -33,6 +33,7 @@ if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
     ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 import argparse
+import colorsys
 import csv
 import functools
 import hashlib
@@ -1432,6 +1433,16 @@ def fill_model(model, state, assign=False):
     model.load_state_dict(state, assign=assign)
 
 
+def fill_as_flags_say(model, state, sizes, args):
+    """fill_model with released weights that training starts from; raises Unfit with the flags that their
+    `sizes` {name: value} need."""
+    flags = {name: value for name, value in sizes.items() if name not in ("image_size", "down", "groups")}
+    differ = [f"--{name} {value}" for name, value in flags.items() if vars(args).get(name, value) != value]
+    if differ:
+        raise Unfit(f"needs {' '.join(differ)}")
+    fill_model(model, state)
+
+
 def released_config(folder):
     """The config.json in a folder of released weights, {} where there is none: for what shapes do not
     tell."""
@@ -1514,25 +1525,55 @@ FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc",  # Linux
          "Arial Unicode.ttf", "arial.ttf", "msgothic.ttc", "msyh.ttc", "malgun.ttf")  # macOS, Windows
 
 
-def find_font(text):
+def find_font(text, size):
     """A font that has all characters of a text (Pillow's own has ASCII alone); None where none is found."""
     if text.isascii():
-        return ImageFont.load_default()
+        return ImageFont.load_default(size)
     for name in FONTS:
         with suppress(OSError, ImportError):
-            font = ImageFont.truetype(name, 10)
+            font = ImageFont.truetype(name, size)
             missing = bytes(font.getmask("\uffff"))  # no character: what is drawn in place of one
             if all(character == " " or bytes(font.getmask(character)) != missing for character in text):
                 return font
     return None
 
 
-def save_grid(path, images, columns, titles=(), lines=(), settings=None):
-    """Write images (n, 3, S, S) uint8 as a PNG with `columns` a row, `titles` above the columns or `lines`
-    above the rows, and `settings` stored inside. A text that no font can write is printed."""
-    side = images.shape[-1] * max(1, 64 // images.shape[-1])  # small ones are enlarged
-    cell, head = side + 2, 14 if titles else 0
-    line = 14 if lines else 0
+def code_colours(V):
+    """Colours (V + 1, 3) uint8 for the values of a code; the last, "no code", is grey."""
+    hues = [colorsys.hsv_to_rgb(k / V, 0.35 if k % 2 else 0.75, 1.0) for k in range(V)]
+    return (torch.tensor([*hues, (0.88, 0.88, 0.88)]) * 255).to(torch.uint8)
+
+
+def draw_code(code, colours, side, size, texts=None):
+    """A picture (3, size, size) uint8 of a code (L,), a square for each position: in place where the code is
+    read from side² patches (0: line by line), in the colour of its value, colours (V + 1, 3) uint8. In the
+    squares, where there is room, the values, or L `texts`."""
+    texts = texts or [str(value) if value < len(colours) - 1 else "" for value in code.tolist()]
+    side = max(1, side)
+    per_patch = len(code) // side ** 2
+    rows = max(k for k in range(1, math.isqrt(per_patch) + 1) if per_patch % k == 0)  # of squares in a patch
+    columns, patch = per_patch // rows, size / side
+    width, height = (patch - 4) / columns, (patch - 4) / rows  # a gap between patches
+    has_room = min(width, height) >= max(10, 6 * max(map(len, texts)))
+    canvas = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(canvas)
+    for k, colour in enumerate(colours[code].tolist()):
+        x = 2 + round(k // per_patch % side * patch + k % columns * width)
+        y = 2 + round(k // per_patch // side * patch + k % per_patch // columns * height)
+        draw.rectangle((x, y, x + max(0, width - 2), y + max(0, height - 2)), fill=tuple(colour))
+        if has_room:
+            draw.text((x + width / 2 - 1, y + height / 2 - 1), texts[k], fill="black", anchor="mm")
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+
+def draw_grid(images, columns, titles=(), lines=()):
+    """Images (3, S, S) uint8, of several sizes or one, as one picture with `columns` a row; `titles` above
+    the columns or above all images, or `lines` above the rows. What no font can write is printed."""
+    side = max(image.shape[-1] for image in images)
+    side *= max(1, 64 // side)  # small ones are enlarged
+    space, font = (2, 10) if side < 128 else (8, 12)
+    cell, head = side + space, 14 if 0 < len(titles) <= columns else 0
+    line = 14 if lines or len(titles) > columns else 0
     rows = math.ceil(len(images) / columns)
     width = max([columns * cell + 2, *(min(1600, 7 * len(text)) for text in lines)])
     canvas = Image.new("RGB", (width, rows * (cell + line) + 2 + head), "white")
@@ -1542,17 +1583,31 @@ def save_grid(path, images, columns, titles=(), lines=(), settings=None):
         tile = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
         tile = tile.resize((side, side), Image.Resampling.NEAREST)
         canvas.paste(tile, (2 + column * cell, 2 + head + line + row * (cell + line)))
-    places = [(3 + k * cell, 1) for k in range(len(titles))]
+    places = [(3 + k % columns * cell, 1 + k // columns * (cell + line)) for k in range(len(titles))]
     places += [(3, 1 + head + k * (cell + line)) for k in range(len(lines))]
     for k, (place, text) in enumerate(zip(places, [*titles, *lines]), 1):
         text = " ".join(text.split())
-        font = find_font(text)
-        if font is None:
-            print(f"{path}: no font here has all characters of label {k}: {text}", file=sys.stderr)
-        draw.text(place, text if font else f"({k})", fill="black", font=font)
+        letters = find_font(text, font)
+        if letters is None:
+            print(f"label ({k}), of which no font here has all characters: {text}", file=sys.stderr)
+        draw.text(place, text if letters else f"({k})", fill="black", font=letters)
+    return canvas
+
+
+def save_grid(path, images, columns, titles=(), lines=(), settings=None):
+    """Write what `draw_grid` draws as a PNG with `settings` stored inside."""
+    canvas = draw_grid(images, columns, titles, lines)
     info = PngImagePlugin.PngInfo()
     info.add_text("settings", json.dumps(settings or {}, default=str))
     write_atomic(path, lambda file: canvas.save(file, format="PNG", pnginfo=info))
+
+
+def save_animation(path, frames, settings):
+    """Write pictures as a GIF, a second for the first, three for the last, with `settings` as its comment."""
+    first, *others = [frame.quantize(128, Image.Quantize.FASTOCTREE) for frame in frames]
+    more = {"append_images": others, "loop": 0, "duration": [1000, *[200] * (len(others) - 1), 3000],
+            "comment": json.dumps(settings, default=str).encode()}
+    write_atomic(path, lambda file: first.save(file, format="GIF", save_all=True, **more))
 
 
 # -------- optimiser and log ----------------------------------------------------------------------------
@@ -1713,7 +1768,7 @@ class Checkpoint:
             with reading(self.path, f"it is of another version of these scripts; {remedy}"):
                 self.restore(state)
         if step >= args.steps and self.run.main:
-            print(f"{self.path} is finished ({step} steps); --restart trains it again")
+            print(f"{self.path} is finished ({step} steps); --restart trains it again ({Parser.remedy})")
         return step
 
     def restore(self, state):
@@ -1737,16 +1792,8 @@ class Checkpoint:
             states = {"ema": self.average.module.state_dict(), "model": self.model.state_dict(),
                       "optimizers": self.optimizers.state_dict()}
         states |= {name: module.state_dict() for name, module in self.others.items()}
-        self.write(self.stage, step, states)
-
-    def save_early(self, stage, step):
-        """Write the averaged weights alone, as another stage: an earlier self of this run."""
-        self.write(stage, step, {"ema": self.average.module.state_dict()})
-
-    def write(self, stage, step, states):
         if self.run.main:
-            path = self.run.folder / f"{stage}.pt"
-            save(path, stage, **states, **self.more, config=vars(self.args), step=step, id=self.id,
+            save(self.path, self.stage, **states, **self.more, config=vars(self.args), step=step, id=self.id,
                  made_from=self.made_from)
 
 
@@ -1762,7 +1809,7 @@ def load_trained(path, stage, dataset, remedy, **made_from):
         for name, id in made_from.items():
             if state["made_from"][name] != id:
                 raise Unfit(f"made from other {name} than now")
-        if step < steps and "optimizers" in state and os.environ.get("RANK", "0") == "0":
+        if step < steps and os.environ.get("RANK", "0") == "0":
             print(f"note: {path} is not finished (step {step} of {steps})", file=sys.stderr)
     return state
 

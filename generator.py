@@ -2,7 +2,7 @@
 
 A straight path from noise e to image x; the network predicts x and is compared as a velocity:
     z_t = t·x + (1 − t)·e,  t = sigmoid(n), n ~ N(mu, sigma²)       v = x − e = (x − z_t) / (1 − t)        (1)
-    loss = E ‖v_net(z_t, t, c) − v‖²                                                                       (2)
+    loss = E ‖v_net(z_t, t, c) − v‖², divided by 1 − t ≥ .05                                               (2)
     dz/dt = v_null + w·(v_c − v_null) in the guidance interval of t, else v_c; from t = 0 (noise) to 1     (3)
 The code c (L positions) can enter as the mean of one embedding per position, beside t in adaLN (the paper,
 section 3.2), as G in-context tokens, each the mean over L / G positions, and in place: where the tokenizer
@@ -10,10 +10,9 @@ reads each patch into positions of its own, their mean is added to the token of 
 codes are dropped, for v_null, and, in place, single positions. --predict noise: the paper's own diffusion, in
 a section of its own below.
 
-Reads images and OUT/<dataset>/codes.pt; writes generator.pt there and generator-early.pt, for guidance by a
-weaker self. --condition none: the baseline without codes, generator-uncond.pt. --factors (with --condition
-both --groups 5): the reference that reads the true factors of shapes, generator-factors.pt. --vae: in
-latents, kept in latents.pt, not in pixels.
+Reads images and OUT/<dataset>/codes.pt; writes generator.pt there. --condition none: the baseline without
+codes, generator-uncond.pt. --factors (with --condition both --groups 5): the reference that reads the true
+factors of shapes, generator-factors.pt. --vae: in latents, kept in latents.pt, not in pixels.
     python generator.py                                                      # the dataset shapes, on a CPU
     python generator.py --dataset cifar10                                    # one GPU
     torchrun --nproc-per-node 8 generator.py --dataset imagenet              # a node, pixels, patch 16
@@ -159,7 +158,8 @@ class DiT(nn.Module):
         self.side = size // patch
         self.inner_patch = patch >> stem  # side of a patch after the halvings
         self.V, self.condition, self.predict = values, condition, predict
-        self.x_shape, self.vae = (channels, size, size), None
+        self.x_shape = (channels, size, size)
+        self.vae = None
         widths = [channels] + [32 << k for k in range(stem)]  # channels of each level, last of patches
         levels = list(zip(widths, widths[1:]))
         patch_width = widths[-1] * self.inner_patch ** 2  # P
@@ -268,27 +268,22 @@ def integrate(field, z, times, method="heun"):
     return z
 
 
-def guided_network(model, codes, guidance, interval, run, weak=None):
-    """A function of z (B, C, S, S), the time t, and what the network takes as time (default: t) → its output,
-    guided as in (3), of which the velocity is a linear function. "null" is the model itself without code, or,
-    with `weak` (an earlier self), that model with the code. Without guidance (w = 1, t outside the interval,
-    no codes) the network is called once."""
-    def call(network, z, t, c):
-        t = torch.full((len(z),), t, device=z.device)
+def guided_network(model, codes, guidance, interval, run):
+    """guided(z, t, level=t): the network's output at z (B, C, S, S) and time t, guided as the velocity is in
+    (3); `level` is what a network of --predict noise takes as its time. One network call, with and without
+    code in one batch; without guidance (w = 1, t outside the interval, no codes) half of it."""
+    def call(z, level, c):
+        level = torch.full((len(z),), level, device=z.device)
         with run.autocast():
-            return network(z, t, c).float()
+            return model(z, level, c).float()
 
     def guided(z, t, level=None):
-        outside = not interval[0] <= t <= interval[1]
         level = t if level is None else level
-        if guidance == 1 or outside or (weak is None and model.condition == "none"):
-            return call(model, z, level, codes)
-        if weak is not None:
-            output = call(model, z, level, codes)
-            null = call(weak, z, level, codes)
-        else:  # both in one call
-            both = torch.cat([codes, torch.full_like(codes, model.V)])
-            output, null = call(model, z.repeat(2, 1, 1, 1), level, both).chunk(2)
+        outside = not interval[0] <= t <= interval[1]
+        if guidance == 1 or outside or model.condition == "none":
+            return call(z, level, codes)
+        both = torch.cat([codes, torch.full_like(codes, model.V)])
+        output, null = call(z.repeat(2, 1, 1, 1), level, both).chunk(2)
         C = z.shape[1]
         drawn = null[:, :C] + guidance * (output[:, :C] - null[:, :C])
         return torch.cat([drawn, output[:, C:]], 1)  # a learned variance is not guided
@@ -299,23 +294,23 @@ def guided_network(model, codes, guidance, interval, run, weak=None):
 # --- the paper's own diffusion (--predict noise) ---
 
 class NoiseLevels:
-    """DDPM (Ho et al. 2020) with a learned variance (Nichol and Dhariwal 2021), as in DiT. Of 1,000 levels k,
-    β from 1e-4 to .02 in a line and ᾱ_k = Π_{j ≤ k} (1 − β_j), `kept` are used, evenly spread; b the one
-    before k, ᾱ_b = 1 before the first, and β_k = 1 − ᾱ_k / ᾱ_b:
-        z_k = √ᾱ_k x + √(1 − ᾱ_k) e                                                                    (4)
+    """DDPM (Ho et al. 2020) with a learned variance (Nichol and Dhariwal 2021), as in DiT. Level k of 1,000:
+        z_k = √ᾱ_k x + √(1 − ᾱ_k) e,  ᾱ_k = Π_{j ≤ k} (1 − s_j),  s from 1e-4 to .02 in a line         (4)
+    `kept` of them are used, evenly spread: row i of the tables is level numbers[i]. From k to the one kept
+    before it, b (before the first ᾱ_b = 1), with β_k = 1 − ᾱ_k / ᾱ_b:
         q(z_b | z_k, x) = N(mean, β̃_k),  β̃_k = β_k (1 − ᾱ_b) / (1 − ᾱ_k)
         mean = (√ᾱ_b β_k x + √(1 − β_k) (1 − ᾱ_b) z_k) / (1 − ᾱ_k)                                      (5)
     The network says ê and u, (B, C, S, S) each; a step draws from N(mean of (5) at x̂, variance), with
-        x̂ = (z_k − √(1 − ᾱ_k) ê) / √ᾱ_k    log variance = f log β_k + (1 − f) log β̃_k    f = (u + 1) / 2  (6)
-    t = √ᾱ_k / (√ᾱ_k + √(1 − ᾱ_k)) of the flow has the same ratio of image to noise. Tables (kept, 1, 1, 1).
-    """
+        x̂ = (z_k − √(1 − ᾱ_k) ê) / √ᾱ_k,  log variance = f log β_k + (1 − f) log β̃_k,  f = (u + 1) / 2 (6)
+    t = √ᾱ_k / (√ᾱ_k + √(1 − ᾱ_k)) of the flow (`times`) has the same ratio of image to noise. Tables (kept,
+    1, 1, 1)."""
 
     def __init__(self, kept=1000, device="cpu"):
         strides = torch.full((kept,), 999 / max(1, kept - 1), dtype=torch.float64)
         strides[0] = 0
         self.numbers = strides.cumsum(0).round().long()  # k of each
-        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-        alpha = (1 - betas).cumprod(0)[self.numbers]  # ᾱ
+        s = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        alpha = (1 - s).cumprod(0)[self.numbers]  # ᾱ
         before = F.pad(alpha[:-1], (1, 0), value=1.0)
         beta = 1 - alpha / before
         posterior = beta * (1 - before) / (1 - alpha)  # β̃
@@ -349,7 +344,7 @@ noise_levels = functools.lru_cache(NoiseLevels)
 def bound_bits(x, z, mean, log_variance, i, levels):
     """The variational bound's term of rows i (B,), in bits a dimension (B,), of a step N(mean, exp
     log_variance) (B, C, S, S): KL(q ‖ step), or, at level 0, −log of the probability that the step gives to
-    the byte of x."""
+    the byte of x (DiT takes latents for bytes too)."""
     true = levels.log_posterior[i]
     ratio = true - log_variance
     squares = (levels.posterior_mean(x, z, i) - mean).square() * torch.exp(-log_variance)
@@ -367,8 +362,8 @@ def bound_bits(x, z, mean, log_variance, i, levels):
 
 
 def noise_loss(model, x, codes, part, args, run):
-    """mean (ê − e)² + the bound, which trains the variance alone: ê is held fixed there. Arguments as
-    flow_loss."""
+    """mean (ê − e)² + one term of the bound in bits, which trains the variance alone: ê is held fixed there.
+    Arguments as flow_loss."""
     levels = noise_levels(1000, x.device)
     i = (part.uniform() * 1000).long()  # (B,)
     e = part.normal(*x.shape[1:])  # (B, C, S, S)
@@ -385,7 +380,7 @@ def sample_ddpm(guided, z, levels, draw):
     step."""
     for i in reversed(range(len(levels.times))):
         output = guided(z, levels.times[i], levels.numbers[i].item())
-        mean, log_variance = levels.step(output, z, [i])
+        mean, log_variance = levels.step(output, z, [i])  # a list keeps the tables' first dimension
         z = mean
         if i > 0:
             z = z + torch.exp(0.5 * log_variance) * draw()
@@ -397,7 +392,7 @@ def noise_field(guided, levels):
     noise: v = x̂ − ê = (z − ê) / t."""
     def field(z, t):
         i = levels.times.index(t)
-        e = guided(z * levels.signal[i] / t, t, levels.numbers[i].item())[:, :z.shape[1]]
+        e = guided(z * levels.signal[[i]] / t, t, levels.numbers[i].item())[:, :z.shape[1]]
         return (z - e) / t
 
     return field
@@ -421,7 +416,7 @@ def solve(model, guided, noise, sampler, draw):
 
 
 @torch.no_grad()
-def generate(model, codes, count, sampler, run, seed=0, weak=None, first=0):
+def generate(model, codes, count, sampler, run, seed=0, first=0):
     """Images (count, 3, S, S) uint8 on the CPU, from codes (count, L) long (None: without); sampler as
     sampler_settings. The noise of image i follows from (seed, first + i) alone."""
     images, batch = [], sampler["batch"]
@@ -434,7 +429,7 @@ def generate(model, codes, count, sampler, run, seed=0, weak=None, first=0):
             return torch.stack(noise).to(run.device)  # (n, C, S, S)
 
         c = None if codes is None else codes[start:start + batch].to(run.device)
-        guided = guided_network(model, c, sampler["guidance"], sampler["interval"], run, weak)
+        guided = guided_network(model, c, sampler["guidance"], sampler["interval"], run)
         x = solve(model, guided, draw(), sampler, draw)  # (n, C, S, S)
         if not x.isfinite().all():
             data.fail("an image that is not finite was drawn; lower --guidance, or try --dtype float32")
@@ -446,7 +441,8 @@ def generate(model, codes, count, sampler, run, seed=0, weak=None, first=0):
 def add_sampler_flags(parser):
     """How images are drawn from a trained generator."""
     add = parser.add_argument_group("image sampler").add_argument
-    add("--sample-steps", type=data.number(1, 1000, int), default=4, help="steps from noise to image")
+    add("--sample-steps", type=data.number(1, 1000, int), default=4,
+        help="steps from noise to image; ddpm needs 100 or more")
     add("--method", choices=("heun", "euler", "ddpm"),
         help="ODE solver, or the steps (6) of --predict noise (default: ddpm for that, else heun)")
     add("--guidance", type=data.non_negative, default=1.5, help="w of equation (3); 1: none")
@@ -538,9 +534,10 @@ def build_generator(config):
 
 # -------- the authors' release (sample.py --release, --init) -------------------------------------------
 
-RELEASED_NAMES = {"x_embedder.proj": "x_embed", "t_embedder.mlp": "t_embed", "final_layer.linear": "final",
-                  "sem_embedder.embedding_table": "code_mean.table", "adaLN_modulation.1": "adaLN",
-                  "final_layer.": "final_"}
+RELEASED_NAMES = {  # replaced in this order
+    "x_embedder.proj": "x_embed", "t_embedder.mlp": "t_embed", "adaLN_modulation.1": "adaLN",
+    "sem_embedder.embedding_table": "code_mean.table",
+    "final_layer.linear": "final", "final_layer.": "final_"}
 
 
 def read_release(folder):
@@ -561,7 +558,8 @@ def read_release(folder):
             final = state[f"final.{kind}"].unflatten(0, (patch ** 2, 2 * channels))
             state[f"final.{kind}"] = final.transpose(0, 1).flatten(0, 1)
         config = dict(
-            image_size=math.isqrt(state["pos_embed"].shape[1]) * patch, down=1, channels=channels,
+            image_size=math.isqrt(state["pos_embed"].shape[1]) * patch, down=1,  # of latents
+            channels=channels,
             patch=patch, stem=0, width=width, codes=codes, values=rows - 1, groups=1, condition="mean",
             predict="noise", block="plain", heads=data.released_config(path).get("num_heads", 16),
             depth=len([name for name in state if name.endswith("attn.qkv.weight")]))
@@ -583,17 +581,12 @@ def load_release(folder, device):
 
 def load_generator(args, codes_id, device, stage="generator"):
     """The trained model with averaged weights from OUT/<dataset>/<stage>.pt. Refused: one that reads other
-    codes, an earlier self of another generator, another VAE than it was trained with."""
-    folder = data.run_folder(args)
-    path = folder / f"{stage}.pt"
+    codes, or another VAE than it was trained with."""
+    path = data.run_folder(args) / f"{stage}.pt"
     flags = {"generator-uncond": " --condition none",
              "generator-factors": " --factors --condition both --groups 5"}  # shapes have five
     remedy = "train it with " + data.script_command("generator.py" + flags.get(stage, ""), args)
     state = data.load_trained(path, stage, args.dataset, remedy, codes=codes_id)
-    if stage == "generator-early":
-        latest = data.load(folder / "generator.pt", "generator", remedy, only="ema")
-        if state["id"] != latest["id"]:
-            data.fail(f"{path}: not an earlier self of generator.pt; {remedy} --restart")
     with data.reading(path, remedy):
         config, vae_id = state["config"], state["made_from"]["vae"]
         model = build_generator(config)
@@ -627,25 +620,25 @@ def add_flags(parser):
     add("--groups", type=data.positive, default=4, help="context: G, in-context code tokens")
     add = parser.add_argument_group("flow").add_argument
     add("--predict", choices=("x", "v", "noise"),
-        help="what the network outputs; the loss is on v (default: x in pixels, v in latents); noise: DDPM")
+        help="what the network outputs: x or v, with the loss on v, or noise, as in DDPM (default: x in "
+             "pixels, v in latents)")
     add("--t-mean", type=data.number(), default=-0.4, help="mu of equation (1)")
     add("--t-std", type=data.non_negative, default=1.0, help="sigma of equation (1)")
     add("--drop", type=data.fraction, default=0.1, help="probability of training without the code")
     add("--drop-positions", type=data.fraction, default=0.25,
         help="place: probability of training without a position of the code")
-    add("--early", type=data.fraction, default=0.25, help="share of the steps before generator-early.pt")
     add = parser.add_argument_group("start of the run").add_argument
     add("--init", metavar="DIR", help="start from the authors' weights, the folder DLC_DiT_L512")
 
 
 def check_flags(parser, args):
-    """What argparse cannot see: sizes that must divide."""
+    """What argparse cannot see: sizes that must divide, flags that need others."""
     if args.width % args.heads:
         parser.error(f"argument --heads: {args.heads} does not divide --width {args.width}")
     if args.patch % 2 ** args.stem:
         parser.error(f"argument --stem: {args.stem} halvings do not fit in --patch {args.patch}")
-    if args.image_size % args.patch:
-        parser.error(f"argument --patch: {args.patch} does not divide --image-size {args.image_size}")
+    if args.method == "ddpm" and args.predict != "noise":
+        parser.error("argument --method: ddpm needs --predict noise")
     if args.factors and (args.dataset != "shapes" or args.condition in ("none", "place")):
         parser.error("argument --factors: only for shapes, and with --condition both --groups 5")
 
@@ -712,8 +705,9 @@ def main(argv=None, dataset=None):
     torch.manual_seed(args.seed)
     model = build_generator(vars(args)).to(run.device)
     if args.init:  # a run that goes on loads its own weights over these
-        with data.reading(args.init, "expected the authors' DLC_DiT_L512, and flags of its sizes (README)"):
-            data.fill_model(model, read_release(args.init)[0])
+        with data.reading(args.init, "expected the authors' DLC_DiT_L512, and flags that fit it"):
+            state, sizes = read_release(args.init)
+            data.fill_as_flags_say(model, state, sizes, args)
     if args.dry_run:
         data.dry_run(args, model, run)  # ends here; on CUDA after two steps
     latents = load_latents(args, vae, dataset, run) if vae else None
@@ -747,8 +741,6 @@ def main(argv=None, dataset=None):
         norm = optimizers.step(step, loss)  # stops where the loss or a gradient is not finite
         ema.update_parameters(model)
         steps.show(loss=loss, norm=norm)
-        if stage == "generator" and step + 1 == round(args.early * args.steps):
-            checkpoint.save_early("generator-early", step + 1)
         if steps.at_checkpoint and run.main and not (args.dry_run or run.stop_asked):
             path = run.folder / "samples" / f"{stage}-{step + 1:06d}.png"
             save_samples(path, ema.module, stored, dataset, args, run)

@@ -300,11 +300,11 @@ class Decoder:
         model, inside = self.model, position % self.model.P
         x = model.embed(previous, (position - 1) % model.L)  # (B, D), at position 0 the start
         if model.P == 1 or position == 0 or inside == 1:
-            self.last_token = x  # begins a new sum
+            self.token_sum = x  # begins a new sum
         else:
-            self.last_token = self.last_token + x
+            self.token_sum = self.token_sum + x
         if inside == 0:  # the last token is whole
-            self.hidden = self.transform(self.last_token, position // model.P)  # (B, D)
+            self.hidden = self.transform(self.token_sum, position // model.P)  # (B, D)
         else:
             row = previous + model.first_row[position - 1]
             self.hidden = self.hidden + F.embedding(row, model.within.earlier)
@@ -363,7 +363,7 @@ def masked_nll(model, codes, null, u, scores, run):
     with run.autocast():
         logits = model(visible)  # (B, L, V)
     nll = F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none")  # (B, L)
-    return (nll * hidden).sum(1) / k  # a token of L: (L / k) Σ / L
+    return (nll * hidden).sum(1) / k  # (1), divided by L
 
 
 def ar_nll(model, codes, run):
@@ -433,13 +433,14 @@ BATCH = 500  # samples drawn together; random numbers are drawn for all: fewer s
 
 
 @torch.no_grad()
-def sample_masked(model, codes, sampler, run, generator, log_weights=None, condition=()):
+def sample_masked(model, codes, sampler, run, generator, log_weights=None, condition=(), states=None):
     """Fill the hidden positions (value V) of codes (n, L) long; given positions never change.
 
     sampler: the dict of sampler_settings. log_weights (n, L, V), from sample.py: added to the logits, −inf
     forbids a value. condition, from text_prior.py: tensors (n, ...) that the model is given beside the codes,
-    row by row. Returns codes (n, L) and the network calls each sample took (n,): at most one a hidden
-    position unless remasking hides positions again, because a step that reveals nothing costs nothing. """
+    row by row. states: a list to which the codes (n, L) before each call are added. Returns codes (n, L) and
+    the network calls each sample took (n,): at most one a hidden position unless remasking hides positions
+    again, because a step that reveals nothing costs nothing."""
     codes = codes.clone().to(run.device)
     given = codes != model.V
     condition = [c.to(run.device) for c in condition]
@@ -452,6 +453,8 @@ def sample_masked(model, codes, sampler, run, generator, log_weights=None, condi
     def call_model(rows):
         """Logits (m, L, V) of samples `rows` (m,), counted."""
         calls[rows.cpu()] += 1
+        if states is not None:
+            states.append(codes.cpu().clone())
         with run.autocast():
             logits = model(codes[rows], *(c[rows] for c in condition))  # (m, L, V)
         if log_weights is not None:
@@ -479,8 +482,8 @@ def sample_masked(model, codes, sampler, run, generator, log_weights=None, condi
         codes[rows] = part
 
     def ancestral(steps):
-        """t → s: a hidden position is revealed with probability (t − s + σ (1 − t)) / t, a revealed one is
-        hidden again with probability σ (ReMDM; σ = 0: MDLM)."""
+        """From a share t that is expected hidden to s: a hidden position is revealed with probability
+        (t − s + σ (1 − t)) / t, a revealed one hidden again with probability σ (ReMDM; σ = 0: MDLM)."""
         for step in range(steps):
             t, s = 1 - step / steps, 1 - (step + 1) / steps
             inside = sampler["remask_window"][0] <= t <= sampler["remask_window"][1]
@@ -532,7 +535,7 @@ def sample_ar(model, count, sampler, run, generator):
     codes = torch.full((count, model.L), model.V, device=run.device)
     for position in range(model.L):
         u = torch.rand(max(count, BATCH), generator=generator, dtype=torch.float64)[:count]
-        logits = decoder(codes[:, position - 1], position)  # (count, V)
+        logits = decoder(codes[:, position - 1], position)  # (count, V); before the first: the last, still V
         codes[:, position] = draw_values(logits, sampler["temperature"], sampler["nucleus"], u)[0]
     return codes.cpu(), torch.full((count,), model.L)
 
@@ -619,8 +622,8 @@ def read_release(folder):
         codes, width = state["pos_embed"].shape
         heads = width // (2 * len(state.pop("rotary_emb.inv_freq")))
         config = dict(codes=codes, values=len(state["vocab_embed.embedding"]) - 1, width=width, heads=heads,
-                      depth=len([name for name in state if name.endswith("attn_qkv.weight")]), dropout=0.0,
-                      condition=len(state["sigma_map.mlp.0.weight"]))
+                      depth=len([name for name in state if name.endswith("attn_qkv.weight")]),
+                      network="sedd", condition=len(state["sigma_map.mlp.0.weight"]))
     return state, config
 
 
@@ -628,8 +631,9 @@ def load_release(folder, device):
     """The authors' prior, ready to draw."""
     state, config = read_release(folder)
     with data.reading(folder, "expected the authors' SEDD"):
-        with torch.device("meta"):
-            model = SEDD(**config)
+        config.pop("network")
+        with torch.device("meta"):  # without memory of its own
+            model = SEDD(**config, dropout=0.0)
         data.fill_model(model, state, assign=True)
     return model.to(device).eval()
 
@@ -683,8 +687,9 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = build_prior(vars(args)).to(run.device)
     if args.init:  # a run that goes on loads its own weights over these
-        with data.reading(args.init, "expected the authors' DLC_SEDD_L512, and flags of its sizes (README)"):
-            data.fill_model(model, read_release(args.init)[0])
+        with data.reading(args.init, "expected the authors' DLC_SEDD_L512, and flags that fit it"):
+            state, sizes = read_release(args.init)
+            data.fill_as_flags_say(model, state, sizes, args)
     if args.dry_run:
         data.dry_run(args, model, run)  # ends here; on CUDA after two steps
     ema = data.averaged(model, args.ema)

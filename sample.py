@@ -4,6 +4,8 @@
     python sample.py --score                         # the scores alone, also in OUT/<dataset>/scores.json
     python sample.py unconditional --kind ar         # prior → code → image
     python sample.py reconstruct a.png b.png         # image → code → images, a new noise each
+    python sample.py explain a.png                   # its code, and what each position does to the drawing
+    python sample.py reveal                          # a GIF: codes as the masked prior writes them, drawn
     python sample.py compose a.png b.png --weights 0.5 0.5      # each position of the code from one of them
     python sample.py compose a.png b.png --positions 0 1 2 3    # these positions from the first image
     python sample.py compose a.png b.png --inside    # what is inside the first image, in the second one's rim
@@ -16,8 +18,8 @@
     torchrun --nproc-per-node 8 sample.py --score --inception inception-2015-12-05.pt --dataset imagenet
 
 Images are files of any size; where none are named, pictures of the test split are taken. Grids go to
-OUT/<dataset>/samples/, numbered, with all settings inside the PNG (text field "settings"). Positions that
-are drawn apart contradict each other: for compose the masked prior chooses fitting ones (--choose).
+OUT/<dataset>/samples/, numbered, with all settings inside (PNG: text field "settings"; GIF: comment).
+Positions that are drawn apart contradict each other: for compose the masked prior chooses them (--choose).
 
 Scores use a judge, a small CNN trained on all combinations of the factors (and, for shapes, to tell a clean
 drawing from a blend of two, a blurred and a frayed one); the Fréchet distance is taken in its features:
@@ -56,7 +58,8 @@ RELEASE = dict(  # --release: the paper's settings
     batch=16, choose="random", text_guidance=[1.0])
 COMMANDS = {  # pictures, with the last stage that they need
     "unconditional": "prior --kind {kind}", "reconstruct": "generator", "compose": "prior --kind masked",
-    "infill": "prior --kind masked", "text": "text_prior", "caption": "text_prior"}
+    "infill": "prior --kind masked", "text": "text_prior", "caption": "text_prior", "explain": "generator",
+    "reveal": "prior --kind masked"}
 STAGES = ("tokenizer", "generator", "prior --kind masked", "prior --kind ar", "text_prior")  # in order
 MODULES = {module.__name__: module for module in (tokenizer, generator, prior, text_prior)}
 
@@ -128,12 +131,12 @@ class Stages:
 
     def made_from(self, kind):
         """What pictures of the prior `kind` follow from, as plain values."""
-        names = ["generator", f"prior-{kind}"] + ["generator-early"] * (self.args.guide == "early")
+        names = ("generator", f"prior-{kind}")
         states = [data.load(self.run.folder / f"{name}.pt", name, "train it", only="ema") for name in names]
         return [[state["id"], state["step"]] for state in states]
 
     def model(self, stage):
-        """The model of a stage: prior-masked, prior-ar, generator, generator-early or another like these."""
+        """The model of a stage: prior-masked, prior-ar, generator or another like these."""
         if stage not in self.models:
             model = self.models[stage] = self.read(stage)
             if isinstance(model, generator.DiT):
@@ -161,12 +164,8 @@ class Stages:
 
     def draw(self, codes, seed=0, first=0, stage="generator"):
         """Images (n, 3, S, S) uint8 from codes (n, L), of which the first is number `first` of many."""
-        model = self.model(stage)
-        weak = None
-        if self.args.guide == "early" and stage == "generator":
-            weak = self.model("generator-early")
         sampler = generator.sampler_settings(self.args)
-        return generator.generate(model, codes, len(codes), sampler, self.run, seed, weak, first)
+        return generator.generate(self.model(stage), codes, len(codes), sampler, self.run, seed, first)
 
     def sample_codes(self, kind, count, seed=0, first=0):
         """Codes (count, L) and network calls (count,) of a prior; `first` as in `draw`."""
@@ -255,7 +254,7 @@ class Release(Stages):
         return Path(self.args.release) / f"{name}_L512"
 
     def load_codes(self, images_id=None):
-        """L and V, as the generator's weights tell them."""
+        """L and V alone, as the generator's weights tell them; side 0: codes of no grid."""
         _, sizes = generator.read_release(self.part("DLC_DiT"))
         return {"L": sizes["codes"], "V": sizes["values"], "side": 0}
 
@@ -918,8 +917,61 @@ def compose_pictures(stages, args, inputs, codes):
     return torch.cat([inputs, blank, stages.draw(children, args.seed)]), columns
 
 
+def explain_pictures(stages, args, inputs, codes, names):
+    """For each of n images a row: itself, its code (L,), the drawing from it, how much that changes where one
+    position takes the value of another image, the drawings that change most. Returns pictures (3, S, S)
+    uint8, columns and titles."""
+    L, V, side = (stages.stored[name] for name in ("L", "V", "side"))
+    columns, size = 4 + min(L, max(1, args.columns - 4)), max(128, args.image_size)
+    others = stages.codes_of(stages.stored["splits"]["train"][:500])  # (m, L)
+    values = others.gather(0, (others[:, None] != codes).int().argmax(0))  # (n, L): the first that differ
+    drawn = stages.draw(codes, args.seed)  # (n, 3, S, S)
+    only = torch.eye(L).bool()  # row l: position l alone
+    changed = [stages.draw(torch.where(row, values, codes), args.seed) for row in only]  # the same noise
+    changed = torch.stack(changed, 1)  # (n, L, 3, S, S)
+    change = (changed.float() - drawn[:, None].float()).abs().mean((2, 3, 4))  # (n, L)
+    heat = (255 * change / change.amax(1, keepdim=True).clamp(min=1e-9)).long()
+    reds = (255 - torch.linspace(0, 1, 256)[:, None] * torch.tensor([20, 200, 225])).to(torch.uint8)
+    pictures, titles = [], []
+    for k, name in enumerate(names):
+        most = change[k].argsort(descending=True)[:columns - 4].tolist()
+        ranks = [str(most.index(position) + 1) if position in most else "" for position in range(L)]
+        pictures += [inputs[k], data.draw_code(codes[k], data.code_colours(V), side, size), drawn[k],
+                     data.draw_code(heat[k], reds, side, size, ranks), *changed[k, most]]
+        titles += [f"image: {name}", f"its code: {L} values", "drawn from its code", "red: matters most"]
+        titles += [f"square {rank}: value {codes[k, position]} to {values[k, position]}"
+                   for rank, position in enumerate(most, 1)]
+    return pictures, columns, titles
+
+
+def write_reveal(stages, args, path, settings, most=32):
+    """The masked prior writes --columns codes: a GIF of about `most` states from all hidden to none, above
+    the drawings from them, always with the same noise."""
+    model, side = stages.model("prior-masked"), stages.stored["side"]
+    if stages.model("generator").condition != "place":
+        print("note: reveal: this generator was not trained on partly hidden codes", file=sys.stderr)
+    sampler = prior.sampler_settings(args, stages.samplers["masked"])
+    hidden = torch.full((args.columns, model.L), model.V)
+    rng, states = data.step_generator(args.seed, 0), []
+    codes, _ = prior.sample_masked(model, hidden, sampler, stages.run, rng, states=states)
+    colours, size, frames = data.code_colours(model.V), max(128, args.image_size), []
+    for state in [*states[::math.ceil(len(states) / most)], codes]:
+        known = (state != model.V).double().mean()
+        lines = [f"the codes: {known:.0%} written by the masked prior (grey: still hidden)",
+                 "drawn from what is written so far, always from the same noise"]
+        pictures = [data.draw_code(code, colours, side, size) for code in state]
+        pictures += stages.draw(state, args.seed)
+        frames.append(data.draw_grid(pictures, args.columns, lines=lines))
+    data.save_animation(path, frames, settings)
+
+
 def make_pictures(command, stages, args):
-    """Write the grid of a command."""
+    """Write the picture of a command."""
+    name = f"{command}-{args.kind}" if command == "unconditional" else command
+    end = "gif" if command == "reveal" else "png"
+    numbered = (stages.run.folder / "samples" / f"{name}-{k:03d}.{end}" for k in itertools.count(1))
+    path = next(path for path in numbered if not path.exists())  # earlier ones stay
+    settings = {**vars(args), "command": command}
     titles = lines = ()
     if command == "unconditional":
         columns = args.columns
@@ -927,8 +979,9 @@ def make_pictures(command, stages, args):
         images = stages.draw(codes, args.seed)
     elif command == "text":
         images, columns, lines = text_pictures(stages, args)
-    else:
-        inputs, codes, titles = input_images(args.inputs, stages, args, 2 if command == "compose" else 8)
+    elif command != "reveal":
+        most = {"compose": 2, "explain": args.rows}.get(command, 8)
+        inputs, codes, titles = input_images(args.inputs, stages, args, most)
         columns = len(inputs)
     if command == "reconstruct":  # a row of inputs, then rows drawn from their codes with different noise
         rows = [stages.draw(codes, data.mix_seed(args.seed, row)) for row in range(args.rows)]
@@ -940,17 +993,19 @@ def make_pictures(command, stages, args):
         images = torch.cat([inputs, stages.draw(filled, args.seed)])
     elif command == "caption":  # in each row an image and the one drawn from its code
         lines = stages.captions_from_codes(codes, args.seed)
-        for path, caption in zip(args.inputs or titles, lines):
-            print(f"{path}: {' '.join(caption.split())}")
+        for source, caption in zip(args.inputs or titles, lines):
+            print(f"{source}: {' '.join(caption.split())}")
         images = torch.stack([inputs, stages.draw(codes, args.seed)], 1).flatten(0, 1)
         columns = 2
         titles = ()
     elif command == "compose":
         images, columns = compose_pictures(stages, args, inputs, codes)
-    name = f"{command}-{args.kind}" if command == "unconditional" else command
-    numbered = (stages.run.folder / "samples" / f"{name}-{k:03d}.png" for k in itertools.count(1))
-    path = next(path for path in numbered if not path.exists())  # earlier ones stay
-    data.save_grid(path, images, columns, titles, lines, settings={**vars(args), "command": command})
+    elif command == "explain":
+        images, columns, titles = explain_pictures(stages, args, inputs, codes, titles)
+    if command == "reveal":
+        write_reveal(stages, args, path, settings)
+    else:
+        data.save_grid(path, images, columns, titles, lines, settings)
     print(f"{command}: {path}")
 
 
@@ -1019,7 +1074,7 @@ def parse(argv):
     add("--count", type=data.number(4, 10 ** 9, int),
         help="pictures for a score, for some half (default: 2,000; with --inception 50,000)")
     add("--columns", type=data.positive, default=8, help="pictures in a row (if the inputs do not decide it)")
-    add("--rows", type=data.positive, default=4, help="rows of generated pictures")
+    add("--rows", type=data.positive, default=4, help="rows of generated pictures; explain: test images")
     add("--prompts", metavar="FILE", help="text: a file with a prompt in each line")
     add("--image", metavar="FILE", help="text: a picture whose code is kept in part, or mixed in (--weights)")
     add("--keep", type=data.fraction, default=0.5, help="share of positions kept (infill: on average)")
@@ -1038,8 +1093,6 @@ def parse(argv):
         help="compose: largest share of the positions where its parents differ that a child has from one")
     add("--rounds", type=data.count, default=16, help="compose: rounds in which the prior chooses again")
     add("--round-share", type=data.fraction, default=0.125, help="compose: share of the positions in a round")
-    add("--guide", choices=("null", "early"), default="null",
-        help="guide images by the model without code, or by its earlier checkpoint")
     add("--text-guidance", type=data.number(0, 1e6), nargs="+", default=[2.0],
         help="w of equation (3) of text_prior.py; 1: none; --score measures all, pictures take the first")
     generator.add_sampler_flags(parser)
@@ -1058,9 +1111,9 @@ def parse(argv):
         parser.error("argument --inception: only --score reads it")
     if args.command != "text" and (args.prompts or args.image is not None):
         parser.error("arguments --prompts and --image: only text reads them")
-    of_stages = args.train or args.score and not args.inception or args.kind == "ar" or args.guide == "early"
-    if args.release and of_stages:
-        parser.error("argument --release: not with --train, --kind ar, --guide early, --score without "
+    if args.release and (args.train or args.score and not args.inception or args.kind == "ar"
+                         or args.command in ("explain", "reveal")):
+        parser.error("argument --release: not with --train, --kind ar, explain, reveal, or --score without "
                      "--inception")
     if args.inside and (args.command != "compose" or args.positions):
         parser.error("argument --inside: only for compose, and without --positions")

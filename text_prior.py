@@ -451,7 +451,7 @@ def read_release(folder):
     text = read_tokenizer_json(folder / "tokenizer.json")
     with data.reading(folder, "expected the authors' fine-tuned LLaDA"):
         rows, width = state["wte.weight"].shape
-        config = dict(values=rows - text.start - 1, width=width, tables="shared", dropout=0.0,
+        config = dict(values=rows - text.start - 1, width=width, tables="shared",  # rows: text, start, values
                       heads=data.released_config(folder).get("n_heads", width // 128),
                       hidden=len(state["blocks.0.up_proj.weight"]),
                       depth=len([name for name in state if name.endswith("up_proj.weight")]))
@@ -465,14 +465,15 @@ def load_release(folder, stored, device, longest=512):
     """The authors' text prior, its Text and its config, as load_text_prior, for the L and V of `stored`. The
     weights stay in their type (bfloat16) and go to the device one at a time; prompts of `longest` tokens."""
     state, text, config = read_release(folder)
-    config |= {"codes": stored["L"], "text_length": longest, "window": RELEASE_WINDOW, "captions": None}
+    config |= {"codes": stored["L"], "text_length": longest, "window": RELEASE_WINDOW, "captions": None,
+               "dropout": 0.0}
     with data.reading(folder, "expected the authors' fine-tuned LLaDA"):
         if config["values"] != stored["V"]:
             raise data.Unfit(f"{config['values']} values a position, the generator has {stored['V']}")
         with torch.device("meta"):
             model = build_text_prior(config, text)
         data.fill_model(model, state, assign=True)
-    model.null_is_hidden = True
+    model.null_is_hidden = True  # as it was trained: without caption, words and start are mask tokens
     return model.to(device).eval(), text, config
 
 
@@ -595,8 +596,9 @@ def main(argv=None, dataset=None):
     torch.manual_seed(args.seed)
     model = build_text_prior(vars(args), text)
     if args.init:  # a run that goes on loads its own weights over these
-        with data.reading(args.init, "expected the authors' DLC_LLADA_L512, and flags of its sizes (README)"):
-            data.fill_model(model, read_release(args.init)[0])
+        with data.reading(args.init, "expected the authors' DLC_LLADA_L512, and flags that fit it"):
+            state, _, sizes = read_release(args.init)
+            data.fill_as_flags_say(model, state, sizes, args)
     if args.dry_run:
         data.dry_run(args, model, run)
     if args.shard and run.world == 1:

@@ -750,8 +750,8 @@ def load_release(folder, codes, values, device):
         depth = len([name for name in state if name.endswith("norm1.weight")])
         heads = data.released_config(folder).get("num_attention_heads", width // 64)
         with torch.device("meta"):  # without memory of its own
-            model = ViT(side * patch, patch, width, depth, heads, codes, values, 1.0, "registers",
-                        registers=state["register_tokens"].shape[1])
+            model = ViT(side * patch, patch, width, depth, heads, codes, values, tau=1.0,
+                        sem_read="registers", registers=state["register_tokens"].shape[1])
         model.sem_out = None  # only training needs it
         state.pop("sem_out.weight", None)
         data.fill_model(model, {"sem_centre": torch.zeros(codes, values)} | state, assign=True)

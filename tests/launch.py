@@ -89,8 +89,7 @@ def make_checkpoints():
                     importlib.import_module(name).main(flags)
                 if stop:
                     shutil.copy(f"out/shapes/{stage}.pt", EARLIER)
-        for name in ("codes", "generator-early"):
-            shutil.copy(f"out/shapes/{name}.pt", EARLIER)
+        shutil.copy("out/shapes/codes.pt", EARLIER)
 
 
 def child(words, output, environment):

@@ -198,15 +198,13 @@ def test_processes_that_were_started_differently_stop_before_the_first_step(trai
     assert not (folder / "prior-ar.pt").exists()
 
 
-def test_an_unfinished_generator_is_named_and_the_early_one_of_another_run_refused(trained, tmp_path):
+def test_an_unfinished_generator_is_named(trained, tmp_path):
     _, words = prepare(trained, tmp_path, "generator")
-    pictures = ["sample", "reconstruct", *ONE_PICTURE, "--guide", "early", "--out", tmp_path]
+    pictures = ["sample", "reconstruct", *ONE_PICTURE, "--out", tmp_path]
     finish(tmp_path / "said", words, code=143, STOP_AFTER=4)
     assert re.search(r"generator.pt .*step 4 of 6", finish(tmp_path / "said", pictures))
     call(*words)
     assert "step" not in finish(tmp_path / "said", pictures)
-    call(*words, "--early", 0, "--restart")  # leaves the early one of the run before
-    refuse(*pictures, words=["generator-early.pt", "not an earlier self of generator.pt", "--restart"])
 
 
 @pytest.mark.skipif(data.fcntl is None, reason="no locks here")
@@ -408,7 +406,7 @@ def test_checkpoints_of_an_earlier_commit_go_on_and_are_drawn_from(tmp_path):
         call(*words, "--out", tmp_path)
         assert weights(tmp_path, stage)["step"] == 6
     for words in (["unconditional"], ["unconditional", "--kind", "ar"], ["text", "a red ring"]):
-        call("sample", *words, *ONE_PICTURE, "--guide", "early", "--out", tmp_path)
+        call("sample", *words, *ONE_PICTURE, "--out", tmp_path)
     names = {path.stem for path in (folder / "samples").iterdir()}
     assert names >= {"unconditional-ar-001", "unconditional-masked-001", "text-001"}
 

@@ -204,10 +204,12 @@ def test_a_diffusion_generator_trains_goes_on_and_draws(trained, tmp_path):
     assert state["ema"]["blocks.0.mlp.fc1.bias"].shape == (64,)
     call("sample", "reconstruct", "--rows", 1, "--sample-steps", 3, "--out", out)
     call("sample", "reconstruct", "--rows", 1, "--sample-steps", 3, "--method", "heun", "--out", out)
-    assert (folder / "samples" / "reconstruct.png").exists()
+    assert (folder / "samples" / "reconstruct-001.png").exists()
     refuse("generator", *flags[:-2], "--predict", "x", "--out", out, words=["predict noise → x"])
     link_codes(trained, tmp_path / "flow")
     call("generator", *TINY["generator"], "--out", tmp_path / "flow")
+    with pytest.raises(SystemExit):
+        call("generator", *TINY["generator"], "--method", "ddpm")
     refuse("sample", "reconstruct", "--method", "ddpm", "--out", tmp_path / "flow", words=["--predict noise"])
 
 
@@ -378,5 +380,15 @@ def test_training_from_the_release_starts_with_its_weights(release, trained, tmp
     read = {"generator": generator, "prior-masked": prior, "text_prior": text_prior}[stage].read_release
     for key, x in read(release / part)[0].items():
         assert torch.equal(weights(out, stage)["ema"][key], x.float()), key
-    refuse(name, *INIT, *flags, "--width", "32", "--restart", "--init", release / part, "--out", out,
-           words=[part, "expected"])
+    refuse(name, *INIT, *flags, "--heads", "4", "--restart", "--init", release / part, "--out", out,
+           words=[part, "needs --heads 2"])
+
+
+def test_the_tokenizer_starts_from_the_released_encoder_with_its_simplicial_embedding(release, tmp_path):
+    out = tmp_path / "out"
+    flags = "--attention --stem 0 --patch 4 --registers 4 --sem-read registers --codes 16 --values 4".split()
+    call("tokenizer", *INIT, *flags, "--init", release / "SEM_dinov2_L512", "--out", out)
+    expected = tokenizer.backbone_weights(release / "SEM_dinov2_L512")
+    found = weights(out, "tokenizer")["ema"]
+    for name in ("sem_embed.weight", "patch_embed.proj.weight", "blocks.1.attn.qkv.weight"):
+        assert torch.equal(found[f"backbone.{name}"], expected[name])

@@ -134,11 +134,53 @@ def test_pictures_store_their_settings(trained):
                           ("infill --keep 0.25", "infill"), ("compose --weights 0.8 0.2", "compose"),
                           ("compose --positions 0 1", "compose"), ("compose --choose random", "compose"),
                           ("compose --inside", "compose")):
-        call("sample", *command.split(), *"--rows 2 --sample-steps 2 --guide early --out".split(), trained)
-        with Image.open(max((trained / "shapes" / "samples").glob(f"{name}-0*.png"))) as image:  # the latest
+        call("sample", *command.split(), *"--rows 2 --sample-steps 2 --out".split(), trained)
+        with Image.open(max((trained / "shapes" / "samples").glob(f"{name}-0*.png"))) as image:
             settings = json.loads(image.text["settings"])
         assert settings["command"] == command.split()[0]
-        assert settings["sample_steps"] == 2 and settings["guide"] == "early"
+        assert settings["sample_steps"] == 2
+
+
+def test_the_picture_of_a_code_has_a_square_for_each_position_in_place():
+    """Patch by patch, two lines of two squares each; without patches line by line; no code is grey."""
+    code, colours = torch.tensor([0, 1, 2, 3] * 3 + [3, 2, 1, 4]), data.code_colours(4)
+    for side, expected in ((2, [[0, 1, 0, 1], [2, 3, 2, 3], [0, 1, 3, 2], [2, 3, 1, 4]]),
+                           (0, [[0, 1, 2, 3]] * 3 + [[3, 2, 1, 4]])):
+        picture = data.draw_code(code, colours, side, 128)
+        corners = picture[:, 5::32, 5::32].permute(1, 2, 0)  # (4, 4, 3), above and left of the numbers
+        assert picture.shape == (3, 128, 128) and torch.equal(corners, colours[torch.tensor(expected)])
+
+
+def test_explaining_an_image_shows_its_code_and_what_each_position_does(trained):
+    flags = ["--rows", "2", "--columns", "7", "--sample-steps", "1", "--out", str(trained)]
+    call("sample", "explain", *flags)
+    with Image.open(max((trained / "shapes" / "samples").glob("explain-*"))) as image:
+        assert image.size == (7 * 136 + 2, 2 * (136 + 14) + 2)
+        code = np.array(image.crop((138, 16, 266, 144)))
+    args = sample.parse(["explain", *flags])
+    stages = sample.Stages(args, data.Run(args))
+    first = stages.encode(stages.dataset.pixels(stages.dataset.splits["test"][:1]))[0]
+    assert np.array_equal(code[5::32, 5::32].reshape(16, 3), data.code_colours(4)[first].numpy())
+
+
+def test_a_code_is_revealed_from_all_hidden_to_the_one_that_the_prior_draws(trained):
+    flags = ["--columns", "2", "--sample-steps", "1", "--out", str(trained)]
+    call("sample", "reveal", *flags)
+    args = sample.parse(["unconditional", *flags])
+    drawn, _ = sample.Stages(args, data.Run(args)).sample_codes("masked", 2)
+    colours = data.code_colours(4).int()
+    with Image.open(max((trained / "shapes" / "samples").glob("reveal-*"))) as image:
+        assert image.n_frames == 17 and json.loads(image.info["comment"])["command"] == "reveal"
+        for frame in range(17):
+            image.seek(frame)
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).int()[16:144]
+            codes = []
+            for left in (2, 138):
+                squares = pixels[5::32, left + 5:left + 128:32].reshape(16, 1, 3)
+                codes.append((squares - colours).abs().sum(2).argmin(1))
+            codes = torch.stack(codes)  # (2, 16), read from the picture
+            assert ((codes == 4).sum(1) == 16 - frame).all()
+            assert ((codes == 4) | (codes == drawn)).all()
 
 
 def test_named_images_of_any_size_are_reconstructed_and_composed(trained, tmp_path):
