@@ -1713,7 +1713,7 @@ class Checkpoint:
             with reading(self.path, f"it is of another version of these scripts; {remedy}"):
                 self.restore(state)
         if step >= args.steps and self.run.main:
-            print(f"{self.path} is finished ({step} steps); --restart trains it again")
+            print(f"{self.path} is finished ({step} steps); --restart trains it again ({Parser.remedy})")
         return step
 
     def restore(self, state):

@@ -1,6 +1,7 @@
 """The tokenizer's parts: ViT and the weights of others, SEM, views, losses, probes."""
 import json
 import math
+import re
 
 import data
 import numpy as np
@@ -298,11 +299,9 @@ def test_the_terms_of_the_loss_are_weighted_as_in_dinov2(run):
 
 def parsed(*flags):
     """Settings as from the flags of the tokenizer, tiny."""
-    parser = data.make_parser("")
-    data.add_training_flags(parser, steps=4, batch_size=8, lr=1e-3, lr_matrix=0.0, warmup=0)
-    tokenizer.add_flags(parser)
     sizes = "--width 32 --depth 2 --codes 16 --values 4 --prototypes 24 --head-hidden 16 --bottleneck 8"
-    return data.parse(parser, tokenizer.PRESETS, ["--attention", *sizes.split(), *flags])
+    usual = f"--steps 4 --batch-size 8 --lr 1e-3 --warmup 0 --attention {sizes}"
+    return tokenizer.parse([*usual.split(), *flags])[1]
 
 
 def test_learning_rates_fall_with_the_distance_from_the_head_and_the_teacher_warms_up():
@@ -380,6 +379,7 @@ def test_codes_that_tell_nothing_apart_are_said_with_what_to_do(tmp_path, capsys
     (tmp_path / "in").mkdir()
     for k in range(24):
         Image.new("RGB", (32, 32), (90, 120, 200)).save(tmp_path / "in" / f"{k}.png")
-    call("tokenizer", *TINY["tokenizer"], "--dataset", "folder", "--data-dir", tmp_path / "in", "--out", tmp_path)
-    said = capsys.readouterr().err
-    assert "note: all images have nearly the same code" in said and "--restart" in said and "see --help" in said
+    where = ["--dataset", "folder", "--data-dir", tmp_path / "in", "--out", tmp_path]
+    call("tokenizer", *TINY["tokenizer"], *where)
+    [line] = re.findall("note: all images have nearly the same code.*", capsys.readouterr().err)
+    assert "--restart" in line and "see --help" in line
