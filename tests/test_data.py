@@ -718,11 +718,11 @@ def test_labels_are_written_in_the_letters_of_their_language_or_printed(tmp_path
     labels = ("a ring", "une tête, ein Fuß, κύκλος, круг")
     data.save_grid(tmp_path / "a.png", images, 1, lines=labels)
     monkeypatch.setattr(data, "FONTS", ["none.ttf"])
-    assert data.find_font(labels[0]) and data.find_font(labels[1]) is None
+    assert data.find_font(labels[0], 10) and data.find_font(labels[1], 10) is None
     capsys.readouterr()
     data.save_grid(tmp_path / "b.png", images, 1, lines=labels)
     said = capsys.readouterr().err
-    assert f"b.png: no font here has all characters of label 2: {labels[1]}" in said and labels[0] not in said
+    assert f"label (2), of which no font here has all characters: {labels[1]}" in said and labels[0] not in said
 
 
 def test_figures_of_few_images_have_fewer_digits(capsys):
