@@ -1464,28 +1464,37 @@ def code_type(values):
     return torch.uint8 if values <= 256 else torch.uint16
 
 
-def save_codes(path, codes, values, side, dataset, report, made_from):
+def save_codes(path, codes, values, side, dataset, report, made_from, colour_codes=0):
     """Write codes (N, 2 flips, L) with all that later stages need to know of them, for load_codes. side: of
-    the grid of patches, where each has positions of its own, else 0. Made again from the same tokenizer and
-    images (ids by name), they have the same id."""
+    the grid of patches, where each has positions of its own, else 0; colour_codes: how many of these, the
+    last ones, read its colours. Made again from the same tokenizer and images (ids by name), they have
+    the same id."""
     codes = codes.to(code_type(values))
     splits = {name: [rows.start, rows.stop] for name, rows in dataset.splits.items()}
     id = checksum(made_from)[:16]
-    save(path, "codes", codes=codes, V=values, side=side, splits=splits, report=report, id=id,
-         made_from=made_from)
+    save(path, "codes", codes=codes, V=values, side=side, colour_codes=colour_codes, splits=splits,
+         report=report, id=id, made_from=made_from)
 
 
 def load_codes(path, remedy, images_id=None):
-    """A dict with codes (N, 2 flips, L) unsigned, memory-mapped; L, V, side, splits {name: range of rows},
-    the tokenizer's report and their id. images_id: of the dataset whose codes they must be."""
+    """A dict with codes (N, 2 flips, L) unsigned, memory-mapped; L, V, side, colour_codes, splits {name:
+    range of rows}, the tokenizer's report and their id. images_id: of the dataset whose codes they must
+    be."""
     state = load(path, "codes", remedy, only="codes")
     with reading(path, remedy):
         state["L"] = state["codes"].shape[2]
-        state.setdefault("side", 0)  # of codes of an earlier version
+        for name in ("side", "colour_codes"):  # of codes of an earlier version
+            state.setdefault(name, 0)
         state["splits"] = {name: range(*rows) for name, rows in state["splits"].items()}
         if images_id is not None and images_id != state["made_from"]["images"]:
             raise Unfit("codes of other images than there are now: other names, sizes, order or parts")
     return state
+
+
+def colour_positions(stored):
+    """Which positions of codes, as from load_codes, read colours: (L,) bool."""
+    per_patch = stored["L"] // max(1, stored["side"] ** 2)
+    return torch.arange(stored["L"]) % per_patch >= per_patch - stored.get("colour_codes", 0)
 
 
 def fill_rows(folder, size, run, work, shapes, chunk=2000):

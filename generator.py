@@ -231,9 +231,9 @@ def velocity(output, z, t, predict, nearest=0.0):
 
 def drop_codes(codes, null, part, drop, drop_positions):
     """Codes (B, L), each row replaced by "no code" (all `null`) with probability `drop`, each position with
-    probability `drop_positions`."""
+    probability `drop_positions`, a number or (L,)."""
     dropped = part.uniform(1) < drop  # (B, 1)
-    if drop_positions > 0:
+    if torch.is_tensor(drop_positions) or drop_positions > 0:
         dropped = dropped | (part.uniform(codes.shape[1]) < drop_positions)  # (B, L)
     return torch.where(dropped, null, codes)
 
@@ -626,7 +626,8 @@ def add_flags(parser):
     add("--t-std", type=data.non_negative, default=1.0, help="sigma of equation (1)")
     add("--drop", type=data.fraction, default=0.1, help="probability of training without the code")
     add("--drop-positions", type=data.fraction, default=0.25,
-        help="place: probability of training without a position of the code")
+        help="place: probability of training without a position of the code (with --colour-codes: without "
+             "one of colour)")
     add = parser.add_argument_group("start of the run").add_argument
     add("--init", metavar="DIR", help="start from the authors' weights, the folder DLC_DiT_L512")
 
@@ -720,6 +721,9 @@ def main(argv=None, dataset=None):
     wrapped = run.wrap(model, args)
     steps = data.Steps(checkpoint, start, train_rows, args.batch_size)
     batches = None if vae else data.image_batches(dataset, run, args, start)
+    singly = args.drop_positions if args.condition == "place" else 0.0
+    if stored.get("colour_codes") and singly > 0:  # else form would be guessed from colour
+        singly = singly * data.colour_positions(stored).to(run.device)  # (L,)
 
     for step in steps:
         images = None if vae else next(batches)  # of this process
@@ -734,7 +738,6 @@ def main(argv=None, dataset=None):
                 x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
             c = stored["codes"][part.rows, flip].long().to(run.device)  # (b, L), of the flip that is shown
             if args.condition != "none":
-                singly = args.drop_positions if args.condition == "place" else 0.0
                 c = drop_codes(c, args.values, part, args.drop, singly)
             loss = loss + part.backward(loss_of(wrapped, x, c, part, args, run))
         loss = run.average(loss)

@@ -9,6 +9,7 @@
     python sample.py compose a.png b.png --weights 0.5 0.5      # each position of the code from one of them
     python sample.py compose a.png b.png --positions 0 1 2 3    # these positions from the first image
     python sample.py compose a.png b.png --inside    # what is inside the first image, in the second one's rim
+    python sample.py compose a.png b.png --recolour  # what is inside the first image, in the second's colours
     python sample.py infill a.png --keep 0.5         # half of the code stays, the masked prior draws the rest
     python sample.py text "a small red ring on a dotted background in a blue frame" "a large blue bar"
     python sample.py text "a green ring" --image a.png --keep 0.5          # half of the picture's code stays
@@ -92,6 +93,15 @@ def inner_positions(L, side):
     row, column = patch // side, patch % side
     inner = (row > 0) & (row < side - 1) & (column > 0) & (column < side - 1)
     return inner.nonzero()[:, 0]
+
+
+def but_inner_colours(stored):
+    """The positions of codes, as from data.load_codes, that are not the colours of inner patches."""
+    kept = ~data.colour_positions(stored)
+    if kept.all():
+        data.fail("--recolour: needs codes of tokenizer.py --colour-codes")
+    inner = torch.isin(torch.arange(stored["L"]), inner_positions(stored["L"], stored["side"]))
+    return (kept | ~inner).nonzero()[:, 0]
 
 
 class Stages:
@@ -578,6 +588,9 @@ class Scores:
         if side > 2:
             inner = inner_positions(codes.shape[2], side)
             found["inner patches of the first"] = self.stages.compose(codes, [1, 1], rng, "random", inner)
+        if self.stages.stored.get("colour_codes") and side > 2:
+            kept = but_inner_colours(self.stages.stored)
+            found["in the colours of the second"] = self.stages.compose(codes, [1, 1], rng, "random", kept)
         return found
 
     def score_composition(self):
@@ -599,11 +612,11 @@ class Scores:
             new = right & (seen[:, None] != labels).any(2).all(1)
             line |= {"right": mean(inherited.all(1)), "right and clean": mean(right),
                      "right, clean, unlike both parents": mean(new)}
-            if self.shapes and way.startswith("inner"):
-                wanted = torch.cat([labels[:, 0, :3], labels[:, 1, 3:]], 1)
-                placed = (seen == wanted).all(1)
-                line |= {"object of the first on the ground of the second": mean(placed),
-                         "the same, clean": mean(placed & clean)}
+            parents = {"inner patches of the first": [0, 0, 0, 1, 1],  # of whom it should have each factor
+                       "in the colours of the second": [0, 1, 0, 0, 0]}.get(way)
+            if self.shapes and parents:
+                meant = (seen == labels[:, parents, range(5)]).all(1)
+                line |= {"all five factors as meant": mean(meant), "the same, clean": mean(meant & clean)}
         return result
 
     def score_recombination(self, pair):
@@ -621,6 +634,8 @@ class Scores:
         result = {}
         for way, codes in self.children(rows).items():
             if way.startswith("inner") and "frame" not in pair:  # shape and colour lie in the same patches
+                continue
+            if way.startswith("in the colours") and "shape" not in pair:
                 continue
             _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 2))
             both = (seen == wanted)[:, [first, second]].all(1)
@@ -859,10 +874,11 @@ def check_mixture(args, k, L):
     if k < 2:
         data.fail("compose: one image; name at least 2")
     weights = args.weights or [1.0] * k
-    others = weights[1:] if args.positions or args.inside else weights  # the first has its positions
+    given = args.positions or args.inside or args.recolour
+    others = weights[1:] if given else weights  # the first has its positions
     if len(weights) != k or sum(others) <= 0:
         data.fail(f"--weights: {len(weights)} numbers for {k} codes; give one each, not all zero (with "
-                  "--positions or --inside: not all but the first)")
+                  "--positions, --inside or --recolour: not all but the first)")
     if args.positions and max(args.positions) >= L:
         data.fail(f"--positions: expected numbers from 0 to {L - 1}")
 
@@ -907,11 +923,13 @@ def compose_pictures(stages, args, inputs, codes):
     families = codes.expand(columns * args.rows, k, L)
     rng = data.step_generator(args.seed, 0)
     positions = args.positions
-    if args.inside:
+    if args.inside or args.recolour:
         side = stages.stored["side"]
         if side < 3:
-            data.fail("--inside: needs codes of --sem-read patches, at least 3 patches side by side")
+            data.fail("--inside and --recolour: need codes of --sem-read patches, at least 3 side by side")
         positions = inner_positions(L, side)
+    if args.recolour:
+        positions = but_inner_colours(stages.stored)
     children = stages.compose(families, args.weights or [1 / k] * k, rng, args.choose, positions)
     blank = torch.full((columns - k, *inputs.shape[1:]), 255, dtype=torch.uint8)
     return torch.cat([inputs, blank, stages.draw(children, args.seed)]), columns
@@ -1082,6 +1100,9 @@ def parse(argv):
         help="compose: take these positions from the first image; text: keep these of --image")
     add("--inside", action="store_true",
         help="compose: what is inside the first image, in the surroundings of the others")
+    add("--recolour", action="store_true",
+        help="compose: the first image, what is inside it in the colours inside the second (codes of "
+             "tokenizer.py --colour-codes)")
     add("--weights", type=data.non_negative, nargs="+",
         help="compose: of each image (default: equal); text: of prompt and --image")
     add = parser.add_argument_group("sampler").add_argument
@@ -1115,8 +1136,8 @@ def parse(argv):
                          or args.command in ("explain", "reveal")):
         parser.error("argument --release: not with --train, --kind ar, explain, reveal, or --score without "
                      "--inception")
-    if args.inside and (args.command != "compose" or args.positions):
-        parser.error("argument --inside: only for compose, and without --positions")
+    if (args.inside or args.recolour) and (args.command != "compose" or args.positions):
+        parser.error("arguments --inside and --recolour: only for compose, and without --positions")
     if args.command == "text" and (args.weights or args.positions):
         if args.image is None or (args.weights and args.positions):
             parser.error("arguments --weights and --positions: text takes one of them, and only with --image")

@@ -2,8 +2,11 @@
 
 The SEM turns the tokens h that it reads into L points on a simplex and back (paper, section 3.1):
     z = LayerNorm(W_in · flatten(h)) as (L, V)   p = softmax(z / tau) over V   out = Norm(W_out · p)       (1)
-(where each patch is read on its own: L / N positions a patch, out = Norm(mean over patches of W_out · p))
+(where each patch is read on its own: L / N positions a patch, out = Norm(mean over patches of W_out · p);
+with --colour-codes the last of them read which colours are in the patch, the others what is left without hue)
     code_l = argmax_v z_lv − its mean over training images (ours: without it few values are used)          (2)
+(or, with --nearest, the nearest of V means of z_l over training images, by k-means: what z_l tells apart, the
+code then does too)
 Training (DINO on `out`, iBOT on masked patches, KoLeo spreads the batch; the teacher t averages the student
 s, k runs over the head's prototypes):
     loss = − Σ_k t_k log s_k over pairs of views + ibot · the same on masked patches                       (3)
@@ -103,16 +106,41 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.norm2(x)) * self.ls2["gamma"])  # (B, N, D)
 
 
-def patch_embedding(patch, width, stem):
-    """Module that embeds patches, (B, 3, S, S) → (B, D, S / patch, S / patch), with `stem` halving
+def patch_embedding(patch, width, stem, channels=3):
+    """Module that embeds patches, (B, channels, S, S) → (B, D, S / patch, S / patch), with `stem` halving
     convolutions before the projection, which help small images."""
-    channels, layers = 3, []
+    layers = []
     for k in range(stem):
         wider = 32 << k
         layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GroupNorm(1, wider), nn.GELU()]
         channels = wider
     proj = nn.Conv2d(channels, width, patch >> stem, stride=patch >> stem)
     return nn.Sequential(OrderedDict(stem=nn.Sequential(*layers), proj=proj))
+
+
+def without_hue(x, patch):
+    """Images (B, 3, S, S) without their hues, (B, 2, S, S): how coloured a pixel is beside the most coloured
+    one of its patch, and how bright where it is grey."""
+    spread = x.amax(1, keepdim=True) - x.amin(1, keepdim=True)  # (B, 1, S, S), 0 where grey
+    most = F.interpolate(F.max_pool2d(spread, patch), scale_factor=patch)
+    coloured = spread / (most + 0.1)
+    return torch.cat([coloured, luma(x) * (1 - coloured)], 1)
+
+
+class ColourEmbedding(nn.Module):
+    """Which colours a patch has, not where nor how much of each: the largest values in it of linear functions
+    of chroma, then an MLP. (B, 3, S, S) → (B, D, S / patch, S / patch)."""
+
+    def __init__(self, patch, width):
+        super().__init__()
+        self.patch = patch
+        self.axes = nn.Conv2d(2, 64, 1)
+        self.mlp = nn.Sequential(nn.Conv2d(64, 256, 1), nn.GELU(), nn.Conv2d(256, width, 1))
+
+    def forward(self, x):
+        to_chroma = torch.tensor(YIQ[1:], device=x.device)
+        chroma = torch.einsum("cj,bjhw->bchw", to_chroma, F.avg_pool2d(x, 2))  # (B, 2, S / 2, S / 2)
+        return self.mlp(F.max_pool2d(self.axes(chroma), self.patch // 2))
 
 
 def resize_positions(positions, side):
@@ -134,15 +162,17 @@ def projection(inputs, outputs, rank):
 
 class ViT(nn.Module):
     """Vision transformer with registers, and the simplicial embedding of equation (1), codes = L, values =
-    V."""
+    V. The last `colour_codes` positions of each patch read its colours, the others see no hue."""
 
     def __init__(self, image_size, patch, width, depth, heads, codes, values, tau, sem_read, registers,
-                 stem=0, attention=True, drop_path=0.0, layer_scale=1e-5, sem_rank=0):
+                 stem=0, attention=True, drop_path=0.0, layer_scale=1e-5, sem_rank=0, colour_codes=0,
+                 nearest=False):
         super().__init__()
         self.L, self.V, self.tau, self.sem_read = codes, values, tau, sem_read
         self.image_size, self.side = image_size, image_size // patch
+        self.patch, self.colour_codes = patch, colour_codes
         self.first_patch = 1 + registers  # of the tokens
-        self.patch_embed = patch_embedding(patch, width, stem)
+        self.patch_embed = patch_embedding(patch, width, stem, channels=2 if colour_codes else 3)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, width))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
@@ -155,10 +185,18 @@ class ViT(nn.Module):
         else:  # each patch on its own
             reads, inputs = self.side ** 2, width
         sem_width = codes // reads * values  # of all simplices of a read
-        self.sem_embed = projection(inputs, sem_width, sem_rank)
-        self.sem_norm = nn.LayerNorm(sem_width, eps=1e-6)
+        colour_width = colour_codes * values
+        self.sem_embed = projection(inputs, sem_width - colour_width, sem_rank)
+        self.sem_norm = nn.LayerNorm(sem_width - colour_width, eps=1e-6)
+        if colour_codes:
+            self.colour_embed = ColourEmbedding(patch, width)
+            self.sem_colour = nn.Sequential(projection(width, colour_width, sem_rank),
+                                            nn.LayerNorm(colour_width, eps=1e-6))
         self.sem_out = projection(sem_width, width, sem_rank)
         self.register_buffer("sem_centre", torch.zeros(codes, values))  # of z, set by centre_codes
+        self.nearest = nearest
+        if nearest:
+            self.register_buffer("sem_means", torch.zeros(codes, values, values))  # V means of z
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02 if width >= 384 else width ** -0.5 / 1.5)
@@ -168,16 +206,22 @@ class ViT(nn.Module):
             nn.init.normal_(p, std=0.02)
 
     def tokens(self, images, mask=None):
-        """CLS, R registers and patches (B, 1 + R + N, D), not normalised; mask (B, N) bool hides patches."""
-        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
+        """CLS, R registers and patches (B, 1 + R + N, D), not normalised, then, with colour positions, one more
+        of each patch, of its colours: (B, 1 + R + 2N, D); mask (B, N) bool hides patches."""
+        seen = without_hue(images, self.patch) if self.colour_codes else images
+        x = self.patch_embed(seen).flatten(2).transpose(1, 2)  # (B, N, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         B, N, _ = x.shape
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1)  # (B, 1 + N, D)
-        x = x + resize_positions(self.pos_embed, math.isqrt(N))
+        positions = resize_positions(self.pos_embed, math.isqrt(N))  # (1, 1 + N, D)
+        x = x + positions
         x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], 1)  # (B, 1 + R + N, D)
         for block in self.blocks:
             x = block(x)
+        if self.colour_codes:
+            colours = self.colour_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
+            x = torch.cat([x, F.gelu(colours + positions[:, 1:])], 1)  # (B, 1 + R + 2N, D)
         return x
 
     def logits(self, x):
@@ -186,13 +230,19 @@ class ViT(nn.Module):
             h = x[:, :self.first_patch].flatten(1)[:, None]  # (B, 1, (1 + R) · D)
         else:
             h = x[:, self.first_patch:]  # (B, N, D)
+        if self.colour_codes:
+            h, colours = h.chunk(2, 1)  # 2 × (B, N, D)
+            return torch.cat([self.sem_norm(self.sem_embed(h)), self.sem_colour(colours)], 2)
         return self.sem_norm(self.sem_embed(h))
 
-    def forward(self, images, mask=None):
-        """out (B, D) of equation (1) and the normalised patches (B, N, D)."""
+    def forward(self, images, mask=None, shown=None):
+        """out (B, D) of equation (1) and the normalised patches (B, N, D); shown (b, L / N) bool: of each of b
+        images, in all its views, which positions of a patch count."""
         x = self.tokens(images, mask)
         z = self.logits(x)
         p = (z.unflatten(-1, (-1, self.V)).float() / self.tau).softmax(-1)  # (B, reads, L / reads, V)
+        if shown is not None:
+            p = p * shown.repeat(len(p) // len(shown), 1)[:, None, :, None]  # (B, 1, L / N, 1)
         out = self.sem_out(p.flatten(-2).to(z.dtype)).mean(1)  # (B, D); one read: the mean over it is itself
         return self.norm(out), self.norm(x[:, self.first_patch:])
 
@@ -207,6 +257,8 @@ class ViT(nn.Module):
             features = normal[:, 0]  # (B, D)
         else:
             features = normal[:, self.first_patch:].mean(1)  # (B, D)
+        if self.nearest:
+            return torch.cdist(z.transpose(0, 1), self.sem_means).argmin(-1).T, features
         return (z - self.sem_centre).argmax(-1), features
 
 
@@ -231,12 +283,14 @@ class Student(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, global_crops, local_crops=None, mask=None, chosen=None):
+    def forward(self, global_crops, local_crops=None, mask=None, chosen=None, shown=None):
         """global_crops (2B, 3, S, S), local_crops (locals · B, 3, s, s), mask (2B, N) bool, chosen (n,): rows
-        of the flattened (2B · N) patches → head outputs of all views (views · B, K), of the chosen patches
-        (n, K) or None, and out (2B, D) of the global crops."""
-        out, patches = self.backbone(global_crops, mask)  # (2B, D), (2B, N, D)
-        views = out if local_crops is None else torch.cat([out, self.backbone(local_crops)[0]])
+        of the flattened (2B · N) patches, shown as in ViT → head outputs of all views (views · B, K), of the
+        chosen patches (n, K) or None, and out (2B, D) of the global crops."""
+        out, patches = self.backbone(global_crops, mask, shown)  # (2B, D), (2B, N, D)
+        views = out
+        if local_crops is not None:
+            views = torch.cat([out, self.backbone(local_crops, shown=shown)[0]])
         of_chosen = None if chosen is None else self.head(patches.flatten(0, 1)[chosen])
         return self.head(views), of_chosen, out
 
@@ -506,10 +560,16 @@ def step_loss(student, teacher, centering, images, part, args, run, step):
         ties = torch.cat([part.uniform(side ** 2) for _ in range(2)])  # (2b, N)
         mask = patch_masks(u, ties, counts.to(run.device), side)  # (2b, N)
         chosen = torch.nonzero_static(mask.flatten(), size=int(counts.sum()))[:, 0]
+    shown = None
+    if args.colour_codes:  # some images train form alone, some colour
+        per_patch = args.codes // (args.global_size // args.patch) ** 2
+        colour = torch.arange(per_patch, device=run.device) >= per_patch - args.colour_codes
+        u = part.uniform(1)  # (b, 1)
+        shown = torch.where(colour, u >= args.alone, u < 1 - args.alone)  # (b, L / N)
     with run.autocast():
         with torch.no_grad():
-            t_views, t_patches, _ = teacher(global_crops, chosen=chosen)
-        s_views, s_patches, out = student(global_crops, local_crops, mask, chosen)
+            t_views, t_patches, _ = teacher(global_crops, chosen=chosen, shown=shown)
+        s_views, s_patches, out = student(global_crops, local_crops, mask, chosen, shown)
 
     targets = targets_of(t_views, "views").unflatten(0, (-1, b))  # (2, b, K)
     dino = dino_loss(targets, s_views.unflatten(0, (-1, b)), args.student_temperature)
@@ -531,7 +591,8 @@ def build_student(config):
     """The student of a dict of settings (a checkpoint's config)."""
     keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "registers", "stem",
             "attention", "drop_path", "layer_scale", "sem_rank")
-    backbone = ViT(config["global_size"], **{key: config[key] for key in keys})
+    backbone = ViT(config["global_size"], **{key: config[key] for key in keys},
+                   **{key: config[key] for key in ("colour_codes", "nearest") if key in config})
     backbone.mask_token.requires_grad_(config["ibot"] > 0)  # DDP waits for every gradient
     head = DINOHead(config["width"], config["head_hidden"], config["bottleneck"], config["prototypes"])
     return Student(backbone, head)
@@ -562,17 +623,38 @@ def encode_images(backbone, images, run):
         return backbone.encode(to_input(images, backbone, run))
 
 
+def k_means(z, count, rounds=25):
+    """`count` means (L, count, V) of points z (L, n, V) at each of L positions, by k-means++ and Lloyd's rounds,
+    always the same."""
+    rng = torch.Generator().manual_seed(0)
+    means = z[:, :1]
+    for _ in range(count - 1):  # the next one is a point far from all so far
+        far = torch.cdist(z, means).amin(2).square() + 1e-9  # (L, n)
+        chosen = torch.multinomial(far, 1, generator=rng)[..., None].expand(-1, -1, z.shape[2])
+        means = torch.cat([means, z.gather(1, chosen)], 1)
+    for _ in range(rounds):
+        member = F.one_hot(torch.cdist(z, means).argmin(2), count).float()  # (L, n, count)
+        n = member.sum(1)[..., None]  # (L, count, 1)
+        means = torch.where(n > 0, member.transpose(1, 2) @ z / n.clamp(min=1), means)
+    return means
+
+
 @torch.no_grad()
 def centre_codes(backbone, dataset, run, most=4000):
     """Set the mean of z (L, V), over `most` training images, that equation (2) subtracts: each value is then
-    chosen where it is unusually likely."""
+    chosen where it is unusually likely. And where codes are the nearest of V means, these."""
     rows = torch.as_tensor(np.random.default_rng(0).permutation(dataset.splits["train"])[:most])
-    sums = []
+    sums, kept = [], []
     for chunk in rows.split(500):
         with run.autocast():
             z = backbone.logits(backbone.tokens(to_input(dataset.pixels(chunk), backbone, run)))
-        sums.append(z.float().view(len(chunk), backbone.L, backbone.V).sum(0))
+        z = z.float().view(len(chunk), backbone.L, backbone.V)
+        sums.append(z.sum(0))
+        if backbone.nearest:
+            kept.append(z.cpu())
     backbone.sem_centre.copy_(torch.stack(sums).sum(0) / len(rows))
+    if backbone.nearest:
+        backbone.sem_means.copy_(k_means(torch.cat(kept).transpose(0, 1), backbone.V))
 
 
 def linear_probe(x, y, sizes, tests, values=None):
@@ -685,7 +767,8 @@ def write_codes(backbone, dataset, run, args, made_from, batch=500):
     if run.main:
         found = report(dataset, **made, values=backbone.V, run=run)
         side = backbone.side if backbone.sem_read == "patches" else 0
-        data.save_codes(path, made["codes"], backbone.V, side, dataset, found, made_from)
+        data.save_codes(path, made["codes"], backbone.V, side, dataset, found, made_from,
+                        backbone.colour_codes)
         del made  # Windows removes no file that is mapped
         shutil.rmtree(folder)
 
@@ -797,9 +880,13 @@ def add_flags(parser):
     add("--registers", type=data.count, default=0, help="register tokens beside CLS")
     add("--sem-read", choices=("registers", "patches"), default="patches",
         help="what the SEM reads: CLS and registers together (the paper), or each patch its own positions")
+    add("--colour-codes", type=data.count, default=0,
+        help="how many positions of each patch read which colours it has; the others then see no hue")
     add("--sem-rank", type=data.count, default=0, help="rank of the SEM's two projections; 0: full")
     add("--centre-codes", action=argparse.BooleanOptionalAction, default=True,
         help="subtract the mean of z in equation (2); the paper does not")
+    add("--nearest", action=argparse.BooleanOptionalAction, default=False,
+        help="read a position as the nearest of V means of z, not as its largest value")
     add = parser.add_argument_group("schedules").add_argument
     add("--weight-decay-final", type=data.non_negative, help="weight decay at the end, by a cosine")
     add("--layer-decay", type=data.fraction, default=1.0, help="learning rate of a block over the next one's")
@@ -818,6 +905,8 @@ def add_flags(parser):
     add("--momentum", type=data.fraction, default=0.98, help="of the teacher, rising to 1 by a cosine")
     add("--ibot", type=data.non_negative, default=0.0, help="weight of the masked-patch loss; 0: none")
     add("--koleo", type=data.non_negative, default=0.5, help="weight of KoLeo")
+    add("--alone", type=data.number(0, 0.5), default=0.25,
+        help="--colour-codes: share of the images that train form alone, and as many colour alone")
     add = parser.add_argument_group("views").add_argument
     add("--global-size", type=data.positive,
         help="side of global crops in pixels (shapes and folder: --image-size, else 32)")
@@ -852,6 +941,10 @@ def check_flags(parser, args):
     patches = (args.global_size // patch) ** 2
     expect(args.sem_read == "registers" or args.codes % patches == 0,
            "codes", f"{args.codes} is no multiple of {patches} patches; choose {patches} or another --patch")
+    fits = args.sem_read == "patches" and args.colour_codes < args.codes // patches and patch % 2 == 0
+    expect(args.colour_codes == 0 or (fits and args.ibot == 0 and not args.init),
+           "colour-codes", "expected fewer than the positions of a patch, --sem-read patches, an even --patch, "
+                           "no --ibot and no --init")
     expect(args.attention or (args.sem_read == "patches" and args.ibot == 0),
            "attention", "needed by --sem-read registers and --ibot; add it")
     for flag, (low, high) in (("global-scale", args.global_scale), ("local-scale", args.local_scale)):
@@ -913,7 +1006,7 @@ def main(argv=None, dataset=None):
         norm = optimizers.step(step, loss, decay)  # stops where the loss or a gradient is not finite
         ema.update_parameters(student)
         steps.show(loss=loss, norm=norm, **terms)
-        if step + 1 == args.steps and args.centre_codes:
+        if step + 1 == args.steps and (args.centre_codes or args.nearest):
             centre_codes(teacher.backbone, dataset, run)
 
     write_codes(teacher.backbone, dataset, run, args, made_from | {"tokenizer": checkpoint.id})

@@ -104,6 +104,13 @@ def test_codes_are_dropped_whole_and_in_single_positions_as_often_as_said(positi
     assert abs((codes[~whole] == 9).float().mean() - positions) < 0.01
 
 
+def test_each_position_is_dropped_as_often_as_its_own_probability():
+    singly = 0.25 * data.colour_positions({"L": 16, "side": 2, "colour_codes": 1})
+    codes = generator.drop_codes(torch.zeros(20_000, 16).long(), 9, part(20_000), 0.0, singly)
+    shares = (codes == 9).float().mean(0).view(4, 4)
+    assert (shares[:, :3] == 0).all() and ((shares[:, 3] - 0.25).abs() < 0.02).all()
+
+
 # --- sampler ----------------------------------------------------------------------------------------------
 
 def test_solvers_reach_the_known_solution_at_their_order():

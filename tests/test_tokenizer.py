@@ -52,6 +52,38 @@ def test_codes_are_the_argmax_of_the_simplices_and_tau_does_not_matter(read):
     assert torch.equal(model.encode(images)[0], codes)
 
 
+def test_colour_positions_see_which_colours_a_patch_has_and_the_others_no_hue():
+    model = vit("patches", codes=64, registers=0, attention=False, colour_codes=1)
+    assert model.encode(torch.randn(6, 3, 16, 16))[0].shape == (6, 64)
+    mask = torch.rand(6, 1, 8, 8).repeat_interleave(2, 2).repeat_interleave(2, 3) < 0.5  # of blocks of 2 × 2
+    mask[:, :, ::4, ::4] = mask[:, :, 1::4, ::4] = mask[:, :, ::4, 1::4] = mask[:, :, 1::4, 1::4] = True
+    red, blue = torch.tensor([[0.8, -0.6, -0.6], [-0.6, -0.6, 0.8]])[:, :, None, None]
+
+    def kinds(colour, where):
+        z = model.logits(model.tokens(torch.where(where, colour, torch.tensor(0.1)[None, None, None])))
+        return z.split([15, 5], 2)
+
+    form, colour = kinds(red, mask)
+    other_form, other_colour = kinds(blue, mask)
+    assert (form - other_form).abs().max() < 0.3 * form.std() and (colour - other_colour).abs().max() > 0.3
+    moved = mask.unflatten(3, (4, 4)).flip(4).flatten(3)  # within each patch
+    other_form, other_colour = kinds(red, moved)
+    assert torch.allclose(colour, other_colour, atol=1e-5) and (form - other_form).abs().max() > 0.3
+
+
+def test_k_means_finds_groups_and_codes_are_the_nearest_mean():
+    centres = torch.randn(16, 5, 5) * 9  # of each position
+    groups = torch.randint(5, (16, 200))
+    z = centres.gather(1, groups[..., None].expand(-1, -1, 5)) + 0.1 * torch.randn(16, 200, 5)
+    means = tokenizer.k_means(z, 5)
+    assert torch.cdist(centres, means).amin(2).max() < 0.2
+    model = vit("patches", nearest=True)
+    model.sem_means.copy_(torch.randn(16, 5, 5))
+    images = torch.randn(6, 3, 16, 16)
+    z = model.logits(model.tokens(images)).view(6, 16, 1, 5)
+    assert torch.equal((z - model.sem_means).square().sum(-1).argmin(-1), model.encode(images)[0])
+
+
 def test_a_cold_simplex_makes_the_output_a_function_of_the_code():
     model = vit(tau=1e-6)
     images = torch.randn(3, 3, 16, 16)
@@ -286,7 +318,7 @@ def test_the_terms_of_the_loss_are_weighted_as_in_dinov2(run):
     args = parsed("--attention", "--ibot", "1", "--koleo", "1", "--batch-size", "8", "--global-size", "32")
     out = torch.randn(16, 5)
 
-    def network(crops, local_crops=None, mask=None, chosen=None):
+    def network(crops, local_crops=None, mask=None, chosen=None, shown=None):
         return torch.zeros(16, 7), torch.zeros(len(chosen), 7), out
 
     images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
