@@ -65,7 +65,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin, features
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, features
 from tqdm import tqdm
 
 try:
@@ -76,6 +76,7 @@ except ImportError:  # Windows has no such locks
 # -------- flags and run --------------------------------------------------------------------------------
 
 PATIENCE = 10  # seconds for an answer from the network
+SILENCE = 30  # seconds without a word, where no bar shows that a run is alive
 TIMEOUT = 1800  # seconds that processes wait for one of them that does not answer, before they stop
 
 
@@ -83,6 +84,21 @@ def fail(message):
     """Stop with one clear line on stderr and exit code 1."""
     line = " ".join(str(message).split())
     raise SystemExit("error: " + (line if len(line) < 2000 else f"{line[:1200]} ... {line[-600:]}"))
+
+
+def print_figures(figures, indent="", digits=3):
+    """A nested dict as an indented table, with two digits of what was measured on n < 100 images."""
+    for name, value in figures.items():
+        values = value if isinstance(value, dict) else {"": value}
+        own = 2 if values.get("n", 100) < 100 else digits
+        if any(isinstance(number, dict) for number in values.values()):
+            print(f"{indent}{name}")
+            print_figures(values, indent + "  ", own)
+            continue
+        shown = []
+        for key, number in values.items():
+            shown.append(f"{key} {number:.{own}f}" if isinstance(number, float) else f"{key} {number}")
+        print(f"{indent}{name:44} {', '.join(shown).strip()}")
 
 
 class Unfit(Exception):
@@ -114,10 +130,12 @@ def needed_package(package, what):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, which ends in `remedy`."""
+
+    remedy = "see --help"
 
     def error(self, message):
-        self.exit(2, f"error: {' '.join(message.split())[:500]}; see --help\n")
+        self.exit(2, f"error: {' '.join(message.split())[:500]}; {self.remedy}\n")
 
 
 def number(low=-math.inf, high=math.inf, kind=float):
@@ -159,6 +177,8 @@ def make_parser(doc):
     add("--image-size", type=positive, default=32, help="side of the images in pixels")
     add("--held-out", type=count, nargs=2, default=HELD_OUT, metavar=("NUMBER", "CHOICE"),
         help="shapes: how many of the 8 colours each shape never has, and which (0: the ones reported)")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True,
+        help="train on mirrored images too; --no-flip where left and right differ, as in writing")
     add("--seed", type=number(0, 2 ** 63 - 1, int), default=0, help="of everything random (default: 0)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of the arithmetic; auto: bfloat16 where it is faster")
@@ -233,6 +253,9 @@ def script_command(words, args):
         flags += ["--held-out", *map(str, args.held_out)]
     if args.dataset != "shapes":
         flags += ["--data-dir", args.data_dir]
+    if args.image_size != PRESETS.get(args.dataset, {}).get("image_size", 32):
+        flags += ["--image-size", str(args.image_size)]
+    flags += ["--no-flip"] * (not args.flip)
     return f"python {words} {shlex.join(flags)}"
 
 
@@ -435,7 +458,7 @@ def run_script(main):
     except (MemoryError, RuntimeError) as problem:  # torch has few kinds of its own
         text = str(problem)
         if isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-            fail(f"out of memory ({text[:200]}); lower --batch-size or the sizes, or raise --accumulate")
+            fail(f"out of memory ({text[:200]}); lower --batch-size (drawing: --batch) or raise --accumulate")
         if dist.is_initialized() and re.search("timed? ?out|connection|closed by", text, re.IGNORECASE):
             fail(f"another process of this run died or did not answer for {TIMEOUT} seconds; see its own "
                  "message, the same command goes on from the last checkpoint")
@@ -1188,10 +1211,11 @@ class Part:
     """One part of a batch in this process: its rows, its randomness and its backward pass.
 
     Random numbers are drawn for the whole batch from (seed, step) and cut to this part, so that they depend
-    neither on the number of processes nor on the number of parts. """
+    neither on the number of processes nor on the number of parts. flip: are mirrored images shown? """
 
-    def __init__(self, seed, step, batch_size, run, index=0, parts=1, rows=None):
+    def __init__(self, seed, step, batch_size, run, index=0, parts=1, rows=None, flip=True):
         self.generator, self.device = step_generator(seed, step, run.device), run.device
+        self.flip = flip
         self.batch_size, self.parts = batch_size, parts
         size = batch_size // run.world // parts
         self.own = slice(index * size, (index + 1) * size)  # its rows among those of this process
@@ -1215,7 +1239,7 @@ class Part:
 
     def flips(self):
         """Which rows show the mirrored image: (b,) bool."""
-        return self.uniform() < 0.5
+        return (self.uniform() < 0.5) & self.flip
 
     def backward(self, loss):
         """Add the gradient of the mean `loss` of this part; returns its contribution to the loss of the
@@ -1237,7 +1261,7 @@ def batch_parts(step, rows, args, run, model):
             model.set_requires_gradient_sync(last)
         elif run.world > 1:
             model.require_backward_grad_sync = last  # what DDP's no_sync sets; the forward pass must know too
-        yield Part(args.seed, step, args.batch_size, run, index, args.accumulate, chosen)
+        yield Part(args.seed, step, args.batch_size, run, index, args.accumulate, chosen, args.flip)
 
 
 class StepImages(torch.utils.data.Dataset):
@@ -1506,6 +1530,23 @@ def fill_rows(folder, size, run, work, shapes, chunk=2000):
     return filled
 
 
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc",  # Linux
+         "Arial Unicode.ttf", "arial.ttf", "msgothic.ttc", "msyh.ttc", "malgun.ttf")  # macOS, Windows
+
+
+def find_font(text, size):
+    """A font that has all characters of a text (Pillow's own has ASCII alone); None where none is found."""
+    if text.isascii():
+        return ImageFont.load_default(size)
+    for name in FONTS:
+        with suppress(OSError, ImportError):
+            font = ImageFont.truetype(name, size)
+            missing = bytes(font.getmask("\uffff"))  # no character: what is drawn in place of one
+            if all(character == " " or bytes(font.getmask(character)) != missing for character in text):
+                return font
+    return None
+
+
 def code_colours(V):
     """Colours (V + 1, 3) uint8 for the values of a code; the last, "no code", is grey."""
     hues = [colorsys.hsv_to_rgb(k / V, 0.35 if k % 2 else 0.75, 1.0) for k in range(V)]
@@ -1536,7 +1577,7 @@ def draw_code(code, colours, side, size, texts=None):
 
 def draw_grid(images, columns, titles=(), lines=()):
     """Images (3, S, S) uint8, of several sizes or one, as one picture with `columns` a row; `titles` above
-    the columns or above all images, or `lines` above the rows."""
+    the columns or above all images, or `lines` above the rows. What no font can write is printed."""
     side = max(image.shape[-1] for image in images)
     side *= max(1, 64 // side)  # small ones are enlarged
     space, font = (2, 10) if side < 128 else (8, 12)
@@ -1551,12 +1592,14 @@ def draw_grid(images, columns, titles=(), lines=()):
         tile = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
         tile = tile.resize((side, side), Image.Resampling.NEAREST)
         canvas.paste(tile, (2 + column * cell, 2 + head + line + row * (cell + line)))
-    for k, text in enumerate(titles):
-        row, column = divmod(k, columns)
-        draw.text((3 + column * cell, 1 + row * (cell + line)), text, fill="black", font_size=font)
-    for k, text in enumerate(lines):
+    places = [(3 + k % columns * cell, 1 + k // columns * (cell + line)) for k in range(len(titles))]
+    places += [(3, 1 + head + k * (cell + line)) for k in range(len(lines))]
+    for k, (place, text) in enumerate(zip(places, [*titles, *lines]), 1):
         text = " ".join(text.split())
-        draw.text((3, 1 + head + k * (cell + line)), text, fill="black", font_size=font)
+        letters = find_font(text, font)
+        if letters is None:
+            print(f"label ({k}), of which no font here has all characters: {text}", file=sys.stderr)
+        draw.text(place, text if letters else f"({k})", fill="black", font=letters)
     return canvas
 
 
@@ -1734,7 +1777,7 @@ class Checkpoint:
             with reading(self.path, f"it is of another version of these scripts; {remedy}"):
                 self.restore(state)
         if step >= args.steps and self.run.main:
-            print(f"{self.path} is finished ({step} steps); --restart trains it again")
+            print(f"{self.path} is finished ({step} steps); --restart trains it again ({Parser.remedy})")
         return step
 
     def restore(self, state):
@@ -1863,7 +1906,7 @@ class Steps:
         args = self.args
         hidden = not self.run.shows_bars
         self.bar = tqdm(total=args.steps, initial=self.start, disable=hidden, dynamic_ncols=True)
-        self.began = time.perf_counter()
+        self.began = self.said = time.perf_counter()
         self.last = self.start, self.began
         with self.run.noting_signals():
             for self.step in range(self.start, args.steps):
@@ -1903,6 +1946,7 @@ class Steps:
         """After each step; every 50 steps the values are averaged over processes, shown and logged."""
         self.bar.update(1)
         done = self.step + 1
+        self.say(done, values["loss"])
         if self.args.dry_run or done % 50 and done != self.args.steps:
             return
         for name, value in values.items():
@@ -1922,6 +1966,15 @@ class Steps:
             self.summary += f", MFU {speed['mfu']:.2f} of {self.peak / 1e12:.0f} TFLOP/s ({self.source})"
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()} | speed)
         self.log.write(done, **{name: round(value, 5) for name, value in values.items()}, **speed)
+
+    def say(self, done, loss):
+        """Print a line where nothing else was shown for SILENCE seconds."""
+        now = time.perf_counter()
+        if self.run.main and not self.run.shows_bars and now - self.said > SILENCE:
+            self.said, seconds = now, (now - self.began) / (done - self.start)
+            left = tqdm.format_interval((self.args.steps - done) * seconds)
+            print(f"step {done} of {self.args.steps}, loss {float(loss):.4f}, {seconds * 1e3:.0f} ms a step, "
+                  f"{left} left", flush=True)
 
     def leave(self):
         """End the run, which was asked to stop and is saved. Exit code 143, so that nobody takes it for

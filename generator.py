@@ -678,8 +678,8 @@ def save_samples(path, model, stored, dataset, args, run):
     data.save_grid(path, images, 16, settings={**vars(args), "rows": "real, generated"})
 
 
-def main(argv=None, dataset=None):
-    """Train the generator; write a grid of real images and their reconstructions at every checkpoint."""
+def parse(argv=None):
+    """The flags of this script, checked: their parser and values."""
     parser = data.make_parser(__doc__)
     add_flags(parser)
     data.add_training_flags(parser, steps=2500, batch_size=64, lr=2e-3, lr_matrix=0.0, warmup=50, ema=0.995)
@@ -687,6 +687,12 @@ def main(argv=None, dataset=None):
     args = data.parse(parser, PRESETS, argv, SIZES)
     check_flags(parser, args)
     args.predict = args.predict or ("v" if args.vae else "x")
+    return parser, args
+
+
+def main(argv=None, dataset=None):
+    """Train the generator; write a grid of real images and their reconstructions at every checkpoint."""
+    parser, args = parse(argv)
     loss_of = noise_loss if args.predict == "noise" else flow_loss
     stage = "generator-factors" if args.factors else "generator"
     if args.condition == "none":

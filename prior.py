@@ -656,8 +656,8 @@ def add_flags(parser):
     add("--init", metavar="DIR", help="start from the authors' weights, the folder DLC_SEDD_L512")
 
 
-def main(argv=None):
-    """Train a prior; report bits per token on held-out codes and network calls per sample."""
+def parse(argv=None):
+    """The flags of this script, checked: their parser and values."""
     parser = data.make_parser(__doc__)
     add_flags(parser)
     data.add_training_flags(parser, steps=None, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50, ema=0.995)
@@ -669,7 +669,12 @@ def main(argv=None):
         parser.error(f"argument --heads: --width {args.width} over {args.heads} heads is no even number")
     if args.kind == "ar" and args.network == "sedd":
         parser.error("argument --network: sedd is a masked prior; choose --kind masked")
+    return parser, args
 
+
+def main(argv=None):
+    """Train a prior; report bits per token on held-out codes and network calls per sample."""
+    parser, args = parse(argv)
     stage = f"prior-{args.kind}"
     run = data.Run(args, lock=stage)
     remedy = "make it with " + data.script_command("tokenizer.py", args)

@@ -19,8 +19,8 @@
     torchrun --nproc-per-node 8 sample.py --score --inception inception-2015-12-05.pt --dataset imagenet
 
 Images are files of any size; where none are named, pictures of the test split are taken. Grids go to
-OUT/<dataset>/samples/, with all settings inside (PNG: text field "settings"; GIF: comment). Positions that
-are drawn apart contradict each other: for compose the masked prior chooses them so that they fit (--choose).
+OUT/<dataset>/samples/, numbered, with all settings inside (PNG: text field "settings"; GIF: comment).
+Positions that are drawn apart contradict each other: for compose the masked prior chooses them (--choose).
 
 Scores use a judge, a small CNN trained on all combinations of the factors (and, for shapes, to tell a clean
 drawing from a blend of two, a blurred and a frayed one); the Fréchet distance is taken in its features:
@@ -30,12 +30,15 @@ OUT/<dataset>/inception.json.
 """
 import functools
 import hashlib
+import itertools
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import data  # first: it sets the threads' waiting policy before torch starts them
@@ -54,7 +57,12 @@ PRESETS = {name: {**data.PRESETS.get(name, {}),
 RELEASE = dict(  # --release: the paper's settings
     dataset="imagenet", out="out/release", image_size=256, dtype="float32", sample_steps=250, guidance=1.4,
     batch=16, choose="random", text_guidance=[1.0])
-COMMANDS = ("unconditional", "reconstruct", "compose", "infill", "text", "caption", "explain", "reveal")
+COMMANDS = {  # pictures, with the last stage that they need
+    "unconditional": "prior --kind {kind}", "reconstruct": "generator", "compose": "prior --kind masked",
+    "infill": "prior --kind masked", "text": "text_prior", "caption": "text_prior", "explain": "generator",
+    "reveal": "prior --kind masked"}
+STAGES = ("tokenizer", "generator", "prior --kind masked", "prior --kind ar", "text_prior")  # in order
+MODULES = {module.__name__: module for module in (tokenizer, generator, prior, text_prior)}
 
 # -------- codes in, pictures out -----------------------------------------------------------------------
 
@@ -348,7 +356,7 @@ def judge_batch(dataset, args, step, size=128):
     u = torch.from_numpy(np.random.default_rng((step, 1)).random((size, 160))).float()
     if args.dataset != "shapes":
         rows = data.batch_rows(dataset.splits["train"], size, 1, step)
-        images = dataset.pixels(rows, u[:, 0] < 0.5)
+        images = dataset.pixels(rows, (u[:, 0] < 0.5) & args.flip)
         return images, dataset.labels[rows], images[:0]
     sizes = torch.tensor([len(values) for values in data.SHAPES.values()])
     labels = (u[:, :5] * sizes).long()  # all combinations, also those that training never shows
@@ -388,11 +396,14 @@ def load_judge(dataset, args, run):
     made_from = {"images": dataset.id, "image size": args.image_size, "spoiled": "blended, blurred, frayed"}
     if args.dataset == "folder":  # whose labels may change where its images do not
         made_from["labels"] = data.checksum([dataset.factors, dataset.labels.tolist()])
+    if not args.flip:
+        made_from["flip"] = False
     torch.manual_seed(0)  # whatever --seed is: all runs are judged alike
     judge = Judge(dataset.factors, args.image_size).to(run.device)
     if data.is_made_from(path, "judge", made_from):
         judge.load_state_dict(data.read(path, "judge")["judge"])
     else:
+        print("--- scores: training a judge of images", flush=True)
         train_judge(judge, dataset, args, run)
         data.save(path, "judge", judge=judge.state_dict(), made_from=made_from)
     return judge.eval()
@@ -489,7 +500,7 @@ class Scores:
         """From what `judged` returns: Fréchet distance to training images, for shapes cleanness, and factors
         where labels (n, factors) are given."""
         features, factors, clean = judged
-        line = {"frechet": frechet(features, self.reference)}
+        line = {"n": len(features), "frechet": frechet(features, self.reference)}
         if self.shapes:
             line["clean"] = mean(clean)
         if labels is not None and self.names:
@@ -498,6 +509,7 @@ class Scores:
 
     def run_all(self):
         """Measure all that the trained stages allow; returns the nested dict of scores.json."""
+        begin = functools.partial(print, "--- scores:", flush=True)
         labels = self.dataset.labels[self.rows]
         real = self.judged(self.dataset.pixels(self.rows))
         result = {"real images": self.measure(real, labels)}
@@ -506,6 +518,7 @@ class Scores:
             result["blended, blurred and frayed images"] = {"clean": mean(self.judged(spoiled)[2])}
         report = self.stages.stored["report"]
         result["tokenizer"] = {name: value for name, value in report.items() if not name.endswith("val")}
+        begin("images from codes")
         codes = self.stages.codes_of(self.rows)
         drawn = self.judged(self.stages.draw(codes, self.args.seed))
         line = self.measure(drawn, labels)
@@ -515,10 +528,13 @@ class Scores:
             without = self.measure(self.judged(images))
             result["generator without codes"] = without
             line["frechet / without codes"] = line["frechet"] / without["frechet"]
+        begin("samples of the priors")
         result |= self.score_priors(line["frechet"], result["real images"]["frechet"])
+        begin("children of two images")
         result["compose"] = self.score_composition()
         if self.shapes:
             for split, pair in data.UNSEEN_PAIRS.items():
+                begin(f"{split} and children that show such a pair")
                 result[split] = self.score_unseen(split, pair, drawn[1])
                 result[f"compose, {split}"] = self.score_recombination(pair)
         elif self.unseen:  # a folder's, whose judge has not seen these combinations either: see the real ones
@@ -529,7 +545,9 @@ class Scores:
             result["unseen"] = {name: self.measure(self.judged(x), labels) for name, x in images.items()}
         if self.texts:
             for guidance in self.args.text_guidance:
+                begin(f"text to image, guidance {guidance:g}")
                 result[f"text to image, guidance {guidance:g}"] = self.score_text(guidance)
+            begin("captions of images")
             result["captions of images"] = self.score_captions()
         return result
 
@@ -537,11 +555,12 @@ class Scores:
         """For each trained prior bits per token, calls, how many samples are training codes, and Fréchet
         distance, also as a multiple of that `of_true_codes`, also with that `of_real` images taken off."""
         train = self.dataset.splits["train"]
-        train_codes = self.stages.stored["codes"][train.start:train.stop].flatten(0, 1)  # (2n, L), both flips
+        train_codes = self.stages.stored["codes"][train.start:train.stop, :1 + self.args.flip].flatten(0, 1)
 
         def memorised(codes):
             distance = nearest_distance(codes, train_codes)
-            return {"in training set": mean(distance == 0), "distance to nearest": mean(distance)}
+            return {"n": len(codes), "in training set": mean(distance == 0),
+                    "distance to nearest": mean(distance)}
 
         true_codes = self.stages.codes_of(self.rows)
         result = {"held-out codes": memorised(true_codes)}
@@ -620,7 +639,8 @@ class Scores:
                 continue
             _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 2))
             both = (seen == wanted)[:, [first, second]].all(1)
-            result[way] = {"shows the pair": mean(both), "shows it, clean": mean(both & clean)}
+            shown_clean = mean(both & clean)
+            result[way] = {"n": len(both), "shows the pair": mean(both), "shows it, clean": shown_clean}
         return result
 
     def score_unseen(self, split, pair, usual_factors):
@@ -638,8 +658,8 @@ class Scores:
         for name, (codes, stage) in sources.items():
             _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 3, stage=stage))
             kept = (seen == labels)[:, [self.names.index(factor) for factor in pair]].all(1)
-            line[name] = {"pair kept": mean(kept), "kept and clean": mean(kept & clean), "clean": mean(clean),
-                          **factor_accuracy(seen, labels, self.names)}
+            line[name] = {"n": len(kept), "pair kept": mean(kept), "kept and clean": mean(kept & clean),
+                          "clean": mean(clean), **factor_accuracy(seen, labels, self.names)}
         return line
 
     def captions_of(self, rows, said=(True,) * 4):
@@ -653,7 +673,7 @@ class Scores:
         prompts = list(captions.values())
         codes, _ = self.stages.codes_from_prompts(prompts, guidance, self.args.seed + 4)
         _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 5))
-        line = factor_accuracy(seen, self.dataset.labels[list(captions)], names, pair)
+        line = {"n": len(seen)} | factor_accuracy(seen, self.dataset.labels[list(captions)], names, pair)
         if self.shapes:
             line["clean"] = mean(clean)
         return line
@@ -699,9 +719,11 @@ class Scores:
                 named = torch.tensor([read_shapes_caption(caption) or [-1] * 5 for caption in captions])
                 pair = data.UNSEEN_PAIRS.get(split)
                 line[split] = factor_accuracy(named, self.dataset.labels[rows], self.names, pair)
+                line[split]["n"] = len(rows)
             else:
-                same = [caption == self.dataset.captions[row] for caption, row in zip(captions, rows)]
-                line[split] = {"equal to its own": sum(same) / len(same)}
+                own = [self.dataset.captions[row].split() for row in rows]
+                same = [caption.split() == words for caption, words in zip(captions, own)]
+                line[split] = {"n": len(same), "equal to its own": sum(same) / len(same)}
         return line
 
 
@@ -811,39 +833,7 @@ def inception_scores(stages, args, run):
     return result
 
 
-def print_scores(result, indent=""):
-    """The nested dict as an indented table."""
-    for name, value in result.items():
-        if not isinstance(value, dict):
-            shown = f"{value:.3f}" if isinstance(value, float) else value
-            print(f"{indent}{name:44} {shown}")
-        elif all(isinstance(number, (int, float)) for number in value.values()):
-            print(f"{indent}{name:44} " + ", ".join(f"{key} {number:.3f}" for key, number in value.items()))
-        else:
-            print(f"{indent}{name}")
-            print_scores(value, indent + "  ")
-
-
 # -------- commands -------------------------------------------------------------------------------------
-
-def train_stages(args, dataset):
-    """Train what has not finished, in order, each stage as its own command with the flags they all have."""
-    names = ("dataset", "data_dir", "out", "image_size", "seed", "device", "dtype", "workers")
-    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
-    flags += ["--held-out", *map(str, args.held_out)]
-    stages = [(tokenizer, ""), (generator, ""), (prior, "--kind masked"), (prior, "--kind ar"),
-              (text_prior, "")]
-    for module, words in stages:
-        title = f"--- {module.__name__}.py {words}".rstrip()
-        if module is text_prior and not any(dataset.captions):
-            print(f"{title}: left out, the images have no captions", flush=True)
-            continue
-        print(title, flush=True)
-        start = time.time()
-        loaded = [] if module is prior else [dataset]  # a prior reads codes alone
-        module.main([*words.split(), *flags], *loaded)
-        print(f"--- {time.time() - start:.0f} s", flush=True)
-
 
 def input_images(paths, stages, args, most=8):
     """Images (n, 3, S, S) uint8 of files, their codes (n, L) and titles; where none are named, `most` of the
@@ -996,7 +986,9 @@ def write_reveal(stages, args, path, settings, most=32):
 def make_pictures(command, stages, args):
     """Write the picture of a command."""
     name = f"{command}-{args.kind}" if command == "unconditional" else command
-    path = stages.run.folder / "samples" / f"{name}.{'gif' if command == 'reveal' else 'png'}"
+    end = "gif" if command == "reveal" else "png"
+    numbered = (stages.run.folder / "samples" / f"{name}-{k:03d}.{end}" for k in itertools.count(1))
+    path = next(path for path in numbered if not path.exists())  # earlier ones stay
     settings = {**vars(args), "command": command}
     titles = lines = ()
     if command == "unconditional":
@@ -1035,6 +1027,54 @@ def make_pictures(command, stages, args):
     print(f"{command}: {path}")
 
 
+@contextmanager
+def advising(name):
+    """Inside, what the stage `name` says about its flags ends in how --train takes them."""
+    flag = name.replace("_", "-")
+    how = f'in sample.py --train, flags of {name}.py are given as --{flag}="--flag value"'
+    usual, data.Parser.remedy = data.Parser.remedy, how
+    try:
+        yield
+    except SystemExit as stopped:
+        names_flags = isinstance(stopped.code, str) and "--" in stopped.code
+        raise SystemExit(f"{stopped.code} ({how})" if names_flags else stopped.code) from None
+    finally:
+        data.Parser.remedy = usual
+
+
+def train_stages(args, run, dataset):
+    """Train what has not finished, in order, each stage as its own command with the flags that all have and
+    its own; then make the pictures that need no later one. Wrong flags are found before the first trains."""
+    names = ("dataset", "data_dir", "out", "image_size", "seed", "device", "dtype", "workers")
+    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
+    flags += ["--flip" if args.flip else "--no-flip", "--held-out", *map(str, args.held_out)]
+    captioned = any(dataset.captions)
+    planned = [stage for stage in STAGES if captioned or stage != "text_prior"]
+    words = {}
+    for stage in planned:
+        name, *kind = stage.split()
+        words[stage] = [*getattr(args, name), *kind, *flags]  # of the same flag the last counts
+        with advising(name):
+            MODULES[name].parse(words[stage])
+    if not captioned:
+        print("text_prior: left out, the images have no captions")
+    for number, stage in enumerate(planned, 1):
+        later = ", ".join([*planned[number:], "scores"])
+        print(f"--- stage {number} of {len(planned)}: {stage}; then {later}", flush=True)
+        start, name = time.time(), stage.split()[0]
+        loaded = [] if name == "prior" else [dataset]  # a prior reads codes alone
+        with advising(name):
+            MODULES[name].main(words[stage], *loaded)
+        print(f"--- {time.time() - start:.0f} s", flush=True)
+        stages = Stages(args, run)
+        stages.dataset = dataset
+        commands = [command for command, last in COMMANDS.items() if last.format(kind=args.kind) == stage]
+        if stage == "text_prior" and not stages.readable_captions(dataset.splits["test"]):
+            commands = []  # nothing to begin with
+        for command in commands:
+            make_pictures(command, stages, args)
+
+
 def parse(argv):
     """The flags of this script, checked."""
     parser = data.make_parser(__doc__)
@@ -1042,6 +1082,9 @@ def parse(argv):
     add("command", nargs="?", choices=COMMANDS, help="pictures to make")
     add("inputs", nargs="*", help="image files, or the prompts of text (default: of the test split)")
     add("--train", action="store_true", help="train what is missing, then make all pictures and scores")
+    for name in MODULES:
+        add(f"--{name.replace('_', '-')}", type=shlex.split, default=[], metavar="FLAGS",
+            help=f'--train: more flags for {name}.py, as "--steps 100"')
     add("--score", action="store_true", help="measure everything and write scores.json")
     add("--inception", metavar="FILE", help="--score: FID and others by this TorchScript network instead")
     add("--release", metavar="DIR",
@@ -1083,6 +1126,8 @@ def parse(argv):
         parser.error(f"say what to do: {', '.join(COMMANDS)}, --train or --score")
     if args.train and args.command:
         parser.error("argument --train: makes all pictures; for others give a command afterwards")
+    if not args.train and any(getattr(args, name) for name in MODULES):
+        parser.error(f"arguments --{', --'.join(MODULES).replace('_', '-')}: only --train reads them")
     if args.inception and not args.score:
         parser.error("argument --inception: only --score reads it")
     if args.command != "text" and (args.prompts or args.image is not None):
@@ -1105,25 +1150,19 @@ def main(argv=None):
     args = parse(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not args.inception:
         data.fail("sample.py: several processes share --score --inception alone; start it without torchrun")
-    if args.train:
-        dataset = data.load_dataset(args)
-        train_stages(args, dataset)
     run = data.Run(args, lock="sample" if args.inception else None)
     stages = Release(args, run) if args.release else Stages(args, run)
-    commands = [args.command] if args.command else []
     if args.train:
-        stages.dataset = dataset
-        captioned = any(dataset.captions) and stages.readable_captions(dataset.splits["test"])
-        commands = [command for command in COMMANDS if captioned or command not in ("text", "caption")]
-    for command in commands:
-        make_pictures(command, stages, args)
+        train_stages(args, run, stages.dataset)
+    if args.command:
+        make_pictures(args.command, stages, args)
     if args.train or args.score:
         if args.inception:
             scores = inception_scores(stages, args, run)
         else:
             scores = Scores(stages, args, run).run_all()
         if run.main:
-            print_scores(scores)
+            data.print_figures(scores)
             print(f"{time.time() - start:.0f} seconds")
             scores |= {"seconds": round(time.time() - start), "settings": vars(args)}
             data.write_json(run.folder / ("inception.json" if args.inception else "scores.json"), scores)

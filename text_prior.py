@@ -25,6 +25,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
+from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -86,20 +87,38 @@ class Text:
     caption), mask, start. Ids below `mask` are what a text position can become; no text is a special token.
 
     ranks {bytes: rank} and pattern as tiktoken's; ids: the token id of each rank (default: the rank);
-    special: the three, where the encoding has its own; words: those of the training captions.
+    special: the three, where the encoding has its own; words: as from `pieces`, of the training captions;
+    folds: texts are read without the differences in blanks and capitals that do not matter (`fold`).
     """
 
-    def __init__(self, ranks, pattern, ids=None, special=None, normal_form=None, words=()):
+    def __init__(self, ranks, pattern, ids=None, special=None, normal_form=None, words=(), folds=False):
         self.ranks, self.pattern, self.ids = ranks, pattern, ids
-        self.normal_form, self.words = normal_form, sorted(words)
+        self.normal_form, self.folds = normal_form, folds
+        self.know(words)
         self.encoding = tiktoken.Encoding("text", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.id_of = dict(enumerate(ids)) if ids else {rank: rank for rank in ranks.values()}
         self.rank_of = {id: rank for rank, id in self.id_of.items()}
         last = max(self.rank_of)
         self.pad, self.mask, self.start = special or (last + 1, last + 2, last + 3)
 
+    def know(self, words):
+        """Set the `words` of the training captions."""
+        self.words = set(words)
+        self.small = self.folds and len(words) > 0 and all(word == word.lower() for word in words)
+
+    def fold(self, text):
+        """A text with one space before each word, the first too (" red" is another token than "red"), and,
+        where no training caption has a capital, in small letters."""
+        text = "".join(f" {word}" for word in text.split()) if self.folds else text
+        return text.lower() if self.small else text
+
+    def pieces(self, text):
+        """The words of a text, where it folds as they are read: with the space before them, and signs too."""
+        return re.findall(PATTERN if self.folds else r"\w+", self.fold(text))
+
     def encode(self, captions):
         """Token ids of each caption, lists of any length; "" gives none."""
+        captions = [self.fold(caption) for caption in captions]
         if self.normal_form:
             captions = [unicodedata.normalize(self.normal_form, caption) for caption in captions]
         encoded = self.encoding.encode_ordinary_batch(captions)
@@ -118,18 +137,22 @@ class Text:
         if self.pad in ids:
             ids = ids[:ids.index(self.pad)]
         ranks = [self.rank_of[id] for id in ids if id in self.rank_of]
-        return self.encoding.decode(ranks, errors="replace")
+        text = self.encoding.decode(ranks, errors="replace")
+        return text.strip() if self.folds else text
 
     def unknown(self, prompt):
-        """The words of a prompt that no training caption has (where these are known)."""
-        return [word for word in re.findall(r"\w+", prompt) if self.words and word not in self.words]
+        """The words of a prompt of which a piece is in no training caption (where these are known)."""
+        if not self.words:
+            return []
+        return [word for word in prompt.split() if not self.words.issuperset(self.pieces(word))]
 
     def state(self):
         """Plain values for the checkpoint: the arguments of Text, ranks as `read_ranks` reads them."""
         lines = [f"{base64.b64encode(token).decode()} {rank}" for token, rank in self.ranks.items()]
         special = [self.pad, self.mask, self.start]
-        return {"ranks": "\n".join(lines), "pattern": self.pattern, "ids": self.ids, "special": special,
-                "normal_form": self.normal_form, "words": self.words}
+        state = {"ranks": "\n".join(lines), "pattern": self.pattern, "ids": self.ids, "special": special,
+                 "normal_form": self.normal_form, "words": sorted(self.words)}
+        return state | {"folds": True} if self.folds else state  # as of an earlier version, which never did
 
 
 def read_ranks(content):
@@ -158,7 +181,8 @@ def byte_characters():
 
 
 def read_tokenizer_json(path):
-    """The Text of a tokenizer.json with byte-level BPE. Fails with one line where it is of another kind."""
+    """The Text of a tokenizer.json with byte-level BPE, which folds nothing: what was trained with one, as
+    the authors' release, read texts as they are. Fails with one line where it is of another kind."""
     with data.reading(path, "expected a tokenizer.json with byte-level BPE, as of GPT-2, Llama 3, LLaDA"):
         content = json.loads(path.read_text(encoding="utf-8"))
         model, splitter = content["model"], content["pre_tokenizer"]
@@ -189,7 +213,7 @@ def read_tokenizer_json(path):
     return text
 
 
-def fetch_encoding(name):
+def fetch_encoding(name, folds):
     """The Text of a named encoding of tiktoken, from its cache or the network. Fails with one line when
     neither has it within a few seconds."""
     try:  # in a thread, since tiktoken itself waits without end
@@ -200,27 +224,27 @@ def fetch_encoding(name):
         data.fail(f"--encoding {name}: cannot be fetched ({type(problem).__name__}); on a machine with a "
                   f"network {fetch} fills DIR: copy DIR here and set TIKTOKEN_CACHE_DIR to it, or name a "
                   ".tiktoken or tokenizer.json file")
-    return Text(encoding._mergeable_ranks, encoding._pat_str)
+    return Text(encoding._mergeable_ranks, encoding._pat_str, folds=folds)
 
 
-def build_text(encoding, captions):
+def build_text(encoding, captions, folds=True):
     """The Text of --encoding: "captions" (merges learned from these captions), "bytes", a file, or a name of
-    tiktoken's."""
-    path = Path(encoding)
+    tiktoken's. It folds where `folds`, but for a tokenizer.json."""
+    path, of_bytes = Path(encoding), Text(BYTES, PATTERN, folds=folds)
     if encoding == "captions":
-        return Text(learn_merges(captions), PATTERN)
+        return Text(learn_merges(map(of_bytes.fold, captions)), PATTERN, folds=folds)
     if encoding == "bytes":
-        return Text(BYTES, PATTERN)
+        return of_bytes
     if path.suffix == ".json":
         return read_tokenizer_json(path)
     if path.suffix == ".tiktoken":
         with data.reading(path, "expected lines of a token in base64, a space and its rank"):
-            return Text(read_ranks(path.read_text(encoding="ascii")), PATTERN)
+            return Text(read_ranks(path.read_text(encoding="ascii")), PATTERN, folds=folds)
     names = tiktoken.list_encoding_names()
     if encoding not in names:
         data.fail(f"--encoding {encoding}: expected captions, bytes, {', '.join(names)}, or a file ending in "
                   ".tiktoken or .json")
-    return fetch_encoding(encoding)
+    return fetch_encoding(encoding, folds)
 
 
 # -------- model ----------------------------------------------------------------------------------------
@@ -453,9 +477,16 @@ def load_release(folder, stored, device, longest=512):
     return model.to(device).eval(), text, config
 
 
-def encode_captions(dataset, args, run):
-    """The Text of the flags, all captions as token ids (N + others, T), and {row: its rows there} of images
-    with several captions; says how many are missing or cut."""
+def reads_as_written(path):
+    """Whether a checkpoint is of a text prior that does not fold: one of an earlier version goes on so."""
+    with suppress(Exception):  # what is wrong with it is said where it is loaded
+        return "folds" not in data.read(path, "text_prior", only="ema")["text"]
+    return False
+
+
+def encode_captions(dataset, args, run, folds=True):
+    """The Text of the flags (folds: as in build_text), all captions as token ids (N + others, T), and {row:
+    its rows there} of images with several captions; says how many are missing or cut."""
     captions, train = list(dataset.captions), dataset.splits["train"]
     missing = captions.count("")
     if missing == len(captions):
@@ -466,8 +497,8 @@ def encode_captions(dataset, args, run):
         choices[row] = [row, *range(len(captions), len(captions) + len(texts) - 1)]
         captions += texts[1:]
         seen += texts[1:] if row in train else []
-    text = build_text(args.encoding, seen)
-    text.words = sorted({word for caption in seen for word in re.findall(r"\w+", caption)})
+    text = build_text(args.encoding, seen, folds)
+    text.know({piece for caption in seen for piece in text.pieces(caption)})
     distinct = list(dict.fromkeys(captions))
     ids_of = dict(zip(distinct, text.encode(distinct)))
     encoded = [ids_of[caption] for caption in captions]
@@ -539,22 +570,28 @@ def check_flags(parser, args):
         parser.error("argument --mix: expected at least one number above 0")
 
 
-def main(argv=None, dataset=None):
-    """Train the text prior; report bits per token of codes, with and without captions, and of captions."""
+def parse(argv=None):
+    """The flags of this script, checked: their parser and values."""
     parser = data.make_parser(__doc__)
     add_flags(parser)
     data.add_training_flags(parser, steps=700, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50, ema=0.99)
     args = data.parse(parser, PRESETS, argv)
     check_flags(parser, args)
     args.hidden = args.hidden or prior.swiglu_hidden(args.width)
+    return parser, args
 
+
+def main(argv=None, dataset=None):
+    """Train the text prior; report bits per token of codes, with and without captions, and of captions."""
+    parser, args = parse(argv)
     run = data.Run(args, lock="text_prior")
     dataset = dataset or data.load_dataset(args)
     train_rows = dataset.splits["train"]
     data.fit_batch(parser, args, train_rows)
     remedy = "make it with " + data.script_command("tokenizer.py", args)
     stored = data.load_codes(run.folder / "codes.pt", remedy, images_id=dataset.id)
-    text, tokens, choices = encode_captions(dataset, args, run)  # tokens (N + others, T)
+    folds = args.restart or not reads_as_written(run.folder / "text_prior.pt")
+    text, tokens, choices = encode_captions(dataset, args, run, folds)  # tokens (N + others, T)
     args.codes, args.values, args.window = stored["L"], stored["V"], tokens.shape[1]
     torch.manual_seed(args.seed)
     model = build_text_prior(vars(args), text)

@@ -21,6 +21,7 @@ import argparse
 import functools
 import math
 import shutil
+import sys
 from collections import OrderedDict
 
 import data  # first: it sets the threads' waiting policy before torch starts them
@@ -315,9 +316,9 @@ def crop_boxes(u, scale, ratio, aspect=1.0):
     return x, y, width, height, u[..., 4] < 0.5
 
 
-def read_crops(path, u, views, ratio):
+def read_crops(path, u, views, ratio, flip=True):
     """Random resized crops of an image file, cut from the whole of it: u (views, 5) uniform, views as
-    view_sizes → [(3, size, size) uint8, ...]. Raises as data.open_image."""
+    view_sizes, flip: some mirrored → [(3, size, size) uint8, ...]. Raises as data.open_image."""
     def boxes(w, h):
         return [crop_boxes(u_k, scale, ratio, w / h) for u_k, (_, scale) in zip(u, views)]
 
@@ -335,7 +336,7 @@ def read_crops(path, u, views, ratio):
         bottom = float(top + height * h)
         box = (max(0.0, left), max(0.0, top), min(w, right), min(h, bottom))
         crop = data.to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
-        crops.append(crop.flip(2) if mirror else crop)
+        crops.append(crop.flip(2) if mirror and flip else crop)
     return crops
 
 
@@ -343,7 +344,7 @@ def random_crops(images, size, scale, ratio, part):
     """A random resized crop of each image, bilinear: (B, 3, S, S) → (B, 3, size, size)."""
     x, y, width, height, mirror = crop_boxes(part.uniform(5), scale, ratio)
     zero = torch.zeros_like(x)
-    width = width * torch.where(mirror, -1.0, 1.0)
+    width = width * torch.where(mirror & part.flip, -1.0, 1.0)
     box = torch.stack([width, zero, x, zero, height, y], 1).view(-1, 2, 3)
     grid = F.affine_grid(box, (len(images), 3, size, size), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
@@ -739,7 +740,7 @@ def report(dataset, codes, features, values, run, most=10_000):
             for split, predictions in found.items():
                 right = (predictions == y[split]).float().mean(0).tolist()
                 accuracies = {factor: round(value, 4) for factor, value in zip(dataset.factors, right)}
-                result[f"{method} on {name}, {split}"] = accuracies
+                result[f"{method} on {name}, {split}"] = accuracies | {"n": len(predictions)}
     return result
 
 
@@ -907,7 +908,8 @@ def add_flags(parser):
     add("--alone", type=data.number(0, 0.5), default=0.25,
         help="--colour-codes: share of the images that train form alone, and as many colour alone")
     add = parser.add_argument_group("views").add_argument
-    add("--global-size", type=data.positive, default=32, help="side of global crops in pixels")
+    add("--global-size", type=data.positive,
+        help="side of global crops in pixels (shapes and folder: --image-size, else 32)")
     add("--global-scale", type=data.fraction, nargs=2, default=[0.6, 1.0], help="share of the area, from, to")
     add("--ratio", type=data.number(1e-3, 1), default=0.9, help="smallest width / height; largest: 1 / RATIO")
     add("--locals", type=data.count, default=0, help="local crops per image")
@@ -938,7 +940,7 @@ def check_flags(parser, args):
     expect(args.local_size % patch == 0, "local-size", f"no multiple of --patch {patch}")
     patches = (args.global_size // patch) ** 2
     expect(args.sem_read == "registers" or args.codes % patches == 0,
-           "codes", f"{args.codes} is no multiple of the {patches} patches that are read")
+           "codes", f"{args.codes} is no multiple of {patches} patches; choose {patches} or another --patch")
     fits = args.sem_read == "patches" and args.colour_codes < args.codes // patches and patch % 2 == 0
     expect(args.colour_codes == 0 or (fits and args.ibot == 0 and not args.init),
            "colour-codes", "expected fewer than the positions of a patch, --sem-read patches, an even --patch, "
@@ -955,14 +957,20 @@ def check_flags(parser, args):
            "accumulate", "the losses look at the whole batch; use more processes instead")
 
 
-def main(argv=None, dataset=None):
-    """Train the tokenizer, encode the dataset, report."""
+def parse(argv=None):
+    """The flags of this script, checked: their parser and values."""
     parser = data.make_parser(__doc__)
     add_flags(parser)
     data.add_training_flags(parser, steps=760, batch_size=256, lr=2e-3, lr_matrix=0.0, warmup=40)
     args = data.parse(parser, PRESETS, argv)
+    args.global_size = args.global_size or (args.image_size if args.dataset in ("shapes", "folder") else 32)
     check_flags(parser, args)
+    return parser, args
 
+
+def main(argv=None, dataset=None):
+    """Train the tokenizer, encode the dataset, report."""
+    parser, args = parse(argv)
     run = data.Run(args, lock="tokenizer")
     torch.manual_seed(args.seed)
     student = build_student(vars(args)).to(run.device)
@@ -986,7 +994,7 @@ def main(argv=None, dataset=None):
     steps = data.Steps(checkpoint, start, train_rows, args.batch_size)
     last_decay = args.weight_decay if args.weight_decay_final is None else args.weight_decay_final
     views = view_sizes(args)
-    read_views = functools.partial(read_crops, views=views, ratio=args.ratio)  # of images that lie in files
+    read_views = functools.partial(read_crops, views=views, ratio=args.ratio, flip=args.flip)  # of files
     batches = data.image_batches(dataset, run, args, start, read_views, numbers=(len(views), 5))
 
     for step in steps:
@@ -1003,10 +1011,11 @@ def main(argv=None, dataset=None):
 
     write_codes(teacher.backbone, dataset, run, args, made_from | {"tokenizer": checkpoint.id})
     if run.main:
-        for name, value in data.read(run.folder / "codes.pt", "codes", only="codes")["report"].items():
-            values = value if isinstance(value, dict) else {"": value}
-            shown = [f"{factor} {number:.3f}".strip() for factor, number in values.items()]
-            print(f"{name:44} " + " ".join(shown))
+        found = data.read(run.folder / "codes.pt", "codes", only="codes")["report"]
+        data.print_figures(found)
+        if found["entropy per position"] < 0.1:  # bits
+            print("note: all images have nearly the same code, the tokenizer has collapsed; train it with "
+                  f"--restart and a lower --lr, or bring more images ({parser.remedy})", file=sys.stderr)
     run.wait()
 
 

@@ -697,3 +697,36 @@ def test_the_first_step_is_counted_in_flops(run, tmp_path, monkeypatch, capsys):
         model(torch.randn(m, k, requires_grad=True)).sum().backward()
         steps.show(loss=0.0)
     assert steps.flops == 3 * 2 * m * n * k and "MFU 0.00 of 1 TFLOP/s" in capsys.readouterr().out
+
+
+def test_a_run_without_a_terminal_speaks_every_while(tmp_path, capsys, monkeypatch):
+    """Where a bar is shown, and in a short run, there is no such line."""
+    for silence, bars, lines in ((30, False, 0), (-1, False, 10), (-1, True, 0)):
+        monkeypatch.setattr(data, "SILENCE", silence)
+        run = data.Run(arguments(out=tmp_path, data_dir=tmp_path, device="cpu", dtype="float32"))
+        run.shows_bars = bars
+        checkpoint = types.SimpleNamespace(run=run, args=arguments(), stage="stage", save=print)
+        steps = data.Steps(checkpoint, 0, range(100), 16)
+        for _ in steps:
+            steps.show(loss=torch.tensor(0.25))
+        said = capsys.readouterr().out
+        assert said.count("of 10, loss 0.2500, ") == said.count("left") == lines
+
+
+def test_labels_are_written_in_the_letters_of_their_language_or_printed(tmp_path, capsys, monkeypatch):
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    labels = ("a ring", "une tête, ein Fuß, κύκλος, круг")
+    data.save_grid(tmp_path / "a.png", images, 1, lines=labels)
+    monkeypatch.setattr(data, "FONTS", ["none.ttf"])
+    assert data.find_font(labels[0], 10) and data.find_font(labels[1], 10) is None
+    capsys.readouterr()
+    data.save_grid(tmp_path / "b.png", images, 1, lines=labels)
+    said = capsys.readouterr().err
+    assert f"label (2), of which no font here has all characters: {labels[1]}" in said and labels[0] not in said
+
+
+def test_figures_of_few_images_have_fewer_digits(capsys):
+    data.print_figures({"a": 0.12345, "few": {"n": 12, "b": 0.12345, "more": {"c": 0.12345}},
+                        "many": {"n": 100, "d": 0.12345}})
+    said = " ".join(capsys.readouterr().out.split())
+    assert said == "a 0.123 few n 12 b 0.12 more c 0.12 many n 100, d 0.123"

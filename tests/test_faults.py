@@ -408,7 +408,7 @@ def test_checkpoints_of_an_earlier_commit_go_on_and_are_drawn_from(tmp_path):
     for words in (["unconditional"], ["unconditional", "--kind", "ar"], ["text", "a red ring"]):
         call("sample", *words, *ONE_PICTURE, "--out", tmp_path)
     names = {path.stem for path in (folder / "samples").iterdir()}
-    assert names >= {"unconditional-ar", "unconditional-masked", "text"}
+    assert names >= {"unconditional-ar-001", "unconditional-masked-001", "text-001"}
 
 
 def test_codes_of_changed_images_are_refused_and_made_again(tmp_path, capsys):

@@ -215,7 +215,7 @@ def test_a_generator_of_latents_draws_pixels_with_its_own_autoencoder_alone(vae,
     assert state["config"]["predict"] == "v" and state["ema"]["x_embed.weight"].shape[1] == 12 * 16
     pictures = ["sample", "reconstruct", "--rows", "1", "--sample-steps", "2", "--out", out]
     call(*pictures)
-    picture = Image.open(folder / "samples" / "reconstruct.png")
+    picture = Image.open(folder / "samples" / "reconstruct-001.png")
     assert picture.height == 14 + 2 + 2 * 66  # titles, and two rows of pixels
     moved = vae.rename(tmp_path / "elsewhere")
     refuse(*pictures, words=["--vae", "vae"])

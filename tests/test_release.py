@@ -204,7 +204,7 @@ def test_a_diffusion_generator_trains_goes_on_and_draws(trained, tmp_path):
     assert state["ema"]["blocks.0.mlp.fc1.bias"].shape == (64,)
     call("sample", "reconstruct", "--rows", 1, "--sample-steps", 3, "--out", out)
     call("sample", "reconstruct", "--rows", 1, "--sample-steps", 3, "--method", "heun", "--out", out)
-    assert (folder / "samples" / "reconstruct.png").exists()
+    assert (folder / "samples" / "reconstruct-001.png").exists()
     refuse("generator", *flags[:-2], "--predict", "x", "--out", out, words=["predict noise → x"])
     link_codes(trained, tmp_path / "flow")
     call("generator", *TINY["generator"], "--out", tmp_path / "flow")

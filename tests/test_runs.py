@@ -1,5 +1,4 @@
 """The scripts as commands: every dataset, stops, several processes, one command for all, what is refused."""
-import importlib
 import json
 import os
 import re
@@ -7,13 +6,17 @@ import shutil
 
 import data
 import generator
+import numpy as np
 import pytest
 import sample
 import text_prior
+import tokenizer
 import torch
-from conftest import (ONE_PICTURE, SMALL_IMAGES, STAGES, TINY, call, contents, finish, link_codes, prepare,
-                      refuse, results, run_pair, same, stopped_after, weights)
+from conftest import (ONE_PICTURE, SMALL_IMAGES, STAGES, TINY, FakeRun, call, contents, finish, link_codes,
+                      prepare, refuse, results, run_pair, same, stopped_after, weights)
+from PIL import Image
 
+PICTURES = {f"{name}-001" for name in ("unconditional-masked", *list(sample.COMMANDS)[1:])}
 COMPARABLE = "--dtype float32 --lr-matrix 0 --warmup 0".split()  # but for rounding
 
 
@@ -46,7 +49,7 @@ def test_every_script_runs_on_every_dataset(places, tmp_path, dataset):
     folder = out / "folder" / "pictures" if dataset == "folder" else out / dataset
     assert {path.stem for path in folder.glob("*.pt")} == {*STAGES, "codes"}
     pictures = {path.stem for path in (folder / "samples").iterdir()}
-    assert pictures == {"data", "generator-000006", "unconditional-masked", *sample.COMMANDS[1:]}
+    assert pictures == {"data", "generator-000006", *PICTURES}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -111,6 +114,43 @@ def test_training_pairs_each_code_with_its_own_flip_and_caption(trained, tmp_pat
     for codes, text, *_ in seen["text_nll"][:6]:  # the steps
         for code, ids in zip(codes.tolist(), text.tolist()):
             assert (tuple(code), stages.text_model[1].decode(ids)) in pairs
+
+
+def test_without_flips_no_stage_is_shown_a_mirrored_image(places, tmp_path, monkeypatch):
+    """Read from memory and from files; the judge too. A run that was begun so does not go on with flips."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    fading = np.broadcast_to(np.linspace(250, 100, 32)[:, None], (32, 32, 3))  # brighter on the left
+    for k in range(30):
+        Image.fromarray((fading - k).astype(np.uint8)).save(folder / f"{k}.png")
+    where = ["--dataset", "folder", "--data-dir", folder, "--out", tmp_path, "--no-flip"]
+    brighter, make_views, flow_loss = [], tokenizer.make_views, generator.flow_loss
+
+    def compare(x):
+        left, right = x.float().chunk(2, 3)
+        brighter.append((left.mean((1, 2, 3)) > right.mean((1, 2, 3))).all().item())
+
+    def noted_views(*rest):
+        views = make_views(*rest)
+        for view in views:
+            compare(view)
+        return views
+
+    def noted_loss(model, x, *rest):
+        compare(x)
+        return flow_loss(model, x, *rest)
+
+    monkeypatch.setattr(tokenizer, "make_views", noted_views)
+    monkeypatch.setattr(generator, "flow_loss", noted_loss)
+    for most in (data.IN_MEMORY_BYTES, 0):  # then as files
+        monkeypatch.setattr(data, "IN_MEMORY_BYTES", most)
+        call("tokenizer", *TINY["tokenizer"], *where, "--jitter-p", "0", "--restart")
+    call("generator", *TINY["generator"], *where)
+    args = sample.parse([str(word) for word in ["--score", *where]])
+    compare(sample.judge_batch(data.load_dataset(args), args, 0)[0])
+    assert len(brighter) == 2 * 6 * 3 + 6 + 1 and all(brighter)
+    assert not data.Part(0, 0, 100, FakeRun(), flip=False).flips().any()  # by which the priors choose codes
+    refuse("generator", *TINY["generator"], *where[:-1], words=["flip False → True"])
 
 
 def test_the_references_leave_the_files_of_the_generator_alone(tmp_path):
@@ -215,37 +255,55 @@ def test_scores_by_inception_are_the_same_on_two_processes(trained, tmp_path, in
 
 
 def test_one_command_trains_draws_and_scores_and_a_second_trains_nothing(tmp_path, monkeypatch, capsys):
-    """sample.py --train: all stages in this process, on shapes that are drawn once."""
-    called, drawn, draw_shapes = [], [], data.draw_shapes
+    """sample.py --train: all stages in this process, with flags of their own, on shapes that are drawn once;
+    pictures come right after the last stage that they need."""
+    drawn, draw_shapes = [], data.draw_shapes
 
     def counted(labels, *rest):
         drawn.append(len(labels))
         return draw_shapes(labels, *rest)
 
-    def shortened(name, main):
-        def run_main(argv, *dataset):
-            called.append(name)
-            main([*argv, *TINY[name]], *dataset)
-        return run_main
-
     def results():
-        call("sample", *"--train --count 8 --rows 1 --rounds 1 --sample-steps 1 --out".split(), tmp_path)
+        words = "--train --count 8 --rows 1 --rounds 1 --sample-steps 1 --out".split()
+        own = [f"--{name.replace('_', '-')}={' '.join(flags)}" for name, flags in TINY.items()]
+        call("sample", *words, tmp_path, *own)
         scores = json.loads((tmp_path / "shapes" / "scores.json").read_text())
         stages = {path.name: path.read_bytes() for path in (tmp_path / "shapes").glob("*.pt")}
         return stages | scores | {"seconds": 0}
 
     monkeypatch.setattr(data, "draw_shapes", counted)
     monkeypatch.setattr(sample.train_judge, "__defaults__", (2,))  # its steps
-    for name in TINY:
-        module = importlib.import_module(name)
-        monkeypatch.setattr(module, "main", shortened(name, module.main))
+    pictures = tmp_path / "shapes" / "samples"
     first = results()
-    assert called == ["tokenizer", "generator", "prior", "prior", "text_prior"]
+    steps = r"--- stage (\d of 5: [a-z_]+)|^([a-z]+): .*(?:png|gif)"
+    said = ["".join(found) for found in re.findall(steps, capsys.readouterr().out, re.MULTILINE)]
+    assert said == ["1 of 5: tokenizer", "2 of 5: generator", "reconstruct", "explain", "3 of 5: prior",
+                    "unconditional", "compose", "infill", "reveal", "4 of 5: prior", "5 of 5: text_prior",
+                    "text", "caption"]
     assert drawn.count(sum(data.SHAPES_COUNTS.values())) == 1  # the judge draws others
-    pictures = {path.stem for path in (tmp_path / "shapes" / "samples").iterdir()}
-    assert pictures == {"generator-000006", "unconditional-masked", *sample.COMMANDS[1:]}
-    capsys.readouterr()
+    assert {path.stem for path in pictures.iterdir()} == {"generator-000006", *PICTURES}
     assert results() == first and capsys.readouterr().out.count("is finished") == 5
+    assert len(list(pictures.iterdir())) == 1 + 2 * len(PICTURES)  # none is written over
+
+
+def test_flags_that_do_not_fit_are_found_before_the_first_stage_trains(tmp_path, capsys):
+    """And what a stage says is to be changed can be given to --train."""
+    for size in ("--image-size=36", "--image-size=48", "--text-prior=--heads 3", "--prior=--steps=x"):
+        with pytest.raises(SystemExit):
+            call("sample", "--train", size, "--out", tmp_path)
+        said = capsys.readouterr()
+        assert "sample.py --train, flags of" in said.err and said.err.count("\n") == 1 and not said.out
+    words = ["sample", "--train", "--image-size", "64", "--out", tmp_path]
+    refuse(*words, f"--tokenizer={' '.join(TINY['tokenizer'])} --codes 64 --batch-size 500",
+           words=["lower it (in sample.py --train, flags of tokenizer.py are given as --tokenizer="])
+    assert not list((tmp_path / "shapes").glob("*.pt"))
+
+
+def test_the_tokenizer_reads_own_pictures_at_the_size_that_is_asked_for():
+    for words, size in (("", 32), ("--image-size 64", 64), ("--image-size 64 --global-size 32", 32),
+                        ("--dataset folder --image-size 64", 64), ("--dataset cifar10 --image-size 64", 32),
+                        ("--dataset imagenet", 224)):
+        assert tokenizer.parse(words.split())[1].global_size == size
 
 
 @pytest.mark.parametrize("command", [

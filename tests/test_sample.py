@@ -142,7 +142,7 @@ def test_pictures_store_their_settings(trained):
                           ("compose --positions 0 1", "compose"), ("compose --choose random", "compose"),
                           ("compose --inside", "compose")):
         call("sample", *command.split(), *"--rows 2 --sample-steps 2 --out".split(), trained)
-        with Image.open(trained / "shapes" / "samples" / f"{name}.png") as image:
+        with Image.open(max((trained / "shapes" / "samples").glob(f"{name}-0*.png"))) as image:
             settings = json.loads(image.text["settings"])
         assert settings["command"] == command.split()[0]
         assert settings["sample_steps"] == 2
@@ -161,7 +161,7 @@ def test_the_picture_of_a_code_has_a_square_for_each_position_in_place():
 def test_explaining_an_image_shows_its_code_and_what_each_position_does(trained):
     flags = ["--rows", "2", "--columns", "7", "--sample-steps", "1", "--out", str(trained)]
     call("sample", "explain", *flags)
-    with Image.open(trained / "shapes" / "samples" / "explain.png") as image:
+    with Image.open(max((trained / "shapes" / "samples").glob("explain-*"))) as image:
         assert image.size == (7 * 136 + 2, 2 * (136 + 14) + 2)
         code = np.array(image.crop((138, 16, 266, 144)))
     args = sample.parse(["explain", *flags])
@@ -176,7 +176,7 @@ def test_a_code_is_revealed_from_all_hidden_to_the_one_that_the_prior_draws(trai
     args = sample.parse(["unconditional", *flags])
     drawn, _ = sample.Stages(args, data.Run(args)).sample_codes("masked", 2)
     colours = data.code_colours(4).int()
-    with Image.open(trained / "shapes" / "samples" / "reveal.gif") as image:
+    with Image.open(max((trained / "shapes" / "samples").glob("reveal-*"))) as image:
         assert image.n_frames == 17 and json.loads(image.info["comment"])["command"] == "reveal"
         for frame in range(17):
             image.seek(frame)
@@ -197,7 +197,7 @@ def test_named_images_of_any_size_are_reconstructed_and_composed(trained, tmp_pa
     flags = ["--rows", "1", "--columns", "3", "--sample-steps", "1", "--out", trained]
     for command in ("reconstruct", "compose"):
         call("sample", command, *flags, *names)
-        with Image.open(trained / "shapes" / "samples" / f"{command}.png") as image:
+        with Image.open(max((trained / "shapes" / "samples").glob(f"{command}-*.png"))) as image:
             assert image.width == 3 * 66 + 2
     refuse("sample", "compose", names[0], *flags, words=["at least 2"])
     refuse("sample", "compose", *names, "--weights", "1", "1", *flags, words=["--weights", "3 codes"])
@@ -246,10 +246,10 @@ def test_unseen_combinations_of_a_folder_are_scored_beside_its_test_split(tmp_pa
     for stage in ("tokenizer", "generator", "text_prior"):
         call(stage, *TINY[stage], *where)
     found = scores()
-    assert found["tokenizer"]["linear on codes, unseen"].keys() == {"tone", "weight"}
+    assert found["tokenizer"]["linear on codes, unseen"].keys() == {"n", "tone", "weight"}
     for line in (*found["unseen"].values(), {"factors": found["text to image, guidance 2"]["unseen"]}):
-        assert line["factors"].keys() == {"tone", "weight", "all"}
-    assert found["captions of images"]["unseen"].keys() == {"equal to its own"}
+        assert line["factors"].keys() - {"n"} == {"tone", "weight", "all"}
+    assert found["captions of images"]["unseen"] == {"n": 4, "equal to its own": 0}
     assert scores() and len(judges) == 1
     (folder / "metadata.csv").write_text("\n".join([lines[0].replace("weight", "mass"), *lines[1:]]))
     (tmp_path / "folder" / "pictures" / "text_prior.pt").unlink()  # which is of other captions

@@ -1,6 +1,7 @@
 """The tokenizer's parts: ViT and the weights of others, SEM, views, losses, probes."""
 import json
 import math
+import re
 
 import data
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import tokenizer
 import torch
 import torch.nn.functional as F
-from conftest import part
+from conftest import TINY, call, part
 from PIL import Image
 
 
@@ -330,11 +331,9 @@ def test_the_terms_of_the_loss_are_weighted_as_in_dinov2(run):
 
 def parsed(*flags):
     """Settings as from the flags of the tokenizer, tiny."""
-    parser = data.make_parser("")
-    data.add_training_flags(parser, steps=4, batch_size=8, lr=1e-3, lr_matrix=0.0, warmup=0)
-    tokenizer.add_flags(parser)
     sizes = "--width 32 --depth 2 --codes 16 --values 4 --prototypes 24 --head-hidden 16 --bottleneck 8"
-    return data.parse(parser, tokenizer.PRESETS, ["--attention", *sizes.split(), *flags])
+    usual = f"--steps 4 --batch-size 8 --lr 1e-3 --warmup 0 --attention {sizes}"
+    return tokenizer.parse([*usual.split(), *flags])[1]
 
 
 def test_learning_rates_fall_with_the_distance_from_the_head_and_the_teacher_warms_up():
@@ -406,3 +405,13 @@ def test_centred_codes_use_values_that_a_constant_preference_would_hide(run):
     assert not tokenizer.encode_images(model, images, run)[0].any()
     tokenizer.centre_codes(model, dataset, run)
     assert tokenizer.encode_images(model, images, run)[0].unique().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_codes_that_tell_nothing_apart_are_said_with_what_to_do(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for k in range(24):
+        Image.new("RGB", (32, 32), (90, 120, 200)).save(tmp_path / "in" / f"{k}.png")
+    where = ["--dataset", "folder", "--data-dir", tmp_path / "in", "--out", tmp_path]
+    call("tokenizer", *TINY["tokenizer"], *where)
+    [line] = re.findall("note: all images have nearly the same code.*", capsys.readouterr().err)
+    assert "--restart" in line and "see --help" in line
