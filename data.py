@@ -1434,12 +1434,12 @@ def fill_model(model, state, assign=False):
 
 
 def fill_as_flags_say(model, state, sizes, args):
-    """fill_model with released weights that training starts from; raises Unfit with the flags that their
-    `sizes` {name: value} need."""
-    flags = {name: value for name, value in sizes.items() if name not in ("image_size", "down", "groups")}
-    differ = [f"--{name} {value}" for name, value in flags.items() if vars(args).get(name, value) != value]
+    """fill_model with released weights that training starts from; raises Unfit where `sizes` {name: value} of
+    theirs are not those of the flags."""
+    sizes = {name: value for name, value in sizes.items() if name not in ("image_size", "down", "groups")}
+    differ = [f"{name} {value}" for name, value in sizes.items() if vars(args).get(name, value) != value]
     if differ:
-        raise Unfit(f"needs {' '.join(differ)}")
+        raise Unfit(f"is of {', '.join(differ)}")
     fill_model(model, state)
 
 

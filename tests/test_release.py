@@ -381,7 +381,7 @@ def test_training_from_the_release_starts_with_its_weights(release, trained, tmp
     for key, x in read(release / part)[0].items():
         assert torch.equal(weights(out, stage)["ema"][key], x.float()), key
     refuse(name, *INIT, *flags, "--heads", "4", "--restart", "--init", release / part, "--out", out,
-           words=[part, "needs --heads 2"])
+           words=[part, "is of heads 2"])
 
 
 def test_the_tokenizer_starts_from_the_released_encoder_with_its_simplicial_embedding(release, tmp_path):
