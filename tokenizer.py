@@ -118,6 +118,16 @@ def patch_embedding(patch, width, stem, channels=3):
     return nn.Sequential(OrderedDict(stem=nn.Sequential(*layers), proj=proj))
 
 
+LUMA = (0.299, 0.587, 0.114)
+YIQ = (LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # brightness and two axes of chroma, from RGB
+
+
+def luma(x):
+    """Perceived brightness (B, 1, S, S) of RGB (B, 3, S, S)."""
+    weights = torch.tensor(LUMA, device=x.device)[:, None, None]
+    return (x * weights).sum(1, keepdim=True)
+
+
 def without_hue(x, patch):
     """Images (B, 3, S, S) without their hues, (B, 2, S, S): how coloured a pixel is beside the most coloured
     one of its patch, and how bright where it is grey."""
@@ -348,16 +358,6 @@ def random_crops(images, size, scale, ratio, part):
     box = torch.stack([width, zero, x, zero, height, y], 1).view(-1, 2, 3)
     grid = F.affine_grid(box, (len(images), 3, size, size), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-
-
-LUMA = (0.299, 0.587, 0.114)
-YIQ = (LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # brightness and two axes of chroma, from RGB
-
-
-def luma(x):
-    """Perceived brightness (B, 1, S, S) of RGB (B, 3, S, S)."""
-    weights = torch.tensor(LUMA, device=x.device)[:, None, None]
-    return (x * weights).sum(1, keepdim=True)
 
 
 def colour_jitter(x, jitter, part):
