@@ -1317,7 +1317,7 @@ def to_bytes(images):
 
 # -------- files ----------------------------------------------------------------------------------------
 
-WEIGHT_FILES = ("*.index.json", "*.safetensors", "*.bin", "*.pth", "*.pt")  # the first kind in a folder counts
+WEIGHT_FILES = ("*.index.json", "*.safetensors", "*.bin", "*.pth", "*.pt")  # the first kind found counts
 
 
 def cannot_write(path, problem):

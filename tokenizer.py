@@ -216,8 +216,8 @@ class ViT(nn.Module):
             nn.init.normal_(p, std=0.02)
 
     def tokens(self, images, mask=None):
-        """CLS, R registers and patches (B, 1 + R + N, D), not normalised, then, with colour positions, one more
-        of each patch, of its colours: (B, 1 + R + 2N, D); mask (B, N) bool hides patches."""
+        """CLS, R registers and patches (B, 1 + R + N, D), not normalised, and, with colour positions, a second
+        token of each patch, of its colours: (B, 1 + R + 2N, D); mask (B, N) bool hides patches."""
         seen = without_hue(images, self.patch) if self.colour_codes else images
         x = self.patch_embed(seen).flatten(2).transpose(1, 2)  # (B, N, D)
         if mask is not None:
@@ -246,8 +246,8 @@ class ViT(nn.Module):
         return self.sem_norm(self.sem_embed(h))
 
     def forward(self, images, mask=None, shown=None):
-        """out (B, D) of equation (1) and the normalised patches (B, N, D); shown (b, L / N) bool: of each of b
-        images, in all its views, which positions of a patch count."""
+        """out (B, D) of equation (1) and the normalised patches (B, N, D). shown (b, L / N) bool: which
+        positions of a patch count, for each of b images in all its views."""
         x = self.tokens(images, mask)
         z = self.logits(x)
         p = (z.unflatten(-1, (-1, self.V)).float() / self.tau).softmax(-1)  # (B, reads, L / reads, V)
@@ -624,8 +624,8 @@ def encode_images(backbone, images, run):
 
 
 def k_means(z, count, rounds=25):
-    """`count` means (L, count, V) of points z (L, n, V) at each of L positions, by k-means++ and Lloyd's rounds,
-    always the same."""
+    """`count` means (L, count, V) of points z (L, n, V) at each of L positions, by k-means++ and Lloyd's
+    rounds, always the same."""
     rng = torch.Generator().manual_seed(0)
     means = z[:, :1]
     for _ in range(count - 1):  # the next one is a point far from all so far
@@ -943,8 +943,8 @@ def check_flags(parser, args):
            "codes", f"{args.codes} is no multiple of {patches} patches; choose {patches} or another --patch")
     fits = args.sem_read == "patches" and args.colour_codes < args.codes // patches and patch % 2 == 0
     expect(args.colour_codes == 0 or (fits and args.ibot == 0 and not args.init),
-           "colour-codes", "expected fewer than the positions of a patch, --sem-read patches, an even --patch, "
-                           "no --ibot and no --init")
+           "colour-codes", "expected fewer than the positions of a patch, --sem-read patches, an even "
+                           "--patch, no --ibot and no --init")
     expect(args.attention or (args.sem_read == "patches" and args.ibot == 0),
            "attention", "needed by --sem-read registers and --ibot; add it")
     for flag, (low, high) in (("global-scale", args.global_scale), ("local-scale", args.local_scale)):

@@ -314,7 +314,8 @@ def test_the_tokenizer_reads_own_pictures_at_the_size_that_is_asked_for():
     "tokenizer --init x.pth", "generator --patch 5",
     "generator --factors --condition none", "prior", "prior --kind ar --heads 3", "text_prior --shard",
     "text_prior --mix 0 0 0", "sample", "sample text --train", "sample unconditional --inception x.pt",
-    "sample caption --prompts x", "sample explain --release x", "sample text --weights 1 1", "data --download"])
+    "sample caption --prompts x", "sample explain --release x", "sample text --weights 1 1",
+    "data --download"])
 def test_wrong_flags_stop_with_one_line_and_exit_code_2(tmp_path, command, capsys):
     with pytest.raises(SystemExit) as stopped:
         call(*command.split(), "--out", tmp_path)
