@@ -987,22 +987,26 @@ def list_files(folder, out):
     return sorted(path for path in paths if os.path.isfile(folder / path))
 
 
-def find_splits(names, columns):
+def find_splits(folder, names, columns):
     """For each picture its split, "" where none is said, and the folders below that of the split (or, where
     there are none, above). Splits are the first level of folders with train beside val or test, with unseen,
-    or with train alone; a column `split` that holds nothing but such names goes over them."""
+    or with train alone; a column `split` goes over them, where it is empty for train."""
     folders = [name.split(os.sep)[:-1] for name in names]
     splits, below = [""] * len(names), folders
     for level in range(max(map(len, folders))):
-        here = [SPLIT_NAMES.get("".join(path[level:level + 1]).lower(), "") for path in folders]
+        at_level = [path[level] if len(path) > level else "" for path in folders]
+        here = [SPLIT_NAMES.get(name.lower(), "") for name in at_level]
         kinds = set(here)
         if kinds == {"train"} or "unseen" in kinds or "train" in kinds and kinds & {"val", "test"}:
             splits = here
             below = [path[level + bool(split):] or path[:level] for path, split in zip(folders, splits)]
             break
-    given = [columns.get(name, {}).get("split", "").lower() for name in names]
-    if any(given) and set(given) <= {"", *SPLIT_NAMES}:
-        splits = [SPLIT_NAMES.get(value, "") for value in given]
+    given = [columns.get(name, {}).get("split", "").strip().lower() for name in names]
+    if any(given):
+        unknown = sorted(set(given) - {"", *SPLIT_NAMES})
+        if unknown:
+            fail(f"{folder}: {unknown[0]!r} in a column `split`; expected train, val, test or unseen")
+        splits = [SPLIT_NAMES.get(value, "train") for value in given]
     return splits, below
 
 
@@ -1025,9 +1029,9 @@ def split_folder(folder, splits):
         rest = np.flatnonzero(splits != "unseen")
         few = max(2, len(rest) // 20)
         test, val, train = np.split(rng.permutation(rest), [few, 2 * few])
-    if min(len(test), len(val)) < 2 or len(splits) - len(unseen) < 20:
+    if min(len(test), len(val), len(train)) < 2 or len(splits) - len(unseen) < 20:
         fail(f"{folder}: {len(splits) - len(unseen)} images, {len(test)} of them to report on, are too few; "
-             "bring at least 20 in all, 2 in test/ and val/")
+             "bring at least 20 in all, 2 in each of train/, val/ and test/")
     found = {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}
     return found | ({"unseen": unseen} if len(unseen) else {})
 
@@ -1144,7 +1148,7 @@ def load_folder(args):
     images = open_all(folder, names, args, notes)
 
     names = sorted(images)
-    found, folders = find_splits(names, columns)
+    found, folders = find_splits(folder, names, columns)
     rows_of = split_folder(folder, found)
     order = np.concatenate(list(rows_of.values()))  # of the splits
     if len(order) < len(names):
@@ -1494,7 +1498,7 @@ def load_codes(path, remedy, images_id=None):
 def colour_positions(stored):
     """Which positions of codes, as from load_codes, read colours: (L,) bool."""
     per_patch = stored["L"] // max(1, stored["side"] ** 2)
-    return torch.arange(stored["L"]) % per_patch >= per_patch - stored.get("colour_codes", 0)
+    return torch.arange(stored["L"]) % per_patch >= per_patch - stored["colour_codes"]
 
 
 def fill_rows(folder, size, run, work, shapes, chunk=2000):

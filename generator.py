@@ -648,13 +648,14 @@ def open_inputs(parser, args, stage, dataset, run):
     """Codes, as from data.load_codes: the tokenizer's, the true factors (--factors) or zeros (--condition
     none); and the VAE, or None. What build_generator must know of both is set in `args`."""
     if stage == "generator-uncond":
-        stored = {"codes": torch.zeros(len(dataset), 2, 1), "L": 1, "V": 1, "side": 0, "id": "none"}
+        stored = {"codes": torch.zeros(len(dataset), 2, 1), "L": 1, "V": 1, "id": "none"}
     elif stage == "generator-factors":
         flips = dataset.labels[:, None].expand(-1, 2, -1)  # (N, 2, factors)
-        stored = {"codes": flips, "L": flips.shape[2], "V": int(flips.max()) + 1, "side": 0, "id": "factors"}
+        stored = {"codes": flips, "L": flips.shape[2], "V": int(flips.max()) + 1, "id": "factors"}
     else:
         remedy = "make it with " + data.script_command("tokenizer.py", args)
         stored = data.load_codes(run.folder / "codes.pt", remedy, images_id=dataset.id)
+    stored = {"side": 0, "colour_codes": 0} | stored
     vae = VAE(args.vae, run.device) if args.vae else None
     args.codes, args.values, args.code_side = stored["L"], stored["V"], stored["side"]
     args.channels, args.down = (vae.channels, vae.down) if vae else (3, 1)
@@ -722,7 +723,7 @@ def main(argv=None, dataset=None):
     steps = data.Steps(checkpoint, start, train_rows, args.batch_size)
     batches = None if vae else data.image_batches(dataset, run, args, start)
     singly = args.drop_positions if args.condition == "place" else 0.0
-    if stored.get("colour_codes") and singly > 0:  # else form would be guessed from colour
+    if stored["colour_codes"] and singly > 0:  # else form would be guessed from colour
         singly = singly * data.colour_positions(stored).to(run.device)  # (L,)
 
     for step in steps:

@@ -95,7 +95,7 @@ def inner_positions(L, side):
     return inner.nonzero()[:, 0]
 
 
-def but_inner_colours(stored):
+def all_but_inner_colours(stored):
     """The positions of codes, as from data.load_codes, that are not the colours of inner patches."""
     kept = ~data.colour_positions(stored)
     if kept.all():
@@ -264,9 +264,9 @@ class Release(Stages):
         return Path(self.args.release) / f"{name}_L512"
 
     def load_codes(self, images_id=None):
-        """L and V alone, as the generator's weights tell them; side 0: codes of no grid."""
+        """L and V alone, as the generator's weights tell them; codes of no grid."""
         _, sizes = generator.read_release(self.part("DLC_DiT"))
-        return {"L": sizes["codes"], "V": sizes["values"], "side": 0}
+        return {"L": sizes["codes"], "V": sizes["values"], "side": 0, "colour_codes": 0}
 
     @functools.cached_property
     def backbone(self):
@@ -293,7 +293,7 @@ class Release(Stages):
         if torch.is_tensor(self.dataset.images):  # a small folder
             return self.encode(self.dataset.pixels(rows))
         files = data.ImageFiles([self.dataset.images.paths[row] for row in rows], self.backbone.image_size)
-        return self.encode(torch.stack(list(files)))
+        return self.encode(torch.stack([files[k] for k in range(len(files))]))
 
     def made_from(self, kind):
         """Names, sizes and times of all files of the release."""
@@ -588,8 +588,8 @@ class Scores:
         if side > 2:
             inner = inner_positions(codes.shape[2], side)
             found["inner patches of the first"] = self.stages.compose(codes, [1, 1], rng, "random", inner)
-        if self.stages.stored.get("colour_codes") and side > 2:
-            kept = but_inner_colours(self.stages.stored)
+        if self.stages.stored["colour_codes"] and side > 2:
+            kept = all_but_inner_colours(self.stages.stored)
             found["in the colours of the second"] = self.stages.compose(codes, [1, 1], rng, "random", kept)
         return found
 
@@ -929,7 +929,7 @@ def compose_pictures(stages, args, inputs, codes):
             data.fail("--inside and --recolour: need codes of --sem-read patches, at least 3 side by side")
         positions = inner_positions(L, side)
     if args.recolour:
-        positions = but_inner_colours(stages.stored)
+        positions = all_but_inner_colours(stages.stored)
     children = stages.compose(families, args.weights or [1 / k] * k, rng, args.choose, positions)
     blank = torch.full((columns - k, *inputs.shape[1:]), 255, dtype=torch.uint8)
     return torch.cat([inputs, blank, stages.draw(children, args.seed)]), columns
@@ -1136,8 +1136,9 @@ def parse(argv):
                          or args.command in ("explain", "reveal")):
         parser.error("argument --release: not with --train, --kind ar, explain, reveal, or --score without "
                      "--inception")
-    if (args.inside or args.recolour) and (args.command != "compose" or args.positions):
-        parser.error("arguments --inside and --recolour: only for compose, and without --positions")
+    chosen = [args.positions is not None, args.inside, args.recolour]
+    if (args.inside or args.recolour) and (args.command != "compose" or sum(chosen) > 1):
+        parser.error("arguments --inside, --recolour and --positions: one of them, the first two for compose")
     if args.command == "text" and (args.weights or args.positions):
         if args.image is None or (args.weights and args.positions):
             parser.error("arguments --weights and --positions: text takes one of them, and only with --image")

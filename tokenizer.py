@@ -203,7 +203,7 @@ class ViT(nn.Module):
             self.sem_colour = nn.Sequential(projection(width, colour_width, sem_rank),
                                             nn.LayerNorm(colour_width, eps=1e-6))
         self.sem_out = projection(sem_width, width, sem_rank)
-        self.register_buffer("sem_centre", torch.zeros(codes, values))  # of z, set by centre_codes
+        self.register_buffer("sem_centre", torch.zeros(codes, values))  # of z, set by fit_codes
         self.nearest = nearest
         if nearest:
             self.register_buffer("sem_means", torch.zeros(codes, values, values))  # V means of z
@@ -216,8 +216,8 @@ class ViT(nn.Module):
             nn.init.normal_(p, std=0.02)
 
     def tokens(self, images, mask=None):
-        """CLS, R registers and patches (B, 1 + R + N, D), not normalised, and, with colour positions, a second
-        token of each patch, of its colours: (B, 1 + R + 2N, D); mask (B, N) bool hides patches."""
+        """CLS, R registers and patches (B, 1 + R + N, D), not normalised, and with colour positions N tokens
+        more, of the patches' colours: (B, 1 + R + 2N, D); mask (B, N) bool hides patches."""
         seen = without_hue(images, self.patch) if self.colour_codes else images
         x = self.patch_embed(seen).flatten(2).transpose(1, 2)  # (B, N, D)
         if mask is not None:
@@ -640,7 +640,7 @@ def k_means(z, count, rounds=25):
 
 
 @torch.no_grad()
-def centre_codes(backbone, dataset, run, most=4000):
+def fit_codes(backbone, dataset, run, most=4000):
     """Set the mean of z (L, V), over `most` training images, that equation (2) subtracts: each value is then
     chosen where it is unusually likely. And where codes are the nearest of V means, these."""
     rows = torch.as_tensor(np.random.default_rng(0).permutation(dataset.splits["train"])[:most])
@@ -937,7 +937,7 @@ def check_flags(parser, args):
     expect(args.width % args.heads == 0, "heads", f"{args.heads} does not divide --width {args.width}")
     expect(patch % 2 ** args.stem == 0, "stem", f"{args.stem} halvings do not fit in --patch {patch}")
     expect(args.global_size % patch == 0, "global-size", f"no multiple of --patch {patch}")
-    expect(args.local_size % patch == 0, "local-size", f"no multiple of --patch {patch}")
+    expect(args.locals == 0 or args.local_size % patch == 0, "local-size", f"no multiple of --patch {patch}")
     patches = (args.global_size // patch) ** 2
     expect(args.sem_read == "registers" or args.codes % patches == 0,
            "codes", f"{args.codes} is no multiple of {patches} patches; choose {patches} or another --patch")
@@ -1007,7 +1007,7 @@ def main(argv=None, dataset=None):
         ema.update_parameters(student)
         steps.show(loss=loss, norm=norm, **terms)
         if step + 1 == args.steps and (args.centre_codes or args.nearest):
-            centre_codes(teacher.backbone, dataset, run)
+            fit_codes(teacher.backbone, dataset, run)
 
     write_codes(teacher.backbone, dataset, run, args, made_from | {"tokenizer": checkpoint.id})
     if run.main:

@@ -40,7 +40,7 @@ def test_inner_positions_are_those_of_all_patches_off_the_rim():
 def test_recolouring_leaves_all_but_the_colours_of_inner_patches():
     colours = torch.zeros(4, 4, 3).long()
     colours[1:3, 1:3, 2] = 1
-    kept = sample.but_inner_colours({"L": 48, "side": 4, "colour_codes": 1})
+    kept = sample.all_but_inner_colours({"L": 48, "side": 4, "colour_codes": 1})
     assert kept.tolist() == (colours == 0).flatten().nonzero()[:, 0].tolist()
 
 

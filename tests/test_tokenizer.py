@@ -403,7 +403,7 @@ def test_centred_codes_use_values_that_a_constant_preference_would_hide(run):
     splits = {"train": range(200)}
     dataset = data.Dataset("toy", images, torch.zeros(200, 0), {}, splits, [], source=None)
     assert not tokenizer.encode_images(model, images, run)[0].any()
-    tokenizer.centre_codes(model, dataset, run)
+    tokenizer.fit_codes(model, dataset, run)
     assert tokenizer.encode_images(model, images, run)[0].unique().tolist() == [0, 1, 2, 3, 4]
 
 
