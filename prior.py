@@ -32,7 +32,7 @@ PRESETS = {
         steps=20_000, batch_size=256, lr=1e-3, warmup=1000, ema=0.999),
     "folder": dict(
         depth=2, token="position", dropout=0.1,
-        steps=1000, batch_size=128, lr=5e-3),
+        batch_size=128, lr=5e-3),
     "imagenet": dict(
         width=1024, depth=24, heads=16, tables="shared", dropout=0.1,
         steps=400_000, batch_size=512, lr=3e-4, lr_matrix=0.0, lr_final=0.1, warmup=2500, ema=0.9999,
@@ -40,6 +40,7 @@ PRESETS = {
 }
 
 BY_KIND = {"masked": dict(depth=2, steps=1800), "ar": dict(depth=1, steps=1200)}  # masked is the harder task
+FOLDER_STEPS = {"masked": 1000, "ar": 250}  # the codes of few images are soon known by heart
 
 # -------- model ----------------------------------------------------------------------------------------
 
@@ -663,6 +664,8 @@ def parse(argv=None):
     data.add_training_flags(parser, steps=None, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50, ema=0.995)
     add_sampler_flags(parser)
     args = data.parse(parser, PRESETS, argv)
+    if args.dataset == "folder":
+        args.steps = args.steps or FOLDER_STEPS[args.kind]
     for name, value in BY_KIND[args.kind].items():
         setattr(args, name, getattr(args, name) or value)
     if args.width % args.heads or args.width // args.heads % 2:
