@@ -91,13 +91,13 @@ def print_figures(figures, indent="", digits=3):
     for name, value in figures.items():
         values = value if isinstance(value, dict) else {"": value}
         own = 2 if values.get("n", 100) < 100 else digits
-        if any(isinstance(number, dict) for number in values.values()):
+        if any(isinstance(figure, dict) for figure in values.values()):
             print(f"{indent}{name}")
             print_figures(values, indent + "  ", own)
             continue
         shown = []
-        for key, number in values.items():
-            shown.append(f"{key} {number:.{own}f}" if isinstance(number, float) else f"{key} {number}")
+        for key, figure in values.items():
+            shown.append(f"{key} {figure:.{own}f}" if isinstance(figure, float) else f"{key} {figure}")
         print(f"{indent}{name:44} {', '.join(shown).strip()}")
 
 
@@ -151,6 +151,8 @@ def number(low=-math.inf, high=math.inf, kind=float):
     return convert
 
 
+IMAGE_SIZE = 32
+PRESETS = {"imagenet": {"image_size": 256}}
 HELD_OUT = [1, 0]  # of shapes: the pairs that are reported
 
 count = number(0, 10 ** 9, int)  # the types of most flags
@@ -174,7 +176,7 @@ def make_parser(doc):
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=("shapes", "cifar10", "imagenet", "folder"), default="shapes",
         help="data and preset together (default: shapes)")
-    add("--image-size", type=positive, default=32, help="side of the images in pixels")
+    add("--image-size", type=positive, default=IMAGE_SIZE, help="side of the images in pixels")
     add("--held-out", type=count, nargs=2, default=HELD_OUT, metavar=("NUMBER", "CHOICE"),
         help="shapes: how many of the 8 colours each shape never has, and which (0: the ones reported)")
     add("--flip", action=argparse.BooleanOptionalAction, default=True,
@@ -253,7 +255,7 @@ def script_command(words, args):
         flags += ["--held-out", *map(str, args.held_out)]
     if args.dataset != "shapes":
         flags += ["--data-dir", args.data_dir]
-    if args.image_size != PRESETS.get(args.dataset, {}).get("image_size", 32):
+    if args.image_size != PRESETS.get(args.dataset, {}).get("image_size", IMAGE_SIZE):
         flags += ["--image-size", str(args.image_size)]
     flags += ["--no-flip"] * (not args.flip)
     return f"python {words} {shlex.join(flags)}"
@@ -1056,7 +1058,7 @@ def find_factors(names, columns, folders, notes):
     factors = {name: sorted(set(values)) for name, values in table.items()}
     labels = torch.zeros(len(names), len(factors)).long()
     for k, (name, values) in enumerate(factors.items()):
-        place = {value: number for number, value in enumerate(values)}
+        place = {value: row for row, value in enumerate(values)}
         labels[:, k] = torch.tensor([place[value] for value in table[name]])
     return labels, factors
 
@@ -1440,7 +1442,8 @@ def fill_model(model, state, assign=False):
 def fill_as_flags_say(model, state, sizes, args):
     """fill_model with released weights that training starts from; raises Unfit where `sizes` {name: value} of
     theirs are not those of the flags."""
-    sizes = {name: value for name, value in sizes.items() if name not in ("image_size", "down", "groups")}
+    not_compared = ("image_size", "down", "groups")  # of latents here, of pixels there, or not used
+    sizes = {name: value for name, value in sizes.items() if name not in not_compared}
     differ = [f"{name} {value}" for name, value in sizes.items() if vars(args).get(name, value) != value]
     if differ:
         raise Unfit(f"is of {', '.join(differ)}")
@@ -2000,9 +2003,6 @@ def dry_run(args, model, run):
     print(f"{parameters / 1e6:.2f}M parameters; device {run.device}, {dtype}, {run.world} process(es)")
     if run.device.type != "cuda":
         raise SystemExit(0)
-
-
-PRESETS = {"imagenet": {"image_size": 256}}
 
 
 def main(argv=None):

@@ -293,6 +293,7 @@ def guided_network(model, codes, guidance, interval, run):
 
 # --- the paper's own diffusion (--predict noise) ---
 
+@functools.lru_cache
 class NoiseLevels:
     """DDPM (Ho et al. 2020) with a learned variance (Nichol and Dhariwal 2021), as in DiT. Level k of 1,000:
         z_k = √ᾱ_k x + √(1 − ᾱ_k) e,  ᾱ_k = Π_{j ≤ k} (1 − s_j),  s from 1e-4 to .02 in a line         (4)
@@ -338,9 +339,6 @@ class NoiseLevels:
         return self.posterior_mean(x, z, i), log_variance
 
 
-noise_levels = functools.lru_cache(NoiseLevels)
-
-
 def bound_bits(x, z, mean, log_variance, i, levels):
     """The variational bound's term of rows i (B,), in bits a dimension (B,), of a step N(mean, exp
     log_variance) (B, C, S, S): KL(q ‖ step), or, at level 0, −log of the probability that the step gives to
@@ -364,7 +362,7 @@ def bound_bits(x, z, mean, log_variance, i, levels):
 def noise_loss(model, x, codes, part, args, run):
     """mean (ê − e)² + one term of the bound in bits, which trains the variance alone: ê is held fixed there.
     Arguments as flow_loss."""
-    levels = noise_levels(1000, x.device)
+    levels = NoiseLevels(1000, x.device)
     i = (part.uniform() * 1000).long()  # (B,)
     e = part.normal(*x.shape[1:])  # (B, C, S, S)
     z = levels.signal[i] * x + levels.noise[i] * e
@@ -408,7 +406,7 @@ def solve(model, guided, noise, sampler, draw):
             data.fail("--method ddpm: needs a generator of --predict noise; choose heun or euler")
         times = [k / steps for k in range(steps + 1)]
         return integrate(lambda z, t: velocity(guided(z, t), z, t, model.predict), noise, times, method)
-    levels = noise_levels(steps, noise.device)
+    levels = NoiseLevels(steps, noise.device)
     if method == "ddpm":
         return sample_ddpm(guided, noise, levels, draw)
     start = noise * levels.times[-1] / levels.signal[-1]
@@ -532,6 +530,28 @@ def build_generator(config):
                code_side=config.get("code_side", 0), block=config.get("block", "gated"))
 
 
+def load_generator(args, codes_id, device, stage="generator"):
+    """The trained model with averaged weights from OUT/<dataset>/<stage>.pt. Refused: one that reads other
+    codes, or another VAE than it was trained with."""
+    path = data.run_folder(args) / f"{stage}.pt"
+    flags = {"generator-uncond": " --condition none",
+             "generator-factors": " --factors --condition both --groups 5"}  # shapes have five
+    remedy = "train it with " + data.script_command("generator.py" + flags.get(stage, ""), args)
+    state = data.load_trained(path, stage, args.dataset, remedy, codes=codes_id)
+    with data.reading(path, remedy):
+        config, vae_id = state["config"], state["made_from"]["vae"]
+        model = build_generator(config)
+        model.load_state_dict(state["ema"])
+    if args.vae and not vae_id:
+        data.fail(f"--vae {args.vae}: {path.name} was trained in pixels; leave the flag away")
+    if vae_id:
+        vae_path = args.vae or config["vae"]
+        model.vae = VAE(vae_path, device)
+        if model.vae.id != vae_id:
+            data.fail(f"--vae {vae_path}: not the weights that {path.name} was trained with")
+    return model.to(device).eval()
+
+
 # -------- the authors' release (sample.py --release, --init) -------------------------------------------
 
 RELEASED_NAMES = {  # replaced in this order
@@ -578,28 +598,6 @@ def load_release(folder, device):
 
 
 # -------- training -------------------------------------------------------------------------------------
-
-def load_generator(args, codes_id, device, stage="generator"):
-    """The trained model with averaged weights from OUT/<dataset>/<stage>.pt. Refused: one that reads other
-    codes, or another VAE than it was trained with."""
-    path = data.run_folder(args) / f"{stage}.pt"
-    flags = {"generator-uncond": " --condition none",
-             "generator-factors": " --factors --condition both --groups 5"}  # shapes have five
-    remedy = "train it with " + data.script_command("generator.py" + flags.get(stage, ""), args)
-    state = data.load_trained(path, stage, args.dataset, remedy, codes=codes_id)
-    with data.reading(path, remedy):
-        config, vae_id = state["config"], state["made_from"]["vae"]
-        model = build_generator(config)
-        model.load_state_dict(state["ema"])
-    if args.vae and not vae_id:
-        data.fail(f"--vae {args.vae}: {path.name} was trained in pixels; leave the flag away")
-    if vae_id:
-        vae_path = args.vae or config["vae"]
-        model.vae = VAE(vae_path, device)
-        if model.vae.id != vae_id:
-            data.fail(f"--vae {vae_path}: not the weights that {path.name} was trained with")
-    return model.to(device).eval()
-
 
 def add_flags(parser):
     """The generator's own flags; the defaults are the shapes values."""

@@ -219,7 +219,7 @@ class SEDD(nn.Module):
     does not depend on σ. So (1) trains it, and every sampler here draws from it, in at most L calls. It is
     told the σ at which the share of positions that is hidden would be expected."""
 
-    def __init__(self, codes, values, width, depth, heads, dropout, condition=128):
+    def __init__(self, codes, values, width, depth, heads, dropout, condition):
         super().__init__()
         self.L, self.V, self.causal = codes, values, False
         self.pos_embed = nn.Parameter(torch.randn(codes, width) * 0.05)
@@ -597,7 +597,7 @@ def build_prior(config):
     """The transformer of a dict of settings (a checkpoint's config)."""
     keys = ("codes", "values", "width", "depth", "heads", "dropout")
     if config.get("network") == "sedd":
-        return SEDD(**{key: config[key] for key in keys})
+        return SEDD(**{key: config[key] for key in keys}, condition=config.get("condition", 128))
     return Prior(**{key: config[key] for key in keys}, causal=config["kind"] == "ar",
                  tables=config["tables"],
                  per_token=config.get("per_token", 1))  # a checkpoint of an earlier version has one
@@ -632,9 +632,8 @@ def load_release(folder, device):
     """The authors' prior, ready to draw."""
     state, config = read_release(folder)
     with data.reading(folder, "expected the authors' SEDD"):
-        config.pop("network")
         with torch.device("meta"):  # without memory of its own
-            model = SEDD(**config, dropout=0.0)
+            model = build_prior(config | {"dropout": 0.0})
         data.fill_model(model, state, assign=True)
     return model.to(device).eval()
 

@@ -15,7 +15,7 @@
     python sample.py text "a green ring" --image a.png --keep 0.5          # half of the picture's code stays
     python sample.py text "a green ring" --image a.png --weights 0.5 0.5   # positions from prompt and picture
     python sample.py caption a.png b.png             # what the codes of the images say, in words
-    python sample.py compose a.png b.png --release DIR          # any of these with the authors' models
+    python sample.py compose a.png b.png --release DIR          # most of these with the authors' models
     torchrun --nproc-per-node 8 sample.py --score --inception inception-2015-12-05.pt --dataset imagenet
 
 Images are files of any size; where none are named, pictures of the test split are taken. Grids go to
@@ -256,8 +256,8 @@ class Release(Stages):
     codes of its images are made when they are asked for."""
 
     samplers = Stages.samplers | {
-        "masked": {"temperature": 1.0, "nucleus": 1.0, "order": "event", "order_noise": 1.0},
-        "to code": {"temperature": 0.2, "nucleus": 1.0, "order": "event", "order_noise": 1.0}}
+        "masked": prior.SAMPLERS["masked"] | {"nucleus": 1.0},
+        "to code": text_prior.TO_CODE | {"temperature": 0.2}}
 
     def part(self, name):
         """The folder of one of the models."""
@@ -841,7 +841,8 @@ def input_images(paths, stages, args, most=8):
     if not paths:
         rows = stages.dataset.splits["test"][:most]
         images, titles = stages.dataset.pixels(rows), [f"test {k}" for k in range(len(rows))]
-        return images, stages.codes_of(rows) if args.release else stages.encode(images), titles
+        codes = stages.codes_of(rows) if args.release else stages.encode(images)
+        return images, codes, titles
 
     def read(size):
         images = []
@@ -1118,7 +1119,8 @@ def parse(argv):
         help="w of equation (3) of text_prior.py; 1: none; --score measures all, pictures take the first")
     generator.add_sampler_flags(parser)
     prior.add_sampler_flags(parser)
-    released = any(word.startswith("--release") for word in (sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    released = any(word.startswith("--release") for word in words)  # it has a preset of its own
     presets = dict.fromkeys((*PRESETS, "shapes"), RELEASE) if released else PRESETS
     args = data.parse(parser, presets, argv)
     args.count = args.count or (50_000 if args.inception else 2000)
@@ -1132,8 +1134,8 @@ def parse(argv):
         parser.error("argument --inception: only --score reads it")
     if args.command != "text" and (args.prompts or args.image is not None):
         parser.error("arguments --prompts and --image: only text reads them")
-    if args.release and (args.train or args.score and not args.inception or args.kind == "ar"
-                         or args.command in ("explain", "reveal")):
+    of_stages = args.train or args.kind == "ar" or args.command in ("explain", "reveal")
+    if args.release and (of_stages or (args.score and not args.inception)):
         parser.error("argument --release: not with --train, --kind ar, explain, reveal, or --score without "
                      "--inception")
     chosen = [args.positions is not None, args.inside, args.recolour]

@@ -246,8 +246,8 @@ class ViT(nn.Module):
         return self.sem_norm(self.sem_embed(h))
 
     def forward(self, images, mask=None, shown=None):
-        """out (B, D) of equation (1) and the normalised patches (B, N, D). shown (b, L / N) bool: which
-        positions of a patch count, for each of b images in all its views."""
+        """out (B, D) of equation (1) and the normalised patches (B, N, D), with colour positions (B, 2N, D).
+        shown (b, L / N) bool: which positions of a patch count, for each of b images in all its views."""
         x = self.tokens(images, mask)
         z = self.logits(x)
         p = (z.unflatten(-1, (-1, self.V)).float() / self.tau).softmax(-1)  # (B, reads, L / reads, V)

@@ -44,6 +44,24 @@ def test_recolouring_leaves_all_but_the_colours_of_inner_patches():
     assert kept.tolist() == (colours == 0).flatten().nonzero()[:, 0].tolist()
 
 
+def test_the_first_image_takes_the_colours_inside_the_second_and_nothing_else(tmp_path):
+    out = tmp_path / "out"
+    apart = "--no-attention --ibot 0 --registers 0 --locals 0 --codes 64 --colour-codes 2 --nearest".split()
+    call("tokenizer", *TINY["tokenizer"], *apart, "--out", out)
+    call("generator", *TINY["generator"], "--out", out)
+    call("sample", "compose", "--recolour", "--rows", 1, "--sample-steps", 1, "--out", out)
+    assert (out / "shapes" / "samples" / "compose-001.png").exists()
+    args = sample.parse(["compose", "--recolour", "--out", str(out)])
+    stages = sample.Stages(args, data.Run(args))
+    assert torch.equal(stages.encode(stages.dataset.pixels(range(40))), stages.codes_of(range(40)))
+    parents = stages.codes_of([[0, 1]])  # (1, 2, L)
+    kept = sample.all_but_inner_colours(stages.stored)
+    child = stages.compose(parents, [1, 1], data.step_generator(0, 0), args.choose, kept)
+    exchanged = torch.ones(64).bool()
+    exchanged[kept] = False
+    assert torch.equal(child, torch.where(exchanged, parents[:, 1], parents[:, 0])) and exchanged.sum() == 8
+
+
 def test_recombination_asks_for_pairs_that_training_never_shows():
     """Where images are their factors: a copy never shows the pair, the two factors put together always do."""
     scores = sample.Scores.__new__(sample.Scores)
