@@ -43,7 +43,7 @@ ONE_PICTURE = "--rows 1 --columns 1 --sample-steps 1".split()
 def pytest_addoption(parser):
     """How long the randomised tests of faults go on."""
     parser.addoption("--kills", type=int, default=2, help="SIGKILLs of each stage")
-    parser.addoption("--mutations", type=int, default=60, help="mutated files for each reader")
+    parser.addoption("--mutations", type=int, default=30, help="mutated files for each reader")
     parser.addoption("--flag-values", type=int, default=60, help="wrong and odd values of flags tried")
     parser.addoption("--seed", type=int, default=0, help="of kills, mutations and flags")
 

@@ -284,7 +284,8 @@ def test_labels_captions_and_pixels_stay_together_however_names_are_written(tmp_
     write_metadata(folder, rows, metadata)
     dataset = load(tmp_path)
     numbers = numbers_of(dataset)
-    assert sizes(dataset) == {"train": 36, "val": 2, "test": 2} and dataset.factors["class"] == ["cats", "dogs"]
+    assert sizes(dataset) == {"train": 36, "val": 2, "test": 2}
+    assert dataset.factors == {"class": ["cats", "dogs"]}
     assert sorted(numbers) == list(range(40))
     assert dataset.labels[:, 0].tolist() == [1 - number % 2 for number in numbers]
     assert dataset.captions == [f"picture, {number}" for number in numbers]
