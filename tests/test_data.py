@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import tarfile
 import types
 from pathlib import Path
@@ -146,40 +145,6 @@ def test_randomness_does_not_depend_on_how_a_batch_is_divided(world, accumulate)
     for together, expected in zip(map(torch.cat, zip(*pieces)), drawn(whole)):
         assert torch.equal(together, expected)
     assert torch.equal((part(50).stratified() * 50).floor(), torch.arange(50.0))  # one in each equal part
-
-
-def read_corner(path, u):
-    """A reader as that of the tokenizer: the picture, darkened at random, and its upper left corner."""
-    image = (data.read_image(path, 16) * u[0]).byte()
-    return image, image[:, :8, :8]
-
-
-def test_batches_of_files_depend_neither_on_workers_nor_on_processes(places, tmp_path, monkeypatch):
-    """Nor on the step at which a run goes on, nor on whether workers are started afresh, as on macOS.
-    ImageNet is never read into memory."""
-    args = arguments(dataset="imagenet", data_dir=places["imagenet"][1], out=str(tmp_path), steps=8)
-    dataset = data.load_dataset(args)
-    assert sizes(dataset) == {"train": 22, "val": 2, "test": 8} and not torch.is_tensor(dataset.images)
-
-    def batches(run=FakeRun(), start=0, workers=0):
-        args.workers = workers
-        return list(data.image_batches(dataset, run, args, start, read_corner, (1,)))
-
-    usual = torch.utils.data.DataLoader
-
-    def afresh(items, *rest, **more):
-        return usual(pickle.loads(pickle.dumps(items)), *rest, **pickle.loads(pickle.dumps(more)))
-
-    whole = batches()
-    assert len(whole) == 8 and [view.shape for view in whole[0]] == [(16, 3, 16, 16), (16, 3, 8, 8)]
-    halves = zip(batches(FakeRun(0, 2)), batches(FakeRun(1, 2)))
-    together = [[torch.cat(view) for view in zip(*pair)] for pair in halves]
-    by_workers = batches(workers=2)
-    monkeypatch.setattr(torch.utils.data, "DataLoader", afresh)
-    for others, start in ((together, 0), (by_workers, 0), (batches(start=3), 3)):
-        assert len(others) == 8 - start
-        for views, expected in zip(others, whole[start:]):
-            assert all(map(torch.equal, views, expected))
 
 
 # --- pictures ---------------------------------------------------------------------------------------------
