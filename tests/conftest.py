@@ -43,7 +43,7 @@ ONE_PICTURE = "--rows 1 --columns 1 --sample-steps 1".split()
 def pytest_addoption(parser):
     """How long the randomised tests of faults go on."""
     parser.addoption("--kills", type=int, default=2, help="SIGKILLs of each stage")
-    parser.addoption("--mutations", type=int, default=60, help="mutated files for each reader")
+    parser.addoption("--mutations", type=int, default=30, help="mutated files for each reader")
     parser.addoption("--flag-values", type=int, default=60, help="wrong and odd values of flags tried")
     parser.addoption("--seed", type=int, default=0, help="of kills, mutations and flags")
 
@@ -102,7 +102,7 @@ def start(output, name, *flags, **environment):
 
 
 def end(process, output, code=0, within=60):
-    """What a process of `start` said, which ends with this code: where it is 1, the line of its error."""
+    """What a process of `start` said, which ends with this code; where it is 1, its error alone."""
     process.join(within)
     found = process.exitcode  # None where it did not end
     process.kill()
@@ -137,21 +137,16 @@ def run_pair(output, name, *flags, code=0, **environment):
     return [end(*process, code) for process in start_pair(output, name, *flags, **environment)]
 
 
-class FakeRun:
-    """One process on the CPU in float32: what the functions of the stages need of a Run."""
-    device = torch.device("cpu")
-    dtype = torch.float32
-    main = True
-    shows_bars = sharded = stop_asked = False
-    own_slice = data.Run.own_slice
-    autocast = data.Run.autocast
-    average = data.Run.average
-    stopping = data.Run.stopping
-    noting_signals = data.Run.noting_signals
+class FakeRun(data.Run):
+    """One process on the CPU in float32, that waits for no other."""
 
     def __init__(self, rank=0, world=1):
         self.rank = rank
         self.world = world
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self.main = True
+        self.shows_bars = self.sharded = self.stop_asked = False
 
     def wait(self):
         """There is nobody to wait for."""
@@ -165,10 +160,10 @@ def run():
 def arguments(**change):
     """Settings as from a parser."""
     settings = dict(
-        dataset="folder", data_dir="in", out="out", image_size=16, workers=0, seed=0,
-        held_out=[1, 0], flip=True, steps=10, batch_size=16, accumulate=1, lr=0.1, lr_matrix=0.0,
-        lr_final=0.1, beta2=0.95, warmup=2,
-        weight_decay=0.0, clip=0.0, save_every=1000, dry_run=False, tensorboard=False, restart=False)
+        dataset="folder", data_dir="in", out="out", image_size=16, workers=0, seed=0, held_out=[1, 0],
+        flip=True, steps=10, batch_size=16, accumulate=1, lr=0.1, lr_matrix=0.0, lr_final=0.1, beta2=0.95,
+        warmup=2, weight_decay=0.0, clip=0.0, save_every=1000, dry_run=False, tensorboard=False,
+        restart=False)
     return argparse.Namespace(**settings | change)
 
 

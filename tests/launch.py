@@ -99,7 +99,8 @@ def child(words, output, environment):
     os.dup2(file, 1)
     os.dup2(file, 2)
     data.torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as on Linux before Python 3.14
+    method = os.environ.get("START", "fork")  # of loader workers; fork as on Linux before Python 3.14
+    multiprocessing.set_start_method(method, force=True)
     data.run_script(lambda: main(words))
 
 
