@@ -7,12 +7,10 @@ A straight path from noise e to image x; the network predicts x and is compared 
 The code c (L positions) can enter as the mean of one embedding per position, beside t in adaLN (the paper,
 section 3.2), as G in-context tokens, each the mean over L / G positions, and in place: where the tokenizer
 reads each patch into positions of its own, their mean is added to the token of that patch. In training whole
-codes are dropped, for v_null, and, in place, single positions. --predict noise: the paper's own diffusion, in
-a section of its own below.
+codes are dropped, for v_null, and, in place, single positions. --predict noise: the paper's own diffusion.
 
-Reads images and OUT/<dataset>/codes.pt; writes generator.pt there. --condition none: the baseline without
-codes, generator-uncond.pt. --factors (with --condition both --groups 5): the reference that reads the true
-factors of shapes, generator-factors.pt. --vae: in latents, kept in latents.pt, not in pixels.
+Reads images and OUT/<dataset>/codes.pt; writes generator.pt there. References: --condition none reads no
+codes, --factors the true factors of shapes. --vae: in latents, kept in latents.pt, not in pixels.
     python generator.py                                                      # the dataset shapes, on a CPU
     python generator.py --dataset cifar10                                    # one GPU
     torchrun --nproc-per-node 8 generator.py --dataset imagenet              # a node, pixels, patch 16
@@ -58,8 +56,7 @@ def modulate(x, shift, scale):
 
 
 class Attention(nn.Module):
-    """Self-attention with normalised queries and keys, or `plain`, with biases instead, as DiT's. (B, N, D) →
-    (B, N, D)."""
+    """Self-attention, (B, N, D) → (B, N, D): queries and keys normalised, or `plain`, as DiT's."""
 
     def __init__(self, width, heads, plain=False):
         super().__init__()
@@ -148,14 +145,13 @@ def timestep_features(k):
 class DiT(nn.Module):
     """Diffusion transformer, with `stem` halving convolutions before the patches and their mirror image
     after. It draws pixels (C = 3) or latents, of side `size`, from codes of `codes` = L positions with
-    `values` = V values, read in place on a grid of code_side². predict "x" or "v", at a time t in [0, 1]; or
-    "noise" and how much to trust it, 2 C channels, at a level of noise from 0 to 999. `vae` is set from
-    outside for a model of latents; only `generate` uses it."""
+    `values` = V values, in place on a grid of code_side². predict "x" or "v", at a time t in [0, 1]; or
+    "noise" and its variance, 2 C channels, at a level from 0 to 999. `vae`: of latents, set from outside."""
 
     def __init__(self, size, patch, stem, width, depth, heads, codes, values, groups, condition, predict,
                  channels=3, code_side=0, block="gated"):
         super().__init__()
-        self.side = size // patch
+        self.side, self.code_side = size // patch, code_side  # of the grids of tokens and of the code
         self.inner_patch = patch >> stem  # side of a patch after the halvings
         self.V, self.condition, self.predict = values, condition, predict
         self.x_shape = (channels, size, size)
@@ -198,9 +194,8 @@ class DiT(nn.Module):
         x = self.x_embed(x) + self.pos_embed  # (B, N, D)
         n = x.shape[1]
         if self.code_place is not None:
-            side = math.isqrt(self.code_place.groups)  # of the grid of the code
-            grid = self.code_place(codes).unflatten(1, (side, side))  # (B, side, side, D)
-            zoom = self.side // side
+            grid = self.code_place(codes).unflatten(1, (self.code_side, -1))  # (B, code_side, code_side, D)
+            zoom = self.side // self.code_side
             x = x + grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).flatten(1, 2)  # (B, N, D)
         if self.code_context is not None:
             x = torch.cat([x, self.code_context(codes) + self.context_pos], 1)  # (B, N + G, D)
@@ -256,8 +251,7 @@ def flow_loss(model, x, codes, part, args, run):
 def integrate(field, z, times, method="heun"):
     """Solve dz/dt = field(z, t) from the first to the last of `times`, which is 1; z (B, ...), t a float.
     Heun (second order) averages the slope at both ends of a step, but for the last, which is Euler's:
-    velocity (1) is not defined at t = 1. For n steps the field is called n times by Euler, 2 n − 1 times by
-    Heun."""
+    velocity (1) is not defined at t = 1. So n steps call the field 2 n − 1 times, by Euler n times."""
     for t, after in zip(times, times[1:]):
         dt = after - t
         slope = field(z, t)
@@ -267,12 +261,12 @@ def integrate(field, z, times, method="heun"):
     return z
 
 
-def guided_network(model, codes, sampler, run):
+def guided_network(model, codes, args, run):
     """network(z, t, level): the model's output at z (B, C, S, S), guided as the velocity is in (3); `level`
     is what the model takes as its time: t, or the level of noise. One call of the model, with and without
-    code in one batch; without guidance (w = 1, t outside the interval, no codes) half of it."""
-    w = sampler["guidance"]
-    first, last = sampler["interval"]
+    code in one batch; where nothing is guided, half of it."""
+    w = args.guidance
+    first, last = args.guidance_interval
 
     def network(z, t, level):
         C, c = z.shape[1], codes
@@ -367,14 +361,14 @@ def noise_loss(model, x, codes, part, args, run):
     return (said - e).square().mean() + bits.mean()
 
 
-def solve(network, predict, draw, sampler):
+def solve(network, predict, draw, args):
     """Noise of draw() (n, C, S, S) → x of the same shape, by the guided network of a model."""
     z = draw()
-    steps = sampler["steps"]
-    method = sampler["method"]
+    steps = args.sample_steps
     if predict != "noise":
         times = [k / steps for k in range(steps + 1)]
-        return integrate(lambda z, t: velocity(network(z, t, t), z, t, predict), z, times, method or "heun")
+        return integrate(lambda z, t: velocity(network(z, t, t), z, t, predict), z, times,
+                         args.method or "heun")
     levels = NoiseLevels(steps, z.device)
     level_at = dict(zip(levels.times, levels.numbers))
 
@@ -382,9 +376,9 @@ def solve(network, predict, draw, sampler):
         e, _ = network(z / math.hypot(t, 1 - t), t, level_at[t]).chunk(2, 1)  # (n, C, S, S)
         return velocity(e, z, t, predict)
 
-    if method:
+    if args.method:
         first = levels.times[-1]
-        return integrate(field, z * math.hypot(first, 1 - first), [*levels.times[::-1], 1.0], method)
+        return integrate(field, z * math.hypot(first, 1 - first), [*levels.times[::-1], 1.0], args.method)
     for i in reversed(range(steps)):
         said = network(z, levels.times[i], levels.numbers[i])  # (n, 2 C, S, S)
         z, log_variance = levels.step(*said.chunk(2, 1), z, i)
@@ -394,23 +388,22 @@ def solve(network, predict, draw, sampler):
 
 
 @torch.no_grad()
-def generate(model, codes, count, sampler, run, seed=0, first=0):
-    """Images (count, 3, S, S) uint8 on the CPU, from codes (count, L) long (None: without); sampler as
-    sampler_settings. The noise of image i follows from (seed, first + i) alone."""
-    images, batch = [], sampler["batch"]
-    for start in range(0, count, batch):
-        numbers = range(first + start, first + min(count, start + batch))  # of these images
-        generators = [data.step_generator(seed, k) for k in numbers]
+def generate(model, codes, args, run, seed=0, first=0):
+    """Images (n, 3, S, S) uint8 on the CPU, from codes (n, L) long, as the sampler flags say. The noise of
+    image i follows from (seed, first + i) alone."""
+    images = []
+    for start in range(0, len(codes), args.batch):
+        c = codes[start:start + args.batch].to(run.device)  # (b, L)
+        generators = [data.step_generator(seed, first + start + k) for k in range(len(c))]
 
         def draw():
             noise = [torch.randn(model.x_shape, generator=generator) for generator in generators]
-            return torch.stack(noise).to(run.device)  # (n, C, S, S)
+            return torch.stack(noise).to(run.device)  # (b, C, S, S)
 
-        c = None if codes is None else codes[start:start + batch].to(run.device)
-        x = solve(guided_network(model, c, sampler, run), model.predict, draw, sampler)  # (n, C, S, S)
+        x = solve(guided_network(model, c, args, run), model.predict, draw, args)  # (b, C, S, S)
         if not x.isfinite().all():
             data.fail("an image that is not finite was drawn; lower --guidance, or try --dtype float32")
-        pixels = model.vae.decode(x) if model.vae else x  # (n, 3, S, S)
+        pixels = model.vae.decode(x) if model.vae else x  # (b, 3, S, S)
         images.append(data.to_bytes(pixels.clamp(-1, 1)).cpu())
     return torch.cat(images)
 
@@ -430,12 +423,6 @@ def add_sampler_flags(parser):
         help="folder of diffusers' AutoencoderKL: work in its latents (sample.py: where it is now, if moved)")
 
 
-def sampler_settings(args):
-    """The sampler flags as the dict that `generate` takes."""
-    return {"steps": args.sample_steps, "method": args.method, "guidance": args.guidance,
-            "interval": args.guidance_interval, "batch": args.batch}
-
-
 # -------- latents --------------------------------------------------------------------------------------
 
 class VAE:
@@ -448,8 +435,6 @@ class VAE:
         with data.reading(f"--vae {path}", "expected a folder of diffusers' AutoencoderKL, as sd-vae-ft-ema"):
             path = Path(path)
             config = json.loads((path / "config.json").read_text())
-            if config["_class_name"] != "AutoencoderKL":
-                raise data.Unfit(f"a {config['_class_name']}")
             self.channels = config["latent_channels"]
             self.down = 2 ** (len(config["block_out_channels"]) - 1)
             self.scale = config["scaling_factor"]  # with the shift it brings latents to about unit variance
@@ -471,15 +456,15 @@ class VAE:
         return self.model.decode(z / self.scale + self.shift).sample
 
 
-def load_latents(args, vae, dataset, run, batch=25):
+def load_latents(args, vae, dataset, run):
     """Latents (N, 2 flips, C, s, s) float16 of the dataset, memory-mapped from OUT/<dataset>/latents.pt, and
-    made there unless they are of the same images, size and VAE already."""
+    made there unless they are of these images and this VAE already."""
     path = run.folder / "latents.pt"
     made_from = {"vae": vae.id, "images": dataset.id, "image size": args.image_size, "dtype": "float32"}
 
     def encode(rows):
         latents = []
-        for images in dataset.batches(rows, batch, args.workers):
+        for images in dataset.batches(rows, 25, args.workers):
             x = data.from_bytes(images.to(run.device))  # (b, 3, S, S)
             flips = torch.stack([vae.encode(x), vae.encode(x.flip(3))], 1)  # (b, 2, C, s, s)
             latents.append(flips.half().cpu())
@@ -712,7 +697,7 @@ def main(argv=None, dataset=None):
         if steps.at_checkpoint and run.main and not (args.dry_run or run.stop_asked):
             rows = list(dataset.splits["val"])[:16]
             codes = stored["codes"][rows, 0].long()  # (16, L)
-            drawn = generate(ema.module, codes, len(rows), sampler_settings(args), run)
+            drawn = generate(ema.module, codes, args, run)
             path = run.folder / "samples" / f"{stage}-{step + 1:06d}.png"
             data.save_grid(path, torch.cat([dataset.pixels(rows), drawn]), 16,
                            settings={**vars(args), "rows": "real, generated"})

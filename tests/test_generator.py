@@ -131,6 +131,11 @@ def test_solvers_reach_the_known_solution_at_their_order():
     assert error(80, "heun") < error(80, "euler") / 10
 
 
+def sampler(guidance=1.0, **flags):
+    """The flags of the image sampler."""
+    return types.SimpleNamespace(guidance=guidance, **{"method": None, "guidance_interval": [0, 1]} | flags)
+
+
 class Scaled:
     """A generator whose velocity is so many times the mean of the code, and which counts its calls."""
     V = 5
@@ -152,7 +157,7 @@ class Scaled:
 def test_guidance_is_linear_one_means_none_and_the_interval_holds(run, guidance, t, expected, calls):
     model = Scaled(1.0)
     codes = torch.ones(2, 8).long()  # of velocity 1
-    network = generator.guided_network(model, codes, {"guidance": guidance, "interval": [0.3, 0.6]}, run)
+    network = generator.guided_network(model, codes, sampler(guidance, guidance_interval=[0.3, 0.6]), run)
     assert (network(torch.zeros(2, 3, 4, 4), t, t) == expected).all() and model.calls == calls
 
 
@@ -160,11 +165,10 @@ def test_guidance_is_linear_one_means_none_and_the_interval_holds(run, guidance,
 def test_images_follow_from_seed_and_number_alone(run, predict, method):
     model = dit(predict=predict, stem=0)
     codes = torch.randint(0, 5, (5, 8))
-    sampler = {"steps": 3, "method": method, "guidance": 2.0, "interval": [0.0, 1.0]}
 
-    def draw(codes, batch=250, **change):
-        return generator.generate(model, codes, len(codes), {**sampler, "batch": batch}, run,
-                                  **{"seed": 4} | change).int()
+    def draw(codes, batch=250, seed=4, first=0):
+        args = sampler(2.0, method=method, sample_steps=3, batch=batch)
+        return generator.generate(model, codes, args, run, seed, first).int()
 
     whole = draw(codes)
     assert whole.shape == (5, 3, 16, 16)
@@ -235,9 +239,6 @@ def test_folders_that_are_no_vae_are_refused(vae, trained, tmp_path, monkeypatch
         refuse("generator", *LATENT, "--vae", folder, "--out", out, words=["--vae", *words])
 
     refused(tmp_path / "nowhere", "nowhere", "AutoencoderKL")
-    (tmp_path / "dit").mkdir()
-    (tmp_path / "dit" / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
-    refused(tmp_path / "dit", "dit", "DiTTransformer2DModel")
     (vae / "diffusion_pytorch_model.bin").unlink()
     refused(vae, vae.name, "AutoencoderKL")
     monkeypatch.setitem(sys.modules, "diffusers", None)

@@ -17,6 +17,7 @@ import torch
 from conftest import (TINY, AutoencoderKL, call, link_codes, make_vae, part, refuse, same, stopped_after,
                       weights)
 from PIL import Image
+from test_generator import sampler
 from test_runs import train
 from test_tokenizer import to_transformers, vit
 
@@ -28,10 +29,6 @@ def filled(model):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model.requires_grad_(False).eval()
-
-
-def toy_dit():
-    return filled(generator.DiT(16, 4, 0, 16, 2, 2, L, V, 1, "mean", "noise", channels=12, block="plain"))
 
 
 def released_dit(model):
@@ -54,10 +51,10 @@ def released_dit(model):
     return state
 
 
-def write(folder, state, config=None, name="pytorch_model.bin"):
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, folder / name)
-    (folder / "config.json").write_text(json.dumps(config or {}))
+def write(folder, state, **config):
+    folder.mkdir(parents=True)
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def write_llada(folder, model, text):
@@ -89,8 +86,9 @@ def models():
     text = filled(text_prior.TextPrior(L, V, 260, 261, 262, 512, 16, 2, 2, 24, 0.0, "shared"))
     for p in text.parameters():
         p.copy_(p.bfloat16())
-    return SimpleNamespace(encoder=encoder, sedd=filled(prior.SEDD(L, V, 16, 2, 2, 0.0, condition=8)),
-                           dit=toy_dit(), text=text)
+    sedd = filled(prior.SEDD(L, V, 16, 2, 2, 0.0, condition=128))
+    dit = filled(generator.DiT(16, 4, 0, 16, 2, 2, L, V, 1, "mean", "noise", channels=12, block="plain"))
+    return SimpleNamespace(encoder=encoder, sedd=sedd, dit=dit, text=text)
 
 
 @pytest.fixture
@@ -101,9 +99,9 @@ def release(models, tmp_path, monkeypatch):
     weights = models.encoder.state_dict()
     state = {name: x for name, x in weights.items() if not name.startswith("sem_")}
     of_sem = {name: x for name, x in weights.items() if name.startswith(("sem_embed", "sem_norm"))}
-    write(folder / "SEM_dinov2_L512", to_transformers(state) | of_sem, {"num_attention_heads": 2})
+    write(folder / "SEM_dinov2_L512", to_transformers(state) | of_sem, num_attention_heads=2)
     write(folder / "DLC_SEDD_L512", models.sedd.state_dict() | {"rotary_emb.inv_freq": torch.ones(4)})
-    write(folder / "DLC_DiT_L512" / "transformer", released_dit(models.dit), {"num_heads": 2})
+    write(folder / "DLC_DiT_L512" / "transformer", released_dit(models.dit), num_heads=2)
     make_vae(folder / "DLC_DiT_L512" / "vae", 2.0)
     write_llada(folder / "DLC_LLADA_L512", models.text, tokenizer_json())
     return folder
@@ -145,14 +143,14 @@ def test_a_network_that_knows_the_noise_draws_the_right_pictures_by_each_method(
     """For Gaussian pictures of deviation s the limit of the ODE is z → s z; DDPM draws of that deviation."""
     for method, steps, calls in (("heun", 40, 79), ("euler", 200, 200), (None, 200, 200)):
         model = Knows(s=0.4)
-        sampler = {"steps": steps, "method": method, "guidance": 1.0, "interval": [0, 1]}
+        args = sampler(sample_steps=steps, method=method)
         noises = []
 
         def draw():
             noises.append(torch.randn(64, 3, 8, 8))
             return noises[-1]
 
-        drawn = generator.solve(generator.guided_network(model, None, sampler, run), "noise", draw, sampler)
+        drawn = generator.solve(generator.guided_network(model, None, args, run), "noise", draw, args)
         assert len(model.calls) == calls and abs(drawn.std() - 0.4) < 0.02
         if method:
             assert (drawn - 0.4 * noises[0]).abs().max() < 0.05 and len(noises) == 1
@@ -160,11 +158,10 @@ def test_a_network_that_knows_the_noise_draws_the_right_pictures_by_each_method(
             assert abs((drawn * noises[0]).mean()) < 0.4 / 2  # it adds noise of its own
 
 
-def test_guidance_leaves_the_learned_variance_of_the_codes_alone(run):
-    model = toy_dit()
+def test_guidance_leaves_the_learned_variance_of_the_codes_alone(run, models):
+    model = models.dit
     z, codes = torch.randn(2, 12, 16, 16), torch.randint(0, V, (2, L))
-    drawn = {w: generator.guided_network(model, codes, {"guidance": w, "interval": [0, 1]}, run)(z, 0.5, 400)
-             for w in (0.0, 1.0, 3.0)}
+    drawn = {w: generator.guided_network(model, codes, sampler(w), run)(z, 0.5, 400) for w in (0.0, 1.0, 3.0)}
     null = model(z, torch.full((2,), 400), torch.full_like(codes, V))
     assert torch.allclose(drawn[0.0][:, :12], null[:, :12], atol=1e-6)
     assert torch.allclose(drawn[3.0][:, :12], (3 * drawn[1.0] - 2 * null)[:, :12], atol=1e-5)
@@ -199,26 +196,19 @@ def test_the_noise_loss_trains_the_noise_by_squares_and_the_variance_by_the_boun
 @pytest.mark.parametrize("stage, flags", [
     ("generator", "--block plain --predict noise --condition mean --stem 0"),
     ("prior-masked", "--network sedd --dropout 0.2")])
-def test_the_papers_networks_go_on_bit_for_bit(trained, tmp_path, stage, flags, monkeypatch):
+def test_the_papers_networks_go_on_bit_for_bit_and_draw(trained, tmp_path, stage, flags, monkeypatch):
     flags = [*flags.split(), "--steps", "9", "--save-every", "4"]
     with stopped_after(5, monkeypatch):
         train(trained, tmp_path / "cut", stage, *flags)
     assert weights(tmp_path / "cut", stage)["step"] == 5
     same(train(trained, tmp_path / "cut", stage, *flags), train(trained, tmp_path / "whole", stage, *flags))
-
-
-def test_a_diffusion_generator_trains_and_draws(trained, tmp_path):
-    out = tmp_path / "out"
-    folder = link_codes(trained, out)
-    flags = [*TINY["generator"], "--block", "plain", "--predict", "noise", "--condition", "mean",
-             "--stem", "0", "--out", out]
-    call("generator", *flags)
-    state = weights(out, "generator")
-    assert state["ema"]["blocks.0.mlp.fc1.bias"].shape == (64,)
-    call("sample", "reconstruct", "--rows", 1, "--sample-steps", 3, "--out", out)
-    call("sample", "reconstruct", "--rows", 1, "--sample-steps", 3, "--method", "heun", "--out", out)
-    assert (folder / "samples" / "reconstruct-001.png").exists()
-    refuse("generator", *flags[:-2], "--predict", "x", "--out", out, words=["predict noise → x"])
+    folder = tmp_path / "whole" / "shapes"
+    if stage == "generator":
+        for method in ([], ["--method", "heun"]):
+            call("sample", "reconstruct", "--rows", 1, "--sample-steps", 3, *method, "--out", folder.parent)
+    else:
+        os.link(trained / "shapes" / "generator.pt", folder / "generator.pt")
+        call("sample", "unconditional", "--sample-steps", 1, "--out", folder.parent)
 
 
 # --- the paper's own prior --------------------------------------------------------------------------------
@@ -235,14 +225,12 @@ def test_sedd_is_told_the_noise_at_which_so_many_positions_are_hidden():
 
 def test_sedd_trains_by_the_bound_and_draws_in_as_many_calls_as_positions(trained, tmp_path, capsys):
     out = tmp_path / "out"
-    folder = link_codes(trained, out)
-    os.link(trained / "shapes" / "generator.pt", folder / "generator.pt")
+    link_codes(trained, out)
     flags = ["--kind", "masked", "--network", "sedd", *TINY["prior"], "--out", out]
     call("prior", *flags, "--steps", 60, "--lr", 0.01)
     shown = capsys.readouterr().out
     bits = float(shown.split("test: ")[1].split()[0])
     assert 0 < bits < 2 and "network calls per sample: 16.0 for 16" in shown
-    call("sample", "unconditional", "--out", out, "--sample-steps", 1)
     with pytest.raises(SystemExit):
         call("prior", *flags, "--kind", "ar")
     assert "argument --network: sedd is a masked prior" in capsys.readouterr().err
@@ -318,28 +306,24 @@ def test_the_release_is_scored_with_inception_on_images_of_a_folder(release, tmp
     assert scores["true codes"]["samples"] == 8 and scores["codes of prior-masked"]["FID"] > 0
 
 
-@pytest.mark.parametrize("part, spoil, words", [
-    ("DLC_SEDD_L512", "gone", ["DLC_SEDD_L512"]), ("DLC_DiT_L512", "gone", ["DLC_DiT_L512", "transformer"]),
-    ("DLC_SEDD_L512", "other", ["DLC_SEDD_L512", "SEDD"]), ("DLC_DiT_L512/transformer", "other", ["DiT"]),
-    ("DLC_SEDD_L512", "lacks", ["lacks blocks.0.norm1.weight"]),
-    ("DLC_SEDD_L512", "extra", ["has more.weight"]),
-    ("DLC_SEDD_L512", "shape", ["blocks.0.norm1.weight is (7,)"]), ("DLC_SEDD_L512", "cut", ["not readable"]),
-    ("DLC_DiT_L512/vae", "gone", ["AutoencoderKL"])])
-def test_a_release_that_is_not_whole_is_refused_with_one_line(release, tmp_path, part, spoil, words):
-    folder = release / part
-    file = folder / "pytorch_model.bin"
-    if spoil == "gone":
-        shutil.rmtree(folder)
-    elif spoil == "other":
-        torch.save({"some.weight": torch.zeros(3)}, file)
-    elif spoil == "cut":
-        os.truncate(file, file.stat().st_size // 2)
+NORM = "blocks.0.norm1.weight"
+
+
+@pytest.mark.parametrize("part, change, words", [
+    ("DLC_SEDD_L512", None, ["DLC_SEDD_L512"]), ("DLC_DiT_L512/transformer", None, ["transformer"]),
+    ("DLC_DiT_L512/vae", None, ["AutoencoderKL"]),
+    ("DLC_DiT_L512/transformer", {"pos_embed": None}, ["transformer", "DiT"]),
+    ("DLC_SEDD_L512", {NORM: None}, [f"lacks {NORM}"]),
+    ("DLC_SEDD_L512", {NORM: torch.zeros(7)}, [f"{NORM} is (7,)"]),
+    ("DLC_SEDD_L512", {"more.weight": torch.zeros(7)}, ["has more.weight"])])
+def test_a_release_that_is_not_whole_is_refused_with_one_line(release, tmp_path, part, change, words):
+    """A folder is gone (None), or weights of it are gone or others."""
+    if change is None:
+        shutil.rmtree(release / part)
     else:
-        state = torch.load(file, weights_only=True)
-        norm = state.pop("blocks.0.norm1.weight")
-        change = {"lacks": {}, "extra": {"blocks.0.norm1.weight": norm, "more.weight": norm},
-                  "shape": {"blocks.0.norm1.weight": norm[:7]}}[spoil]
-        torch.save(state | change, file)
+        file = release / part / "pytorch_model.bin"
+        state = torch.load(file, weights_only=True) | change
+        torch.save({name: x for name, x in state.items() if x is not None}, file)
     refuse("sample", "unconditional", *PICTURES, "--release", release, "--out", tmp_path / "out", words=words)
 
 
@@ -368,27 +352,21 @@ INIT = ["--steps", "1", "--batch-size", "8", "--lr", "0", "--lr-matrix", "0", "-
         "--heads", "2"]
 
 
-@pytest.mark.parametrize("words, part, stage", [
-    ("generator --block plain --predict noise --condition mean --patch 4 --stem 0".split(),
+@pytest.mark.parametrize("command, part, stage", [
+    ("generator --block plain --predict noise --condition mean --patch 4 --stem 0 --vae FOLDER/vae",
      "DLC_DiT_L512", "generator"),
-    ("prior --kind masked --network sedd".split(), "DLC_SEDD_L512", "prior-masked"),
-    ("text_prior --tables shared --hidden 24".split(), "DLC_LLADA_L512", "text_prior")])
-def test_training_from_the_release_starts_with_its_weights(release, trained, tmp_path, words, part, stage):
-    name, *flags = words
-    if name == "prior":  # the width inside the release's noise embedding is 128
-        write(release / part, filled(prior.SEDD(L, V, 16, 2, 2, 0.0, 128)).state_dict()
-              | {"rotary_emb.inv_freq": torch.ones(4)})
-    if name == "generator":
-        flags += ["--vae", release / part / "vae"]
-    if name == "text_prior":
-        flags += ["--encoding", release / part / "tokenizer.json"]
+    ("prior --kind masked --network sedd", "DLC_SEDD_L512", "prior-masked"),
+    ("text_prior --tables shared --hidden 24 --encoding FOLDER/tokenizer.json",
+     "DLC_LLADA_L512", "text_prior")])
+def test_training_from_the_release_starts_with_its_weights(release, trained, tmp_path, command, part, stage):
+    folder = release / part
+    name, *flags = [word.replace("FOLDER", str(folder)) for word in command.split()]
     out = tmp_path / "out"
     link_codes(trained, out)
-    call(name, *INIT, *flags, "--init", release / part, "--out", out)
-    read = {"generator": generator, "prior-masked": prior, "text_prior": text_prior}[stage].read_release
-    for key, x in read(release / part)[0].items():
+    call(name, *INIT, *flags, "--init", folder, "--out", out)
+    for key, x in sys.modules[name].read_release(folder)[0].items():
         assert torch.equal(weights(out, stage)["ema"][key], x.float()), key
-    refuse(name, *INIT, *flags, "--heads", "4", "--restart", "--init", release / part, "--out", out,
+    refuse(name, *INIT, *flags, "--heads", "4", "--restart", "--init", folder, "--out", out,
            words=[part, "is of heads 2"])
 
 
