@@ -361,26 +361,27 @@ def noise_loss(model, x, codes, part, args, run):
     return (said - e).square().mean() + bits.mean()
 
 
-def solve(network, predict, draw, args):
-    """Noise of draw() (n, C, S, S) → x of the same shape, by the guided network of a model."""
+def solve(model, codes, draw, args, run):
+    """Noise of draw() (B, C, S, S) → x of the same shape, by the guided network of a model and codes (B, L)."""
+    network = guided_network(model, codes, args, run)
     z = draw()
     steps = args.sample_steps
-    if predict != "noise":
+    if model.predict != "noise":
         times = [k / steps for k in range(steps + 1)]
-        return integrate(lambda z, t: velocity(network(z, t, t), z, t, predict), z, times,
+        return integrate(lambda z, t: velocity(network(z, t, t), z, t, model.predict), z, times,
                          args.method or "heun")
     levels = NoiseLevels(steps, z.device)
     level_at = dict(zip(levels.times, levels.numbers))
 
     def field(z, t):  # z of the flow: that of (4) times √(t² + (1 − t)²)
-        e, _ = network(z / math.hypot(t, 1 - t), t, level_at[t]).chunk(2, 1)  # (n, C, S, S)
-        return velocity(e, z, t, predict)
+        e, _ = network(z / math.hypot(t, 1 - t), t, level_at[t]).chunk(2, 1)  # (B, C, S, S)
+        return velocity(e, z, t, "noise")
 
     if args.method:
         first = levels.times[-1]
         return integrate(field, z * math.hypot(first, 1 - first), [*levels.times[::-1], 1.0], args.method)
     for i in reversed(range(steps)):
-        said = network(z, levels.times[i], levels.numbers[i])  # (n, 2 C, S, S)
+        said = network(z, levels.times[i], levels.numbers[i])  # (B, 2 C, S, S)
         z, log_variance = levels.step(*said.chunk(2, 1), z, i)
         if i > 0:
             z = z + torch.exp(0.5 * log_variance) * draw()
@@ -400,7 +401,7 @@ def generate(model, codes, args, run, seed=0, first=0):
             noise = [torch.randn(model.x_shape, generator=generator) for generator in generators]
             return torch.stack(noise).to(run.device)  # (b, C, S, S)
 
-        x = solve(guided_network(model, c, args, run), model.predict, draw, args)  # (b, C, S, S)
+        x = solve(model, c, draw, args, run)  # (b, C, S, S)
         if not x.isfinite().all():
             data.fail("an image that is not finite was drawn; lower --guidance, or try --dtype float32")
         pixels = model.vae.decode(x) if model.vae else x  # (b, 3, S, S)
@@ -445,12 +446,10 @@ class VAE:
             self.model.to(device).eval().requires_grad_(False)
             self.model.enable_slicing()  # one image at a time: a batch takes many gigabytes
 
-    @torch.no_grad()
     def encode(self, x):
         """The mean of the posterior, scaled."""
         return (self.model.encode(x).latent_dist.mean - self.shift) * self.scale
 
-    @torch.no_grad()
     def decode(self, z):
         """Pixels of scaled latents."""
         return self.model.decode(z / self.scale + self.shift).sample
@@ -507,13 +506,13 @@ def load_generator(args, codes_id, device, stage="generator"):
     remedy = "train it with " + data.script_command("generator.py" + flags, args)
     state = data.load_trained(path, stage, args.dataset, remedy, codes=reads)
     with data.reading(path, remedy):
-        config, vae_id = state["config"], state["made_from"]["vae"]
-        model = build_generator(config)
+        vae_path = args.vae or state["config"]["vae"]
+        vae_id = state["made_from"]["vae"]
+        model = build_generator(state["config"])
         model.load_state_dict(state["ema"])
-    if args.vae and not vae_id:
-        data.fail(f"--vae {args.vae}: {path.name} was trained in pixels; leave the flag away")
+    if vae_path and not vae_id:
+        data.fail(f"--vae {vae_path}: {path.name} was trained in pixels; leave the flag away")
     if vae_id:
-        vae_path = args.vae or config["vae"]
         model.vae = VAE(vae_path, device)
         if model.vae.id != vae_id:
             data.fail(f"--vae {vae_path}: not the weights that {path.name} was trained with")
@@ -633,8 +632,7 @@ def open_inputs(parser, args, stage, dataset, run):
         parser.error(f"argument --patch: {args.patch} latents of {args.down} pixels do not fit --image-size")
     if args.condition == "place" and (args.code_side == 0 or side % args.code_side):
         parser.error("argument --condition: place needs codes of --sem-read patches, on a grid whose side "
-                     f"divides that of the generator's tokens, {side}; choose mean, context or both (or make "
-                     "codes of an earlier version anew: tokenizer.py --restart)")
+                     f"divides that of the generator's tokens, {side}; choose mean, context or both")
     if args.condition in ("both", "context") and args.codes % args.groups:
         parser.error(f"argument --groups: {args.groups} does not divide the {args.codes} code positions")
     return stored, vae

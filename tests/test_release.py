@@ -19,6 +19,7 @@ from conftest import (TINY, AutoencoderKL, call, link_codes, make_vae, part, ref
 from PIL import Image
 from test_generator import sampler
 from test_runs import train
+from test_text_prior import write_tokenizer_json
 from test_tokenizer import to_transformers, vit
 
 L, V = 16, 4  # as in the other tests, so that tiny codes can train from these weights
@@ -57,8 +58,8 @@ def write(folder, state, **config):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def write_llada(folder, model, text):
-    """Two shards with an index, bfloat16, and a tokenizer.json of all bytes."""
+def write_llada(folder, model):
+    """Two shards with an index, bfloat16, and a tokenizer.json."""
     state = {f"model.transformer.{name}": x.bfloat16() for name, x in model.state_dict().items()}
     files = {name: f"part-{k % 2}.bin" for k, name in enumerate(state)}
     folder.mkdir()
@@ -66,16 +67,7 @@ def write_llada(folder, model, text):
         torch.save({name: x for name, x in state.items() if files[name] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     (folder / "config.json").write_text(json.dumps({"n_heads": 2}))
-    (folder / "tokenizer.json").write_text(json.dumps(text), encoding="utf-8")
-
-
-def tokenizer_json():
-    written = [*text_prior.byte_characters(), "ab", "cd"]
-    vocab = {token: k for k, token in enumerate(written)}
-    added = [{"content": f"<|{name}|>", "id": 260 + k} for k, name in
-             enumerate(("endoftext", "mdm_mask", "start_sem"))]
-    return {"model": {"type": "BPE", "vocab": vocab, "merges": ["a b", "c d"]}, "normalizer": None,
-            "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": added}
+    write_tokenizer_json(folder / "tokenizer.json")
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +75,7 @@ def models():
     """Toy models of the release's four kinds, in our classes."""
     torch.manual_seed(1)
     encoder = filled(vit(image_size=32, patch=4, width=16, heads=2, codes=L, values=V, registers=4))
-    text = filled(text_prior.TextPrior(L, V, 260, 261, 262, 512, 16, 2, 2, 24, 0.0, "shared"))
+    text = filled(text_prior.TextPrior(L, V, 300, 305, 306, 512, 16, 2, 2, 24, 0.0, "shared"))
     for p in text.parameters():
         p.copy_(p.bfloat16())
     sedd = filled(prior.SEDD(L, V, 16, 2, 2, 0.0, condition=128))
@@ -103,7 +95,7 @@ def release(models, tmp_path, monkeypatch):
     write(folder / "DLC_SEDD_L512", models.sedd.state_dict() | {"rotary_emb.inv_freq": torch.ones(4)})
     write(folder / "DLC_DiT_L512" / "transformer", released_dit(models.dit), num_heads=2)
     make_vae(folder / "DLC_DiT_L512" / "vae", 2.0)
-    write_llada(folder / "DLC_LLADA_L512", models.text, tokenizer_json())
+    write_llada(folder / "DLC_LLADA_L512", models.text)
     return folder
 
 
@@ -150,7 +142,7 @@ def test_a_network_that_knows_the_noise_draws_the_right_pictures_by_each_method(
             noises.append(torch.randn(64, 3, 8, 8))
             return noises[-1]
 
-        drawn = generator.solve(generator.guided_network(model, None, args, run), "noise", draw, args)
+        drawn = generator.solve(model, None, draw, args, run)
         assert len(model.calls) == calls and abs(drawn.std() - 0.4) < 0.02
         if method:
             assert (drawn - 0.4 * noises[0]).abs().max() < 0.05 and len(noises) == 1
@@ -213,8 +205,8 @@ def test_the_papers_networks_go_on_bit_for_bit_and_draw(trained, tmp_path, stage
 
 # --- the paper's own prior --------------------------------------------------------------------------------
 
-def test_sedd_is_told_the_noise_at_which_so_many_positions_are_hidden():
-    model = filled(prior.SEDD(L, V, 16, 2, 2, 0.0, 128))
+def test_sedd_is_told_the_noise_at_which_so_many_positions_are_hidden(models):
+    model = models.sedd
     codes = torch.randint(0, V, (3, L))
     codes[0, :4] = V
     codes[1] = V
@@ -254,7 +246,7 @@ def test_released_weights_give_what_the_models_they_were_written_from_give(relea
     assert torch.equal(sedd(codes), models.sedd(codes))
 
     model, text, _ = text_prior.load_release(release / "DLC_LLADA_L512", {"L": L, "V": V}, "cpu")
-    assert model.wte.weight.dtype == torch.bfloat16 and (text.pad, text.mask, text.start) == (260, 261, 262)
+    assert model.wte.weight.dtype == torch.bfloat16 and (text.pad, text.mask, text.start) == (300, 305, 306)
     words = text.rows(text.encode(["abcd", "a cat", "cd"])).long()
     reading = torch.zeros(3).bool()
     for found, expected in zip(model.float()(codes, words, reading), models.text(codes, words, reading)):
