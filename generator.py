@@ -56,7 +56,7 @@ def modulate(x, shift, scale):
 
 
 class Attention(nn.Module):
-    """Self-attention, (B, N, D) → (B, N, D): queries and keys normalised, or `plain`, as DiT's."""
+    """Self-attention; queries and keys normalised, or `plain`, as DiT's. (B, N, D) → (B, N, D)."""
 
     def __init__(self, width, heads, plain=False):
         super().__init__()
@@ -146,12 +146,13 @@ class DiT(nn.Module):
     """Diffusion transformer, with `stem` halving convolutions before the patches and their mirror image
     after. It draws pixels (C = 3) or latents, of side `size`, from codes of `codes` = L positions with
     `values` = V values, in place on a grid of code_side². predict "x" or "v", at a time t in [0, 1]; or
-    "noise" and its variance, 2 C channels, at a level from 0 to 999. `vae`: of latents, set from outside."""
+    "noise" and its variance, 2 C channels, at a level from 0 to 999. `vae`: set for one of latents."""
 
     def __init__(self, size, patch, stem, width, depth, heads, codes, values, groups, condition, predict,
                  channels=3, code_side=0, block="gated"):
         super().__init__()
-        self.side, self.code_side = size // patch, code_side  # of the grids of tokens and of the code
+        self.side = size // patch  # of the grid of tokens
+        self.code_side = code_side
         self.inner_patch = patch >> stem  # side of a patch after the halvings
         self.V, self.condition, self.predict = values, condition, predict
         self.x_shape = (channels, size, size)
@@ -242,7 +243,10 @@ def flow_loss(model, x, codes, part, args, run):
     z = t[:, None, None, None] * x + (1 - t)[:, None, None, None] * e
     with run.autocast():
         output = model(z, t, codes)  # (B, C, S, S)
-    target = x - e if args.predict == "v" else velocity(x, z, t, "x", NEAREST)  # the same where t ≤ .95
+    if args.predict == "v":
+        target = x - e
+    else:
+        target = velocity(x, z, t, "x", NEAREST)  # the same where 1 − t ≥ NEAREST
     return (velocity(output, z, t, args.predict, NEAREST) - target).square().mean()
 
 
@@ -262,9 +266,8 @@ def integrate(field, z, times, method="heun"):
 
 
 def guided_network(model, codes, args, run):
-    """network(z, t, level): the model's output at z (B, C, S, S), guided as the velocity is in (3); `level`
-    is what the model takes as its time: t, or the level of noise. One call of the model, with and without
-    code in one batch; where nothing is guided, half of it."""
+    """network(z, t, level): the model's output at z (B, C, S, S), guided as the velocity is in (3), with and
+    without code in one batch. `level` is what the model takes as its time: t, or the level of noise."""
     w = args.guidance
     first, last = args.guidance_interval
 
@@ -329,9 +332,8 @@ class NoiseLevels:
         return self.posterior_mean(x, z, i), log_variance
 
     def bound_bits(self, x, z, i, mean, log_variance):
-        """The variational bound's term of rows i, in bits a dimension (B,), of such a step: KL(q ‖ step), or,
-        at level 0, −log of the probability that the step gives to the byte of x (DiT takes latents for bytes
-        too)."""
+        """The variational bound's term of such a step, in bits a dimension (B,): KL(q ‖ step) or, at level 0,
+        −log of the probability that it gives to the byte of x (DiT takes latents for bytes too)."""
         ratio = self.log_posterior[i] - log_variance
         squares = (self.posterior_mean(x, z, i) - mean).square() * torch.exp(-log_variance)
         kl = 0.5 * (ratio.exp() - 1 - ratio + squares)
@@ -362,7 +364,7 @@ def noise_loss(model, x, codes, part, args, run):
 
 
 def solve(model, codes, draw, args, run):
-    """Noise of draw() (B, C, S, S) → x of the same shape, by the guided network of a model and codes (B, L)."""
+    """Noise of draw() (B, C, S, S) → x of the same shape, by a model that is guided by codes (B, L)."""
     network = guided_network(model, codes, args, run)
     z = draw()
     steps = args.sample_steps
@@ -378,9 +380,10 @@ def solve(model, codes, draw, args, run):
         return velocity(e, z, t, "noise")
 
     if args.method:
-        first = levels.times[-1]
-        return integrate(field, z * math.hypot(first, 1 - first), [*levels.times[::-1], 1.0], args.method)
-    for i in reversed(range(steps)):
+        times = [*levels.times[::-1], 1.0]
+        start = z * math.hypot(times[0], 1 - times[0])
+        return integrate(field, start, times, args.method)
+    for i in reversed(range(steps)):  # equation (6)
         said = network(z, levels.times[i], levels.numbers[i])  # (B, 2 C, S, S)
         z, log_variance = levels.step(*said.chunk(2, 1), z, i)
         if i > 0:
@@ -414,8 +417,7 @@ def add_sampler_flags(parser):
     add = parser.add_argument_group("image sampler").add_argument
     add("--sample-steps", type=data.number(1, 1000, int), default=4, help="steps from noise to image")
     add("--method", choices=("heun", "euler"),
-        help="ODE solver (default: heun; for --predict noise the steps (6), which need --sample-steps 100 or "
-             "more)")
+        help="ODE solver (default: heun; for --predict noise the steps (6), 100 or more of them)")
     add("--guidance", type=data.non_negative, default=1.5, help="w of equation (3); 1: none")
     add("--batch", type=data.positive, default=250, help="images drawn together")
     add("--guidance-interval", type=data.fraction, nargs=2, default=[0.0, 1.0], metavar=("FROM", "TO"),
@@ -456,8 +458,8 @@ class VAE:
 
 
 def load_latents(args, vae, dataset, run):
-    """Latents (N, 2 flips, C, s, s) float16 of the dataset, memory-mapped from OUT/<dataset>/latents.pt, and
-    made there unless they are of these images and this VAE already."""
+    """Latents (N, 2 flips, C, s, s) float16 of the dataset, memory-mapped from latents.pt, made there unless
+    they are of these images and this VAE already."""
     path = run.folder / "latents.pt"
     made_from = {"vae": vae.id, "images": dataset.id, "image size": args.image_size, "dtype": "float32"}
 
@@ -499,8 +501,7 @@ def build_generator(config):
 
 
 def load_generator(args, codes_id, device, stage="generator"):
-    """The trained model with averaged weights from OUT/<dataset>/<stage>.pt. Refused: one that reads other
-    codes, or another VAE than it was trained with."""
+    """The trained model with averaged weights. Refused: of other codes or another VAE."""
     path = data.run_folder(args) / f"{stage}.pt"
     reads, flags = REFERENCES.get(stage, (codes_id, ""))
     remedy = "train it with " + data.script_command("generator.py" + flags, args)
@@ -615,8 +616,8 @@ def parse(argv=None):
 
 
 def open_inputs(parser, args, stage, dataset, run):
-    """Codes, as from data.load_codes: the tokenizer's, or what a reference reads in their place; and the VAE,
-    or None. What build_generator must know of both is set in `args`."""
+    """Codes, as from data.load_codes, or what a reference reads in their place; and the VAE, or None. What
+    build_generator must know of both is set in `args`."""
     if stage in REFERENCES:
         codes = dataset.labels if args.factors else torch.zeros(len(dataset), 1)  # (N, L)
         stored = {"codes": codes[:, None].expand(-1, 2, -1), "L": codes.shape[1], "V": int(codes.max()) + 1,
@@ -696,9 +697,9 @@ def main(argv=None, dataset=None):
             rows = list(dataset.splits["val"])[:16]
             codes = stored["codes"][rows, 0].long()  # (16, L)
             drawn = generate(ema.module, codes, args, run)
+            images = torch.cat([dataset.pixels(rows), drawn])
             path = run.folder / "samples" / f"{stage}-{step + 1:06d}.png"
-            data.save_grid(path, torch.cat([dataset.pixels(rows), drawn]), 16,
-                           settings={**vars(args), "rows": "real, generated"})
+            data.save_grid(path, images, 16, settings={**vars(args), "rows": "real, generated"})
     run.wait()
 
 

@@ -96,7 +96,7 @@ def test_the_loss_is_zero_for_the_true_velocity_and_right_for_a_known_error(run,
     assert abs(logit.mean() - t_mean) < 0.3 and abs(logit.std() - 0.7) < 0.2  # logit-normal times
 
 
-COLOURS = data.colour_positions({"L": 16, "side": 2, "colour_codes": 1})  # the last of four in each patch
+COLOURS = data.colour_positions({"L": 16, "side": 2, "colour_codes": 1})
 
 
 @pytest.mark.parametrize("singly, expected", [
@@ -134,7 +134,7 @@ def sampler(guidance=1.0, **flags):
 
 
 class Mean:
-    """A generator whose velocity is the mean of the code, and which notes the sizes of its calls."""
+    """A generator whose velocity is the mean of the code; it notes the sizes of its calls."""
     V = 5
     condition = "both"
 
