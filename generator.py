@@ -7,12 +7,10 @@ A straight path from noise e to image x; the network predicts x and is compared 
 The code c (L positions) can enter as the mean of one embedding per position, beside t in adaLN (the paper,
 section 3.2), as G in-context tokens, each the mean over L / G positions, and in place: where the tokenizer
 reads each patch into positions of its own, their mean is added to the token of that patch. In training whole
-codes are dropped, for v_null, and, in place, single positions. --predict noise: the paper's own diffusion, in
-a section of its own below.
+codes are dropped, for v_null, and, in place, single positions. --predict noise: the paper's own diffusion.
 
-Reads images and OUT/<dataset>/codes.pt; writes generator.pt there. --condition none: the baseline without
-codes, generator-uncond.pt. --factors (with --condition both --groups 5): the reference that reads the true
-factors of shapes, generator-factors.pt. --vae: in latents, kept in latents.pt, not in pixels.
+Reads images and OUT/<dataset>/codes.pt; writes generator.pt there. References: --condition none reads no
+codes, --factors the true factors of shapes. --vae: in latents, kept in latents.pt, not in pixels.
     python generator.py                                                      # the dataset shapes, on a CPU
     python generator.py --dataset cifar10                                    # one GPU
     torchrun --nproc-per-node 8 generator.py --dataset imagenet              # a node, pixels, patch 16
@@ -58,8 +56,7 @@ def modulate(x, shift, scale):
 
 
 class Attention(nn.Module):
-    """Self-attention with normalised queries and keys, or `plain`, with biases instead, as DiT's. (B, N, D) →
-    (B, N, D)."""
+    """Self-attention; queries and keys normalised, or `plain`, as DiT's. (B, N, D) → (B, N, D)."""
 
     def __init__(self, width, heads, plain=False):
         super().__init__()
@@ -148,22 +145,22 @@ def timestep_features(k):
 class DiT(nn.Module):
     """Diffusion transformer, with `stem` halving convolutions before the patches and their mirror image
     after. It draws pixels (C = 3) or latents, of side `size`, from codes of `codes` = L positions with
-    `values` = V values, read in place on a grid of code_side². predict "x" or "v", at a time t in [0, 1]; or
-    "noise" and how much to trust it, 2 C channels, at a level of noise from 0 to 999. `vae` is set from
-    outside for a model of latents; only `generate` uses it."""
+    `values` = V values, in place on a grid of code_side². predict "x" or "v", at a time t in [0, 1]; or
+    "noise" and its variance, 2 C channels, at a level from 0 to 999. `vae`: set for one of latents."""
 
     def __init__(self, size, patch, stem, width, depth, heads, codes, values, groups, condition, predict,
                  channels=3, code_side=0, block="gated"):
         super().__init__()
-        self.side = size // patch
+        self.side = size // patch  # of the grid of tokens
+        self.code_side = code_side
         self.inner_patch = patch >> stem  # side of a patch after the halvings
         self.V, self.condition, self.predict = values, condition, predict
         self.x_shape = (channels, size, size)
         self.vae = None
         widths = [channels] + [32 << k for k in range(stem)]  # channels of each level, last of patches
-        levels = list(zip(widths, widths[1:]))
         patch_width = widths[-1] * self.inner_patch ** 2  # P
-        self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in levels)
+        self.stem = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
         outputs = [channels * (2 if predict == "noise" else 1)] + widths[1:]
         output_width = outputs[-1] * self.inner_patch ** 2  # Q
         self.head = nn.ModuleList(nn.Conv2d(b, 4 * a, 3, padding=1) for a, b in zip(outputs, outputs[1:]))
@@ -198,9 +195,8 @@ class DiT(nn.Module):
         x = self.x_embed(x) + self.pos_embed  # (B, N, D)
         n = x.shape[1]
         if self.code_place is not None:
-            side = math.isqrt(self.code_place.groups)  # of the grid of the code
-            grid = self.code_place(codes).unflatten(1, (side, side))  # (B, side, side, D)
-            zoom = self.side // side
+            grid = self.code_place(codes).unflatten(1, (self.code_side, -1))  # (B, code_side, code_side, D)
+            zoom = self.side // self.code_side
             x = x + grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).flatten(1, 2)  # (B, N, D)
         if self.code_context is not None:
             x = torch.cat([x, self.code_context(codes) + self.context_pos], 1)  # (B, N + G, D)
@@ -225,8 +221,10 @@ def velocity(output, z, t, predict, nearest=0.0):
     output = output.float()
     if predict == "v":
         return output
-    left = 1 - torch.as_tensor(t, device=z.device)
-    return (output - z) / left.view(-1, 1, 1, 1).clamp(min=nearest)
+    t = torch.as_tensor(t, device=z.device).view(-1, 1, 1, 1)
+    if predict == "noise":
+        return (z - output) / t
+    return (output - z) / (1 - t).clamp(min=nearest)
 
 
 def drop_codes(codes, null, part, drop, drop_positions):
@@ -257,8 +255,7 @@ def flow_loss(model, x, codes, part, args, run):
 def integrate(field, z, times, method="heun"):
     """Solve dz/dt = field(z, t) from the first to the last of `times`, which is 1; z (B, ...), t a float.
     Heun (second order) averages the slope at both ends of a step, but for the last, which is Euler's:
-    velocity (1) is not defined at t = 1. For n steps the field is called n times by Euler, 2 n − 1 times by
-    Heun."""
+    velocity (1) is not defined at t = 1. So n steps call the field 2 n − 1 times, by Euler n times."""
     for t, after in zip(times, times[1:]):
         dt = after - t
         slope = field(z, t)
@@ -268,27 +265,26 @@ def integrate(field, z, times, method="heun"):
     return z
 
 
-def guided_network(model, codes, guidance, interval, run):
-    """guided(z, t, level=t): the network's output at z (B, C, S, S) and time t, guided as the velocity is in
-    (3); `level` is what a network of --predict noise takes as its time. One network call, with and without
-    code in one batch; without guidance (w = 1, t outside the interval, no codes) half of it."""
-    def call(z, level, c):
-        level = torch.full((len(z),), level, device=z.device)
+def guided_network(model, codes, args, run):
+    """network(z, t, level): the model's output at z (B, C, S, S), guided as the velocity is in (3), with and
+    without code in one batch. `level` is what the model takes as its time: t, or the level of noise."""
+    w = args.guidance
+    first, last = args.guidance_interval
+
+    def network(z, t, level):
+        C, c = z.shape[1], codes
+        guided = w != 1 and first <= t <= last and model.condition != "none"
+        if guided:
+            z = z.repeat(2, 1, 1, 1)  # (2 B, C, S, S)
+            c = torch.cat([codes, torch.full_like(codes, model.V)])  # (2 B, L)
         with run.autocast():
-            return model(z, level, c).float()
+            output = model(z, torch.full((len(z),), level, device=z.device), c).float()
+        if guided:
+            output, null = output.chunk(2)  # 2 × (B, C or 2 C, S, S)
+            output[:, :C] = null[:, :C] + w * (output[:, :C] - null[:, :C])  # a learned variance stays
+        return output
 
-    def guided(z, t, level=None):
-        level = t if level is None else level
-        outside = not interval[0] <= t <= interval[1]
-        if guidance == 1 or outside or model.condition == "none":
-            return call(z, level, codes)
-        both = torch.cat([codes, torch.full_like(codes, model.V)])
-        output, null = call(z.repeat(2, 1, 1, 1), level, both).chunk(2)
-        C = z.shape[1]
-        drawn = null[:, :C] + guidance * (output[:, :C] - null[:, :C])
-        return torch.cat([drawn, output[:, C:]], 1)  # a learned variance is not guided
-
-    return guided
+    return network
 
 
 # --- the paper's own diffusion (--predict noise) ---
@@ -297,66 +293,60 @@ def guided_network(model, codes, guidance, interval, run):
 class NoiseLevels:
     """DDPM (Ho et al. 2020) with a learned variance (Nichol and Dhariwal 2021), as in DiT. Level k of 1,000:
         z_k = √ᾱ_k x + √(1 − ᾱ_k) e,  ᾱ_k = Π_{j ≤ k} (1 − s_j),  s from 1e-4 to .02 in a line         (4)
-    `kept` of them are used, evenly spread: row i of the tables is level numbers[i]. From k to the one kept
-    before it, b (before the first ᾱ_b = 1), with β_k = 1 − ᾱ_k / ᾱ_b:
+    `kept` of them are used, evenly spread: row i of the tables (kept, 1, 1, 1) is level numbers[i]. From k to
+    the one kept before it, b (before the first ᾱ_b = 1), with β_k = 1 − ᾱ_k / ᾱ_b:
         q(z_b | z_k, x) = N(mean, β̃_k),  β̃_k = β_k (1 − ᾱ_b) / (1 − ᾱ_k)
         mean = (√ᾱ_b β_k x + √(1 − β_k) (1 − ᾱ_b) z_k) / (1 − ᾱ_k)                                      (5)
     The network says ê and u, (B, C, S, S) each; a step draws from N(mean of (5) at x̂, variance), with
         x̂ = (z_k − √(1 − ᾱ_k) ê) / √ᾱ_k,  log variance = f log β_k + (1 − f) log β̃_k,  f = (u + 1) / 2 (6)
-    t = √ᾱ_k / (√ᾱ_k + √(1 − ᾱ_k)) of the flow (`times`) has the same ratio of image to noise. Tables (kept,
-    1, 1, 1)."""
+    times[i] is the t of the flow with the same ratio of image to noise, √ᾱ_k / √(1 − ᾱ_k) = t / (1 − t)."""
 
     def __init__(self, kept=1000, device="cpu"):
-        strides = torch.full((kept,), 999 / max(1, kept - 1), dtype=torch.float64)
-        strides[0] = 0
-        self.numbers = strides.cumsum(0).round().long()  # k of each
+        numbers = torch.linspace(0, 999, kept, dtype=torch.float64).round().long()
         s = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-        alpha = (1 - s).cumprod(0)[self.numbers]  # ᾱ
+        alpha = (1 - s).cumprod(0)[numbers]  # ᾱ
         before = F.pad(alpha[:-1], (1, 0), value=1.0)
         beta = 1 - alpha / before
         posterior = beta * (1 - before) / (1 - alpha)  # β̃
         posterior[0] = posterior[min(1, kept - 1)]  # it is 0 at the first
-        self.times = (alpha.sqrt() / (alpha.sqrt() + (1 - alpha).sqrt())).tolist()
 
         def spread(table):
             return table.float()[:, None, None, None].to(device)
 
+        self.numbers = numbers.tolist()
+        self.times = (alpha.sqrt() / (alpha.sqrt() + (1 - alpha).sqrt())).tolist()
         self.signal, self.noise = spread(alpha.sqrt()), spread((1 - alpha).sqrt())
         self.of_x = spread(before.sqrt() * beta / (1 - alpha))
         self.of_z = spread((1 - beta).sqrt() * (1 - before) / (1 - alpha))
         self.log_beta, self.log_posterior = spread(beta.log()), spread(posterior.log())
 
     def posterior_mean(self, x, z, i):
-        """Equation (5) at rows i (B,) of the tables, from x and z (B, C, S, S)."""
+        """Equation (5) at rows i, (B,) or one number, from x and z (B, C, S, S)."""
         return self.of_x[i] * x + self.of_z[i] * z
 
-    def step(self, output, z, i):
-        """Mean and log-variance (B, C, S, S) of equation (6) from the network's output (B, 2 C, S, S)."""
-        e, u = output.chunk(2, 1)
+    def step(self, e, u, z, i):
+        """Mean and log-variance (B, C, S, S) of equation (6) from what the network says, e and u."""
         x = (z - self.noise[i] * e) / self.signal[i]
         f = (u + 1) / 2
         log_variance = f * self.log_beta[i] + (1 - f) * self.log_posterior[i]
         return self.posterior_mean(x, z, i), log_variance
 
+    def bound_bits(self, x, z, i, mean, log_variance):
+        """The variational bound's term of such a step, in bits a dimension (B,): KL(q ‖ step) or, at level 0,
+        −log of the probability that it gives to the byte of x (DiT takes latents for bytes too)."""
+        ratio = self.log_posterior[i] - log_variance
+        squares = (self.posterior_mean(x, z, i) - mean).square() * torch.exp(-log_variance)
+        kl = 0.5 * (ratio.exp() - 1 - ratio + squares)
 
-def bound_bits(x, z, mean, log_variance, i, levels):
-    """The variational bound's term of rows i (B,), in bits a dimension (B,), of a step N(mean, exp
-    log_variance) (B, C, S, S): KL(q ‖ step), or, at level 0, −log of the probability that the step gives to
-    the byte of x (DiT takes latents for bytes too)."""
-    true = levels.log_posterior[i]
-    ratio = true - log_variance
-    squares = (levels.posterior_mean(x, z, i) - mean).square() * torch.exp(-log_variance)
-    kl = 0.5 * (ratio.exp() - 1 - ratio + squares)
+        def normal_cdf(x):  # as nearly as GELU's tanh is: DiT's own
+            return 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x ** 3)))
 
-    def normal_cdf(x):  # as nearly as GELU's tanh is: DiT's own
-        return 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x ** 3)))
-
-    scale = torch.exp(-0.5 * log_variance)
-    below = torch.where(x < -0.999, 0.0, normal_cdf((x - mean - 1 / 255) * scale))
-    upto = torch.where(x > 0.999, 1.0, normal_cdf((x - mean + 1 / 255) * scale))
-    byte = -(upto - below).clamp(min=1e-12).log()
-    nats = torch.where((i == 0)[:, None, None, None], byte, kl)
-    return nats.flatten(1).mean(1) / math.log(2)
+        scale = torch.exp(-0.5 * log_variance)
+        below = torch.where(x < -0.999, 0.0, normal_cdf((x - mean - 1 / 255) * scale))
+        upto = torch.where(x > 0.999, 1.0, normal_cdf((x - mean + 1 / 255) * scale))
+        byte = -(upto - below).clamp(min=1e-12).log()
+        nats = torch.where((i == 0)[:, None, None, None], byte, kl)
+        return nats.flatten(1).mean(1) / math.log(2)
 
 
 def noise_loss(model, x, codes, part, args, run):
@@ -368,70 +358,56 @@ def noise_loss(model, x, codes, part, args, run):
     z = levels.signal[i] * x + levels.noise[i] * e
     with run.autocast():
         output = model(z, i, codes)  # (B, 2 C, S, S)
-    drawn, u = output.float().chunk(2, 1)
-    mean, log_variance = levels.step(torch.cat([drawn.detach(), u], 1), z, i)
-    return (drawn - e).square().mean() + bound_bits(x, z, mean, log_variance, i, levels).mean()
+    said, u = output.float().chunk(2, 1)
+    bits = levels.bound_bits(x, z, i, *levels.step(said.detach(), u, z, i))  # (B,)
+    return (said - e).square().mean() + bits.mean()
 
 
-def sample_ddpm(guided, z, levels, draw):
-    """From noise z (B, C, S, S) to images by steps (6), one network call each; draw() gives the noise of a
-    step."""
-    for i in reversed(range(len(levels.times))):
-        output = guided(z, levels.times[i], levels.numbers[i].item())
-        mean, log_variance = levels.step(output, z, [i])  # a list keeps the tables' first dimension
-        z = mean
+def solve(model, codes, draw, args, run):
+    """Noise of draw() (B, C, S, S) → x of the same shape, by a model that is guided by codes (B, L)."""
+    network = guided_network(model, codes, args, run)
+    z = draw()
+    steps = args.sample_steps
+    if model.predict != "noise":
+        times = [k / steps for k in range(steps + 1)]
+        return integrate(lambda z, t: velocity(network(z, t, t), z, t, model.predict), z, times,
+                         args.method or "heun")
+    levels = NoiseLevels(steps, z.device)
+    level_at = dict(zip(levels.times, levels.numbers))
+
+    def field(z, t):  # z of the flow: that of (4) times √(t² + (1 − t)²)
+        e, _ = network(z / math.hypot(t, 1 - t), t, level_at[t]).chunk(2, 1)  # (B, C, S, S)
+        return velocity(e, z, t, "noise")
+
+    if args.method:
+        times = [*levels.times[::-1], 1.0]
+        start = z * math.hypot(times[0], 1 - times[0])
+        return integrate(field, start, times, args.method)
+    for i in reversed(range(steps)):  # equation (6)
+        said = network(z, levels.times[i], levels.numbers[i])  # (B, 2 C, S, S)
+        z, log_variance = levels.step(*said.chunk(2, 1), z, i)
         if i > 0:
             z = z + torch.exp(0.5 * log_variance) * draw()
     return z
 
 
-def noise_field(guided, levels):
-    """The velocity (B, C, S, S) of the flow (1) at (z, t), t one of levels.times, by a network that says the
-    noise: v = x̂ − ê = (z − ê) / t."""
-    def field(z, t):
-        i = levels.times.index(t)
-        e = guided(z * levels.signal[[i]] / t, t, levels.numbers[i].item())[:, :z.shape[1]]
-        return (z - e) / t
-
-    return field
-
-
-def solve(model, guided, noise, sampler, draw):
-    """Noise (n, C, S, S) → x of the same shape, by the `guided` network of a model and its method; draw()
-    gives more noise."""
-    steps = sampler["steps"]
-    method = sampler["method"] or ("ddpm" if model.predict == "noise" else "heun")
-    if model.predict != "noise":
-        if method == "ddpm":
-            data.fail("--method ddpm: needs a generator of --predict noise; choose heun or euler")
-        times = [k / steps for k in range(steps + 1)]
-        return integrate(lambda z, t: velocity(guided(z, t), z, t, model.predict), noise, times, method)
-    levels = NoiseLevels(steps, noise.device)
-    if method == "ddpm":
-        return sample_ddpm(guided, noise, levels, draw)
-    start = noise * levels.times[-1] / levels.signal[-1]
-    return integrate(noise_field(guided, levels), start, levels.times[::-1] + [1.0], method)
-
-
 @torch.no_grad()
-def generate(model, codes, count, sampler, run, seed=0, first=0):
-    """Images (count, 3, S, S) uint8 on the CPU, from codes (count, L) long (None: without); sampler as
-    sampler_settings. The noise of image i follows from (seed, first + i) alone."""
-    images, batch = [], sampler["batch"]
-    for start in range(0, count, batch):
-        numbers = range(first + start, first + min(count, start + batch))  # of these images
-        generators = [data.step_generator(seed, k) for k in numbers]
+def generate(model, codes, args, run, seed=0, first=0):
+    """Images (n, 3, S, S) uint8 on the CPU, from codes (n, L) long, as the sampler flags say. The noise of
+    image i follows from (seed, first + i) alone."""
+    images = []
+    for start in range(0, len(codes), args.batch):
+        c = codes[start:start + args.batch].to(run.device)  # (b, L)
+        generators = [data.step_generator(seed, first + start + k) for k in range(len(c))]
 
         def draw():
             noise = [torch.randn(model.x_shape, generator=generator) for generator in generators]
-            return torch.stack(noise).to(run.device)  # (n, C, S, S)
+            return torch.stack(noise).to(run.device)  # (b, C, S, S)
 
-        c = None if codes is None else codes[start:start + batch].to(run.device)
-        guided = guided_network(model, c, sampler["guidance"], sampler["interval"], run)
-        x = solve(model, guided, draw(), sampler, draw)  # (n, C, S, S)
+        x = solve(model, c, draw, args, run)  # (b, C, S, S)
         if not x.isfinite().all():
             data.fail("an image that is not finite was drawn; lower --guidance, or try --dtype float32")
-        pixels = model.vae.decode(x) if model.vae else x  # (n, 3, S, S)
+        pixels = model.vae.decode(x) if model.vae else x  # (b, 3, S, S)
         images.append(data.to_bytes(pixels.clamp(-1, 1)).cpu())
     return torch.cat(images)
 
@@ -439,22 +415,15 @@ def generate(model, codes, count, sampler, run, seed=0, first=0):
 def add_sampler_flags(parser):
     """How images are drawn from a trained generator."""
     add = parser.add_argument_group("image sampler").add_argument
-    add("--sample-steps", type=data.number(1, 1000, int), default=4,
-        help="steps from noise to image; ddpm needs 100 or more")
-    add("--method", choices=("heun", "euler", "ddpm"),
-        help="ODE solver, or the steps (6) of --predict noise (default: ddpm for that, else heun)")
+    add("--sample-steps", type=data.number(1, 1000, int), default=4, help="steps from noise to image")
+    add("--method", choices=("heun", "euler"),
+        help="ODE solver (default: heun; for --predict noise the steps (6), 100 or more of them)")
     add("--guidance", type=data.non_negative, default=1.5, help="w of equation (3); 1: none")
     add("--batch", type=data.positive, default=250, help="images drawn together")
     add("--guidance-interval", type=data.fraction, nargs=2, default=[0.0, 1.0], metavar=("FROM", "TO"),
         help="t in which guidance acts")
     add("--vae", metavar="PATH",
         help="folder of diffusers' AutoencoderKL: work in its latents (sample.py: where it is now, if moved)")
-
-
-def sampler_settings(args):
-    """The sampler flags as the dict that `generate` takes."""
-    return {"steps": args.sample_steps, "method": args.method, "guidance": args.guidance,
-            "interval": args.guidance_interval, "batch": args.batch}
 
 
 # -------- latents --------------------------------------------------------------------------------------
@@ -469,39 +438,34 @@ class VAE:
         with data.reading(f"--vae {path}", "expected a folder of diffusers' AutoencoderKL, as sd-vae-ft-ema"):
             path = Path(path)
             config = json.loads((path / "config.json").read_text())
-            if config["_class_name"] != "AutoencoderKL":
-                raise data.Unfit(f"a {config['_class_name']}")
             self.channels = config["latent_channels"]
             self.down = 2 ** (len(config["block_out_channels"]) - 1)
             self.scale = config["scaling_factor"]  # with the shift it brings latents to about unit variance
             self.shift = config.get("shift_factor") or 0.0
             weights = sorted(path.glob("diffusion_pytorch_model.*"))[-1]  # .safetensors before .bin
-            with open(weights, "rb") as file:
-                self.id = hashlib.file_digest(file, "sha256").hexdigest()
+            self.id = hashlib.sha256(weights.read_bytes()).hexdigest()
             self.model = AutoencoderKL.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False)
             self.model.to(device).eval().requires_grad_(False)
             self.model.enable_slicing()  # one image at a time: a batch takes many gigabytes
 
-    @torch.no_grad()
     def encode(self, x):
         """The mean of the posterior, scaled."""
         return (self.model.encode(x).latent_dist.mean - self.shift) * self.scale
 
-    @torch.no_grad()
     def decode(self, z):
         """Pixels of scaled latents."""
         return self.model.decode(z / self.scale + self.shift).sample
 
 
-def load_latents(args, vae, dataset, run, batch=25):
-    """Latents (N, 2 flips, C, s, s) float16 of the dataset, memory-mapped from OUT/<dataset>/latents.pt, and
-    made there unless they are of the same images, size and VAE already."""
+def load_latents(args, vae, dataset, run):
+    """Latents (N, 2 flips, C, s, s) float16 of the dataset, memory-mapped from latents.pt, made there unless
+    they are of these images and this VAE already."""
     path = run.folder / "latents.pt"
     made_from = {"vae": vae.id, "images": dataset.id, "image size": args.image_size, "dtype": "float32"}
 
     def encode(rows):
         latents = []
-        for images in dataset.batches(rows, batch, args.workers):
+        for images in dataset.batches(rows, 25, args.workers):
             x = data.from_bytes(images.to(run.device))  # (b, 3, S, S)
             flips = torch.stack([vae.encode(x), vae.encode(x.flip(3))], 1)  # (b, 2, C, s, s)
             latents.append(flips.half().cpu())
@@ -522,6 +486,12 @@ def load_latents(args, vae, dataset, run, batch=25):
 
 # -------- building and loading -------------------------------------------------------------------------
 
+REFERENCES = {  # stage: what it reads in place of codes, and the flags that train it
+    "generator-uncond": ("none", " --condition none"),
+    "generator-factors": ("factors", " --factors --condition both --groups 5"),  # shapes have five
+}
+
+
 def build_generator(config):
     """The DiT of a dict of settings (a checkpoint's config)."""
     keys = ("patch", "stem", "width", "depth", "heads", "codes", "values", "groups", "condition", "predict",
@@ -531,21 +501,19 @@ def build_generator(config):
 
 
 def load_generator(args, codes_id, device, stage="generator"):
-    """The trained model with averaged weights from OUT/<dataset>/<stage>.pt. Refused: one that reads other
-    codes, or another VAE than it was trained with."""
+    """The trained model with averaged weights. Refused: of other codes or another VAE."""
     path = data.run_folder(args) / f"{stage}.pt"
-    flags = {"generator-uncond": " --condition none",
-             "generator-factors": " --factors --condition both --groups 5"}  # shapes have five
-    remedy = "train it with " + data.script_command("generator.py" + flags.get(stage, ""), args)
-    state = data.load_trained(path, stage, args.dataset, remedy, codes=codes_id)
+    reads, flags = REFERENCES.get(stage, (codes_id, ""))
+    remedy = "train it with " + data.script_command("generator.py" + flags, args)
+    state = data.load_trained(path, stage, args.dataset, remedy, codes=reads)
     with data.reading(path, remedy):
-        config, vae_id = state["config"], state["made_from"]["vae"]
-        model = build_generator(config)
+        vae_path = args.vae or state["config"]["vae"]
+        vae_id = state["made_from"]["vae"]
+        model = build_generator(state["config"])
         model.load_state_dict(state["ema"])
-    if args.vae and not vae_id:
-        data.fail(f"--vae {args.vae}: {path.name} was trained in pixels; leave the flag away")
+    if vae_path and not vae_id:
+        data.fail(f"--vae {vae_path}: {path.name} was trained in pixels; leave the flag away")
     if vae_id:
-        vae_path = args.vae or config["vae"]
         model.vae = VAE(vae_path, device)
         if model.vae.id != vae_id:
             data.fail(f"--vae {vae_path}: not the weights that {path.name} was trained with")
@@ -630,63 +598,45 @@ def add_flags(parser):
     add("--init", metavar="DIR", help="start from the authors' weights, the folder DLC_DiT_L512")
 
 
-def check_flags(parser, args):
-    """What argparse cannot see: sizes that must divide, flags that need others."""
-    if args.width % args.heads:
-        parser.error(f"argument --heads: {args.heads} does not divide --width {args.width}")
-    if args.patch % 2 ** args.stem:
-        parser.error(f"argument --stem: {args.stem} halvings do not fit in --patch {args.patch}")
-    if args.method == "ddpm" and args.predict != "noise":
-        parser.error("argument --method: ddpm needs --predict noise")
-    if args.factors and (args.dataset != "shapes" or args.condition in ("none", "place")):
-        parser.error("argument --factors: only for shapes, and with --condition both --groups 5")
-
-
-def open_inputs(parser, args, stage, dataset, run):
-    """Codes, as from data.load_codes: the tokenizer's, the true factors (--factors) or zeros (--condition
-    none); and the VAE, or None. What build_generator must know of both is set in `args`."""
-    if stage == "generator-uncond":
-        stored = {"codes": torch.zeros(len(dataset), 2, 1), "L": 1, "V": 1, "id": "none"}
-    elif stage == "generator-factors":
-        flips = dataset.labels[:, None].expand(-1, 2, -1)  # (N, 2, factors)
-        stored = {"codes": flips, "L": flips.shape[2], "V": int(flips.max()) + 1, "id": "factors"}
-    else:
-        remedy = "make it with " + data.script_command("tokenizer.py", args)
-        stored = data.load_codes(run.folder / "codes.pt", remedy, images_id=dataset.id)
-    stored = {"side": 0, "colour_codes": 0} | stored
-    vae = VAE(args.vae, run.device) if args.vae else None
-    args.codes, args.values, args.code_side = stored["L"], stored["V"], stored["side"]
-    args.channels, args.down = (vae.channels, vae.down) if vae else (3, 1)
-    if args.image_size % (args.patch * args.down):
-        parser.error(f"argument --patch: {args.patch} latents of {args.down} pixels do not fit --image-size")
-    side = args.image_size // (args.patch * args.down)  # of the grid of tokens
-    if args.condition == "place" and (stored["side"] == 0 or side % stored["side"]):
-        parser.error("argument --condition: place needs codes of --sem-read patches, on a grid whose side "
-                     f"divides that of the generator's tokens, {side}; choose mean, context or both (or make "
-                     "codes of an earlier version anew: tokenizer.py --restart)")
-    if args.condition in ("both", "context") and args.codes % args.groups:
-        parser.error(f"argument --groups: {args.groups} does not divide the {args.codes} code positions")
-    return stored, vae
-
-
-def save_samples(path, model, stored, dataset, args, run):
-    """Write a grid of 16 real images and what the model draws from their codes."""
-    rows = list(dataset.splits["val"])[:16]
-    drawn = generate(model, stored["codes"][rows, 0].long(), len(rows), sampler_settings(args), run)
-    images = torch.cat([dataset.pixels(rows), drawn])
-    data.save_grid(path, images, 16, settings={**vars(args), "rows": "real, generated"})
-
-
 def parse(argv=None):
-    """The flags of this script, checked: their parser and values."""
+    """The flags of this script, checked as far as argparse cannot see: their parser and values."""
     parser = data.make_parser(__doc__)
     add_flags(parser)
     data.add_training_flags(parser, steps=2500, batch_size=64, lr=2e-3, lr_matrix=0.0, warmup=50, ema=0.995)
     add_sampler_flags(parser)
     args = data.parse(parser, PRESETS, argv, SIZES)
-    check_flags(parser, args)
+    if args.width % args.heads:
+        parser.error(f"argument --heads: {args.heads} does not divide --width {args.width}")
+    if args.patch % 2 ** args.stem:
+        parser.error(f"argument --stem: {args.stem} halvings do not fit in --patch {args.patch}")
+    if args.factors and (args.dataset != "shapes" or args.condition in ("none", "place")):
+        parser.error("argument --factors: only for shapes, and with --condition both --groups 5")
     args.predict = args.predict or ("v" if args.vae else "x")
     return parser, args
+
+
+def open_inputs(parser, args, stage, dataset, run):
+    """Codes, as from data.load_codes, or what a reference reads in their place; and the VAE, or None. What
+    build_generator must know of both is set in `args`."""
+    if stage in REFERENCES:
+        codes = dataset.labels if args.factors else torch.zeros(len(dataset), 1)  # (N, L)
+        stored = {"codes": codes[:, None].expand(-1, 2, -1), "L": codes.shape[1], "V": int(codes.max()) + 1,
+                  "side": 0, "colour_codes": 0, "id": REFERENCES[stage][0]}
+    else:
+        remedy = "make it with " + data.script_command("tokenizer.py", args)
+        stored = data.load_codes(run.folder / "codes.pt", remedy, images_id=dataset.id)
+    vae = VAE(args.vae, run.device) if args.vae else None
+    args.codes, args.values, args.code_side = stored["L"], stored["V"], stored["side"]
+    args.channels, args.down = (vae.channels, vae.down) if vae else (3, 1)
+    side, left = divmod(args.image_size, args.patch * args.down)  # of the grid of tokens
+    if left:
+        parser.error(f"argument --patch: {args.patch} latents of {args.down} pixels do not fit --image-size")
+    if args.condition == "place" and (args.code_side == 0 or side % args.code_side):
+        parser.error("argument --condition: place needs codes of --sem-read patches, on a grid whose side "
+                     f"divides that of the generator's tokens, {side}; choose mean, context or both")
+    if args.condition in ("both", "context") and args.codes % args.groups:
+        parser.error(f"argument --groups: {args.groups} does not divide the {args.codes} code positions")
+    return stored, vae
 
 
 def main(argv=None, dataset=None):
@@ -744,8 +694,12 @@ def main(argv=None, dataset=None):
         ema.update_parameters(model)
         steps.show(loss=loss, norm=norm)
         if steps.at_checkpoint and run.main and not (args.dry_run or run.stop_asked):
+            rows = list(dataset.splits["val"])[:16]
+            codes = stored["codes"][rows, 0].long()  # (16, L)
+            drawn = generate(ema.module, codes, args, run)
+            images = torch.cat([dataset.pixels(rows), drawn])
             path = run.folder / "samples" / f"{stage}-{step + 1:06d}.png"
-            save_samples(path, ema.module, stored, dataset, args, run)
+            data.save_grid(path, images, 16, settings={**vars(args), "rows": "real, generated"})
     run.wait()
 
 

@@ -17,7 +17,9 @@ import torch
 from conftest import (TINY, AutoencoderKL, call, link_codes, make_vae, part, refuse, same, stopped_after,
                       weights)
 from PIL import Image
+from test_generator import sampler
 from test_runs import train
+from test_text_prior import write_tokenizer_json
 from test_tokenizer import to_transformers, vit
 
 L, V = 16, 4  # as in the other tests, so that tiny codes can train from these weights
@@ -28,10 +30,6 @@ def filled(model):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model.requires_grad_(False).eval()
-
-
-def toy_dit():
-    return filled(generator.DiT(16, 4, 0, 16, 2, 2, L, V, 1, "mean", "noise", channels=12, block="plain"))
 
 
 def released_dit(model):
@@ -54,14 +52,14 @@ def released_dit(model):
     return state
 
 
-def write(folder, state, config=None, name="pytorch_model.bin"):
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, folder / name)
-    (folder / "config.json").write_text(json.dumps(config or {}))
+def write(folder, state, **config):
+    folder.mkdir(parents=True)
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config))
 
 
-def write_llada(folder, model, text):
-    """Two shards with an index, bfloat16, and a tokenizer.json of all bytes."""
+def write_llada(folder, model):
+    """Two shards with an index, bfloat16, and a tokenizer.json."""
     state = {f"model.transformer.{name}": x.bfloat16() for name, x in model.state_dict().items()}
     files = {name: f"part-{k % 2}.bin" for k, name in enumerate(state)}
     folder.mkdir()
@@ -69,16 +67,7 @@ def write_llada(folder, model, text):
         torch.save({name: x for name, x in state.items() if files[name] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     (folder / "config.json").write_text(json.dumps({"n_heads": 2}))
-    (folder / "tokenizer.json").write_text(json.dumps(text), encoding="utf-8")
-
-
-def tokenizer_json():
-    written = [*text_prior.byte_characters(), "ab", "cd"]
-    vocab = {token: k for k, token in enumerate(written)}
-    added = [{"content": f"<|{name}|>", "id": 260 + k} for k, name in
-             enumerate(("endoftext", "mdm_mask", "start_sem"))]
-    return {"model": {"type": "BPE", "vocab": vocab, "merges": ["a b", "c d"]}, "normalizer": None,
-            "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": added}
+    write_tokenizer_json(folder / "tokenizer.json")
 
 
 @pytest.fixture(scope="session")
@@ -86,11 +75,12 @@ def models():
     """Toy models of the release's four kinds, in our classes."""
     torch.manual_seed(1)
     encoder = filled(vit(image_size=32, patch=4, width=16, heads=2, codes=L, values=V, registers=4))
-    text = filled(text_prior.TextPrior(L, V, 260, 261, 262, 512, 16, 2, 2, 24, 0.0, "shared"))
+    text = filled(text_prior.TextPrior(L, V, 300, 305, 306, 512, 16, 2, 2, 24, 0.0, "shared"))
     for p in text.parameters():
         p.copy_(p.bfloat16())
-    return SimpleNamespace(encoder=encoder, sedd=filled(prior.SEDD(L, V, 16, 2, 2, 0.0, condition=8)),
-                           dit=toy_dit(), text=text)
+    sedd = filled(prior.SEDD(L, V, 16, 2, 2, 0.0, condition=128))
+    dit = filled(generator.DiT(16, 4, 0, 16, 2, 2, L, V, 1, "mean", "noise", channels=12, block="plain"))
+    return SimpleNamespace(encoder=encoder, sedd=sedd, dit=dit, text=text)
 
 
 @pytest.fixture
@@ -101,11 +91,11 @@ def release(models, tmp_path, monkeypatch):
     weights = models.encoder.state_dict()
     state = {name: x for name, x in weights.items() if not name.startswith("sem_")}
     of_sem = {name: x for name, x in weights.items() if name.startswith(("sem_embed", "sem_norm"))}
-    write(folder / "SEM_dinov2_L512", to_transformers(state) | of_sem, {"num_attention_heads": 2})
+    write(folder / "SEM_dinov2_L512", to_transformers(state) | of_sem, num_attention_heads=2)
     write(folder / "DLC_SEDD_L512", models.sedd.state_dict() | {"rotary_emb.inv_freq": torch.ones(4)})
-    write(folder / "DLC_DiT_L512" / "transformer", released_dit(models.dit), {"num_heads": 2})
+    write(folder / "DLC_DiT_L512" / "transformer", released_dit(models.dit), num_heads=2)
     make_vae(folder / "DLC_DiT_L512" / "vae", 2.0)
-    write_llada(folder / "DLC_LLADA_L512", models.text, tokenizer_json())
+    write_llada(folder / "DLC_LLADA_L512", models.text)
     return folder
 
 
@@ -122,7 +112,7 @@ def test_a_step_of_the_noise_levels_is_bayes_rule():
         mean = (forward.sqrt() * z / (1 - forward) + alpha[i - 1].sqrt() * x / (1 - alpha[i - 1])) / precision
         assert torch.allclose(levels.posterior_mean(x, z, i).double(), mean, rtol=1e-3, atol=1e-5)
         assert math.isclose(levels.log_posterior[i].exp(), 1 / precision, rel_tol=1e-3)
-    assert levels.numbers.tolist() == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
+    assert levels.numbers == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
 
 
 class Knows:
@@ -141,30 +131,29 @@ class Knows:
         return torch.cat([e, torch.full_like(z, self.u)], 1)
 
 
-def solve(network, noise, run, **sampler):
-    guided = generator.guided_network(network, None, 1.0, [0, 1], run)
-    generator_of_noise = torch.Generator().manual_seed(2)
-    return generator.solve(network, guided, noise, sampler,
-                           lambda: torch.randn(noise.shape, generator=generator_of_noise))
-
-
 def test_a_network_that_knows_the_noise_draws_the_right_pictures_by_each_method(run):
     """For Gaussian pictures of deviation s the limit of the ODE is z → s z; DDPM draws of that deviation."""
-    noise = torch.randn(64, 3, 8, 8)
-    network = Knows(s=0.4)
-    for method, steps, calls in (("heun", 40, 79), ("euler", 200, 200)):
-        network.calls.clear()
-        drawn = solve(network, noise, run, steps=steps, method=method)
-        assert (drawn - 0.4 * noise).abs().max() < 0.05 and len(network.calls) == calls
-    drawn = solve(network, noise, run, steps=200, method=None)  # ddpm
-    assert abs(drawn.std() - 0.4) < 0.02 and len(network.calls) == 200 + 200
-    assert abs((drawn * noise).mean()) < 0.4 / 2  # it adds noise of its own
+    for method, steps, calls in (("heun", 40, 79), ("euler", 200, 200), (None, 200, 200)):
+        model = Knows(s=0.4)
+        args = sampler(sample_steps=steps, method=method)
+        noises = []
+
+        def draw():
+            noises.append(torch.randn(64, 3, 8, 8))
+            return noises[-1]
+
+        drawn = generator.solve(model, None, draw, args, run)
+        assert len(model.calls) == calls and abs(drawn.std() - 0.4) < 0.02
+        if method:
+            assert (drawn - 0.4 * noises[0]).abs().max() < 0.05 and len(noises) == 1
+        else:
+            assert abs((drawn * noises[0]).mean()) < 0.4 / 2  # it adds noise of its own
 
 
-def test_guidance_leaves_the_learned_variance_of_the_codes_alone(run):
-    model = toy_dit()
+def test_guidance_leaves_the_learned_variance_of_the_codes_alone(run, models):
+    model = models.dit
     z, codes = torch.randn(2, 12, 16, 16), torch.randint(0, V, (2, L))
-    drawn = {w: generator.guided_network(model, codes, w, [0, 1], run)(z, 0.5, 400) for w in (0.0, 1.0, 3.0)}
+    drawn = {w: generator.guided_network(model, codes, sampler(w), run)(z, 0.5, 400) for w in (0.0, 1.0, 3.0)}
     null = model(z, torch.full((2,), 400), torch.full_like(codes, V))
     assert torch.allclose(drawn[0.0][:, :12], null[:, :12], atol=1e-6)
     assert torch.allclose(drawn[3.0][:, :12], (3 * drawn[1.0] - 2 * null)[:, :12], atol=1e-5)
@@ -176,13 +165,13 @@ def test_the_bound_is_zero_where_the_step_is_right_and_counts_bytes_at_the_end()
     x, z = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 3, 8, 8)
     i = torch.tensor([1, 10, 500, 999])
     mean, log_variance = levels.posterior_mean(x, z, i), levels.log_posterior[i].expand_as(x)
-    assert generator.bound_bits(x, z, mean, log_variance, i, levels).abs().max() < 1e-5
-    off = generator.bound_bits(x, z, mean + 0.1, log_variance, i, levels)
+    assert levels.bound_bits(x, z, i, mean, log_variance).abs().max() < 1e-5
+    off = levels.bound_bits(x, z, i, mean + 0.1, log_variance)
     assert torch.allclose(off, 0.005 / log_variance.exp()[:, 0, 0, 0] / math.log(2), rtol=1e-3)
     wide = torch.full_like(x, 2 * math.log(0.2))
     first = torch.zeros(4).long()
     pixels = data.from_bytes(torch.randint(1, 255, x.shape))
-    bits = generator.bound_bits(pixels, z, pixels, wide, first, levels)  # a byte is 2 / 255 wide
+    bits = levels.bound_bits(pixels, z, first, pixels, wide)  # a byte is 2 / 255 wide
     assert torch.allclose(bits, torch.tensor(math.log2(255 / 2 * 0.2 * math.sqrt(2 * math.pi))), atol=0.02)
 
 
@@ -199,37 +188,25 @@ def test_the_noise_loss_trains_the_noise_by_squares_and_the_variance_by_the_boun
 @pytest.mark.parametrize("stage, flags", [
     ("generator", "--block plain --predict noise --condition mean --stem 0"),
     ("prior-masked", "--network sedd --dropout 0.2")])
-def test_the_papers_networks_go_on_bit_for_bit(trained, tmp_path, stage, flags, monkeypatch):
+def test_the_papers_networks_go_on_bit_for_bit_and_draw(trained, tmp_path, stage, flags, monkeypatch):
     flags = [*flags.split(), "--steps", "9", "--save-every", "4"]
     with stopped_after(5, monkeypatch):
         train(trained, tmp_path / "cut", stage, *flags)
     assert weights(tmp_path / "cut", stage)["step"] == 5
     same(train(trained, tmp_path / "cut", stage, *flags), train(trained, tmp_path / "whole", stage, *flags))
-
-
-def test_a_diffusion_generator_trains_and_draws(trained, tmp_path):
-    out = tmp_path / "out"
-    folder = link_codes(trained, out)
-    flags = [*TINY["generator"], "--block", "plain", "--predict", "noise", "--condition", "mean",
-             "--stem", "0", "--out", out]
-    call("generator", *flags)
-    state = weights(out, "generator")
-    assert state["ema"]["blocks.0.mlp.fc1.bias"].shape == (64,)
-    call("sample", "reconstruct", "--rows", 1, "--sample-steps", 3, "--out", out)
-    call("sample", "reconstruct", "--rows", 1, "--sample-steps", 3, "--method", "heun", "--out", out)
-    assert (folder / "samples" / "reconstruct-001.png").exists()
-    refuse("generator", *flags[:-2], "--predict", "x", "--out", out, words=["predict noise → x"])
-    link_codes(trained, tmp_path / "flow")
-    call("generator", *TINY["generator"], "--out", tmp_path / "flow")
-    with pytest.raises(SystemExit):
-        call("generator", *TINY["generator"], "--method", "ddpm")
-    refuse("sample", "reconstruct", "--method", "ddpm", "--out", tmp_path / "flow", words=["--predict noise"])
+    folder = tmp_path / "whole" / "shapes"
+    if stage == "generator":
+        for method in ([], ["--method", "heun"]):
+            call("sample", "reconstruct", "--rows", 1, "--sample-steps", 3, *method, "--out", folder.parent)
+    else:
+        os.link(trained / "shapes" / "generator.pt", folder / "generator.pt")
+        call("sample", "unconditional", "--sample-steps", 1, "--out", folder.parent)
 
 
 # --- the paper's own prior --------------------------------------------------------------------------------
 
-def test_sedd_is_told_the_noise_at_which_so_many_positions_are_hidden():
-    model = filled(prior.SEDD(L, V, 16, 2, 2, 0.0, 128))
+def test_sedd_is_told_the_noise_at_which_so_many_positions_are_hidden(models):
+    model = models.sedd
     codes = torch.randint(0, V, (3, L))
     codes[0, :4] = V
     codes[1] = V
@@ -240,14 +217,12 @@ def test_sedd_is_told_the_noise_at_which_so_many_positions_are_hidden():
 
 def test_sedd_trains_by_the_bound_and_draws_in_as_many_calls_as_positions(trained, tmp_path, capsys):
     out = tmp_path / "out"
-    folder = link_codes(trained, out)
-    os.link(trained / "shapes" / "generator.pt", folder / "generator.pt")
+    link_codes(trained, out)
     flags = ["--kind", "masked", "--network", "sedd", *TINY["prior"], "--out", out]
     call("prior", *flags, "--steps", 60, "--lr", 0.01)
     shown = capsys.readouterr().out
     bits = float(shown.split("test: ")[1].split()[0])
     assert 0 < bits < 2 and "network calls per sample: 16.0 for 16" in shown
-    call("sample", "unconditional", "--out", out, "--sample-steps", 1)
     with pytest.raises(SystemExit):
         call("prior", *flags, "--kind", "ar")
     assert "argument --network: sedd is a masked prior" in capsys.readouterr().err
@@ -271,7 +246,7 @@ def test_released_weights_give_what_the_models_they_were_written_from_give(relea
     assert torch.equal(sedd(codes), models.sedd(codes))
 
     model, text, _ = text_prior.load_release(release / "DLC_LLADA_L512", {"L": L, "V": V}, "cpu")
-    assert model.wte.weight.dtype == torch.bfloat16 and (text.pad, text.mask, text.start) == (260, 261, 262)
+    assert model.wte.weight.dtype == torch.bfloat16 and (text.pad, text.mask, text.start) == (300, 305, 306)
     words = text.rows(text.encode(["abcd", "a cat", "cd"])).long()
     reading = torch.zeros(3).bool()
     for found, expected in zip(model.float()(codes, words, reading), models.text(codes, words, reading)):
@@ -323,28 +298,24 @@ def test_the_release_is_scored_with_inception_on_images_of_a_folder(release, tmp
     assert scores["true codes"]["samples"] == 8 and scores["codes of prior-masked"]["FID"] > 0
 
 
-@pytest.mark.parametrize("part, spoil, words", [
-    ("DLC_SEDD_L512", "gone", ["DLC_SEDD_L512"]), ("DLC_DiT_L512", "gone", ["DLC_DiT_L512", "transformer"]),
-    ("DLC_SEDD_L512", "other", ["DLC_SEDD_L512", "SEDD"]), ("DLC_DiT_L512/transformer", "other", ["DiT"]),
-    ("DLC_SEDD_L512", "lacks", ["lacks blocks.0.norm1.weight"]),
-    ("DLC_SEDD_L512", "extra", ["has more.weight"]),
-    ("DLC_SEDD_L512", "shape", ["blocks.0.norm1.weight is (7,)"]), ("DLC_SEDD_L512", "cut", ["not readable"]),
-    ("DLC_DiT_L512/vae", "gone", ["AutoencoderKL"])])
-def test_a_release_that_is_not_whole_is_refused_with_one_line(release, tmp_path, part, spoil, words):
-    folder = release / part
-    file = folder / "pytorch_model.bin"
-    if spoil == "gone":
-        shutil.rmtree(folder)
-    elif spoil == "other":
-        torch.save({"some.weight": torch.zeros(3)}, file)
-    elif spoil == "cut":
-        os.truncate(file, file.stat().st_size // 2)
+NORM = "blocks.0.norm1.weight"
+
+
+@pytest.mark.parametrize("part, change, words", [
+    ("DLC_SEDD_L512", None, ["DLC_SEDD_L512"]), ("DLC_DiT_L512/transformer", None, ["transformer"]),
+    ("DLC_DiT_L512/vae", None, ["AutoencoderKL"]),
+    ("DLC_DiT_L512/transformer", {"pos_embed": None}, ["transformer", "DiT"]),
+    ("DLC_SEDD_L512", {NORM: None}, [f"lacks {NORM}"]),
+    ("DLC_SEDD_L512", {NORM: torch.zeros(7)}, [f"{NORM} is (7,)"]),
+    ("DLC_SEDD_L512", {"more.weight": torch.zeros(7)}, ["has more.weight"])])
+def test_a_release_that_is_not_whole_is_refused_with_one_line(release, tmp_path, part, change, words):
+    """A folder is gone (None), or weights of it are gone or others."""
+    if change is None:
+        shutil.rmtree(release / part)
     else:
-        state = torch.load(file, weights_only=True)
-        norm = state.pop("blocks.0.norm1.weight")
-        change = {"lacks": {}, "extra": {"blocks.0.norm1.weight": norm, "more.weight": norm},
-                  "shape": {"blocks.0.norm1.weight": norm[:7]}}[spoil]
-        torch.save(state | change, file)
+        file = release / part / "pytorch_model.bin"
+        state = torch.load(file, weights_only=True) | change
+        torch.save({name: x for name, x in state.items() if x is not None}, file)
     refuse("sample", "unconditional", *PICTURES, "--release", release, "--out", tmp_path / "out", words=words)
 
 
@@ -373,27 +344,21 @@ INIT = ["--steps", "1", "--batch-size", "8", "--lr", "0", "--lr-matrix", "0", "-
         "--heads", "2"]
 
 
-@pytest.mark.parametrize("words, part, stage", [
-    ("generator --block plain --predict noise --condition mean --patch 4 --stem 0".split(),
+@pytest.mark.parametrize("command, part, stage", [
+    ("generator --block plain --predict noise --condition mean --patch 4 --stem 0 --vae FOLDER/vae",
      "DLC_DiT_L512", "generator"),
-    ("prior --kind masked --network sedd".split(), "DLC_SEDD_L512", "prior-masked"),
-    ("text_prior --tables shared --hidden 24".split(), "DLC_LLADA_L512", "text_prior")])
-def test_training_from_the_release_starts_with_its_weights(release, trained, tmp_path, words, part, stage):
-    name, *flags = words
-    if name == "prior":  # the width inside the release's noise embedding is 128
-        write(release / part, filled(prior.SEDD(L, V, 16, 2, 2, 0.0, 128)).state_dict()
-              | {"rotary_emb.inv_freq": torch.ones(4)})
-    if name == "generator":
-        flags += ["--vae", release / part / "vae"]
-    if name == "text_prior":
-        flags += ["--encoding", release / part / "tokenizer.json"]
+    ("prior --kind masked --network sedd", "DLC_SEDD_L512", "prior-masked"),
+    ("text_prior --tables shared --hidden 24 --encoding FOLDER/tokenizer.json",
+     "DLC_LLADA_L512", "text_prior")])
+def test_training_from_the_release_starts_with_its_weights(release, trained, tmp_path, command, part, stage):
+    folder = release / part
+    name, *flags = [word.replace("FOLDER", str(folder)) for word in command.split()]
     out = tmp_path / "out"
     link_codes(trained, out)
-    call(name, *INIT, *flags, "--init", release / part, "--out", out)
-    read = {"generator": generator, "prior-masked": prior, "text_prior": text_prior}[stage].read_release
-    for key, x in read(release / part)[0].items():
+    call(name, *INIT, *flags, "--init", folder, "--out", out)
+    for key, x in sys.modules[name].read_release(folder)[0].items():
         assert torch.equal(weights(out, stage)["ema"][key], x.float()), key
-    refuse(name, *INIT, *flags, "--heads", "4", "--restart", "--init", release / part, "--out", out,
+    refuse(name, *INIT, *flags, "--heads", "4", "--restart", "--init", folder, "--out", out,
            words=[part, "is of heads 2"])
 
 
