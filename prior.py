@@ -484,20 +484,26 @@ def sample_ar(model, count, sampler, run, generator):
     return codes.cpu(), torch.full((count,), model.L)
 
 
-def sample_codes(model, count, sampler, run, seed=0, first=0):
-    """Draw codes (count, L) long and network calls (count,) with either kind of prior: those from `first` on,
-    a multiple of BATCH, of an endless series in which code k follows from (seed, k) alone."""
+def draw_in_batches(draw, count, seed, first=0):
+    """The codes (count, L) and network calls (count,) of draw(rows, generator) of BATCH samples at a time.
+    `first` is a multiple of BATCH: sample k of an endless series follows from (seed, k) alone."""
     drawn = []
     for start in range(0, count, BATCH):
-        n = min(BATCH, count - start)
-        generator = data.step_generator(seed, first + start)
-        if model.causal:
-            drawn.append(sample_ar(model, n, sampler, run, generator))
-        else:
-            hidden = torch.full((n, model.L), model.V)
-            drawn.append(sample_masked(model, hidden, sampler, run, generator))
+        rows = slice(start, min(start + BATCH, count))
+        drawn.append(draw(rows, data.step_generator(seed, first + start)))
     codes, calls = zip(*drawn)
     return torch.cat(codes), torch.cat(calls)
+
+
+def sample_codes(model, count, sampler, run, seed=0, first=0):
+    """Draw codes (count, L) and network calls (count,) with either kind of prior, as draw_in_batches."""
+    def draw(rows, generator):
+        n = rows.stop - rows.start
+        if model.causal:
+            return sample_ar(model, n, sampler, run, generator)
+        return sample_masked(model, torch.full((n, model.L), model.V), sampler, run, generator)
+
+    return draw_in_batches(draw, count, seed, first)
 
 
 SAMPLERS = {  # unlikely values of the masked prior are often wrong; less than all costs the AR prior variety
