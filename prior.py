@@ -172,9 +172,7 @@ class Prior(nn.Module):
     def forward(self, codes):
         """codes (B, L) long → logits (B, L, V). Masked: of each position given all. Causal: of position l
         given those before it."""
-        x = self.embed(codes)  # (B, L, D)
-        if self.P > 1:
-            x = x.unflatten(1, (-1, self.P)).sum(2)  # (B, N, D)
+        x = self.embed(codes).unflatten(1, (-1, self.P)).sum(2)  # (B, N, D)
         if self.causal:  # shifted by one token
             x = torch.cat([self.start(codes), x[:, :-1]], 1)  # (B, N, D)
         cos, sin = self.rope  # 2 × (N, D/H/2)
@@ -329,11 +327,8 @@ def mean_bits(nll):
 
 @torch.no_grad()
 def bits_per_token(model, codes, run, draws=4, batch=500):
-    """Mean bits per token on codes (n, L) long and its standard error; exact for AR, the bound (1) for
-    masked.
-
-    The bound is averaged over `draws` random masks a code, with k spread evenly over 1..L.
-    """
+    """Mean bits per token on codes (n, L) long and its standard error: exact for AR; for masked the bound
+    (1), averaged over `draws` random masks a code, with k spread evenly over 1..L."""
     generator = data.step_generator(0, 0)
     nll = []
     for part in codes.split(batch):
@@ -384,18 +379,13 @@ BATCH = 500  # samples drawn together; random numbers are drawn for all: fewer s
 def sample_masked(model, codes, sampler, run, generator, log_weights=None, condition=(), states=None):
     """Fill the hidden positions (value V) of codes (n, L) long; given positions never change.
 
-    sampler: the dict of sampler_settings. Its order "event": each call reveals the next `per_step` positions
-    of a random order; "confidence": the most likely ones of all values drawn, with Gumbel noise, so that
-    samples differ; "ancestral": from a share t that is expected hidden to s, a hidden position with
-    probability (t − s + σ (1 − t)) / t, while a revealed one is hidden again with probability σ (ReMDM; σ =
-    0: MDLM).
-
-    log_weights (n, L, V), from sample.py: added to the logits, −inf forbids a value. condition, from
-    text_prior.py: tensors (n, ...) that the model is given beside the codes, row by row. states: a list to
-    which the codes (n, L) before each call are added. Returns codes (n, L) and the network calls each sample
-    took (n,): at most one a hidden position unless remasking hides positions again, because a step that
-    reveals nothing costs nothing."""
-    codes, given = codes.clone(), codes != model.V  # all is on the CPU but the network and its logits
+    sampler: the dict of sampler_settings. log_weights (n, L, V), from sample.py: added to the logits, −inf
+    forbids a value. condition, from text_prior.py: tensors (n, ...) that the model is given beside the codes,
+    row by row. states: a list to which the codes (n, L) before each call are added. Returns codes (n, L) and
+    the network calls each sample took (n,): at most one a hidden position unless remasking hides positions
+    again, because a step that reveals nothing costs nothing."""
+    codes = codes.clone()  # on the CPU, as all but the network and its logits
+    given = codes != model.V
     n, L = codes.shape
     calls = torch.zeros(n, dtype=torch.long)
     order, per_step = sampler["order"], sampler["per_step"]
@@ -405,7 +395,7 @@ def sample_masked(model, codes, sampler, run, generator, log_weights=None, condi
         return torch.rand(max(n, BATCH), L, generator=generator, dtype=torch.float64)[:n]  # (n, L)
 
     if order != "ancestral":
-        turn = ranks(uniform() + given * 2) // per_step  # event: (n, L), given positions last
+        turn = ranks(uniform() + given * 2) // per_step  # (n, L), of an event; given positions last
     for step in range(steps):
         hidden = codes == model.V  # (n, L)
         if order != "ancestral" and not hidden.any():
@@ -415,9 +405,11 @@ def sample_masked(model, codes, sampler, run, generator, log_weights=None, condi
         hidden_again = torch.zeros_like(hidden)
         if order == "event":  # a sample's turn is the number of its calls so far
             where = hidden & (turn == calls[:, None])
-        elif order == "confidence":
+        elif order == "confidence":  # noise on it, so that samples differ
             gumbel = -torch.log(-torch.log(uniform().clamp(min=1e-300)))  # (n, L)
         else:
+            # From a share t that is expected hidden to s: a hidden position is revealed with probability
+            # (t − s + σ (1 − t)) / t, a revealed one hidden again with σ (ReMDM; σ = 0: MDLM).
             t, s = 1 - step / steps, 1 - (step + 1) / steps
             inside = sampler["remask_window"][0] <= t <= sampler["remask_window"][1]
             sigma = min(sampler["remask"], s / (1 - t)) if inside and step > 0 else 0.0
@@ -539,12 +531,11 @@ def sampler_settings(args, defaults):
 
 def build_prior(config):
     """The transformer of a dict of settings (a checkpoint's config)."""
-    keys = ("codes", "values", "width", "depth", "heads", "dropout")
+    sizes = {key: config[key] for key in ("codes", "values", "width", "depth", "heads", "dropout")}
     if config.get("network") == "sedd":
-        return SEDD(**{key: config[key] for key in keys}, condition=config.get("condition", 128))
-    return Prior(**{key: config[key] for key in keys}, causal=config["kind"] == "ar",
-                 tables=config["tables"],
-                 per_token=config.get("per_token", 1))  # a checkpoint of an earlier version has one
+        return SEDD(**sizes, condition=config.get("condition", 128))
+    per_token = config.get("per_token", 1)  # a checkpoint of an earlier version has one
+    return Prior(**sizes, causal=config["kind"] == "ar", tables=config["tables"], per_token=per_token)
 
 
 def load_prior(args, kind, stored, device):
@@ -560,8 +551,7 @@ def load_prior(args, kind, stored, device):
 
 
 def read_release(folder):
-    """The weights of the authors' SEDD (a folder DLC_SEDD_L512), and the sizes of SEDD above that they
-    tell."""
+    """The weights of the authors' SEDD (a folder DLC_SEDD_L512), and the settings that they tell."""
     state = data.read_weights(folder)
     with data.reading(folder, "expected the authors' SEDD"):
         codes, width = state["pos_embed"].shape

@@ -67,14 +67,14 @@ def learn_merges(captions, most=MERGES):
         pair = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
         if pairs[pair] < 2:
             break
-        ranks.setdefault(pair[0] + pair[1], len(ranks))
+        ranks.setdefault(b"".join(pair), len(ranks))
         for k in found_in.pop(pair):
             count_pairs(k, -1)
             merged = []
             for token in words[k]:
                 merged.append(token)
                 if tuple(merged[-2:]) == pair:
-                    merged[-2:] = [pair[0] + pair[1]]
+                    merged[-2:] = [b"".join(pair)]
             words[k] = merged
             count_pairs(k, 1)
     return ranks
@@ -132,7 +132,7 @@ class Text:
         return text.strip() if self.folds else text
 
     def words_of(self, captions):
-        """The set of all their pieces."""
+        """All pieces of captions, a set."""
         return {piece for caption in captions for piece in self.pieces(caption)}
 
     def unknown(self, prompt):
@@ -145,9 +145,8 @@ class Text:
         """Plain values for the checkpoint: the arguments of Text, ranks as `read_ranks` reads them."""
         lines = [f"{base64.b64encode(token).decode()} {rank}" for token, rank in self.ranks.items()]
         special = [self.pad, self.mask, self.start]
-        state = {"ranks": "\n".join(lines), "pattern": self.pattern, "ids": self.ids, "special": special,
-                 "normal_form": self.normal_form, "words": sorted(self.words)}
-        return state | {"folds": True} if self.folds else state  # as of an earlier version, which never did
+        return {"ranks": "\n".join(lines), "pattern": self.pattern, "ids": self.ids, "special": special,
+                "normal_form": self.normal_form, "words": sorted(self.words), "folds": self.folds}
 
 
 def read_ranks(content):
@@ -369,13 +368,13 @@ class TextToCode:
         writing = torch.zeros_like(codes[:, 0], dtype=torch.bool)
         if self.guidance == 1:  # no guidance, one call
             return model(codes, text, writing, words=False)[0]  # (B, L, V)
-        start = torch.full_like(text[:, :1], model.start)  # (B, 1)
-        null, null_start = torch.full_like(text, model.pad), start
+        null = torch.full_like(text, model.pad)  # (B, T)
+        start = torch.full_like(text[:, :1], model.start).repeat(2, 1)  # (2B, 1)
         if model.null_is_hidden:
             null = torch.where(text == model.pad, model.pad, model.mask)
-            null_start = torch.full_like(start, model.mask)
-        both, starts = torch.cat([text, null]), torch.cat([start, null_start])  # (2B, T), (2B, 1)
-        logits, _ = model(codes.repeat(2, 1), both, writing.repeat(2), starts, words=False)  # (2B, L, V)
+            start[len(text):] = model.mask
+        both = torch.cat([text, null])  # (2B, T): with and without
+        logits, _ = model(codes.repeat(2, 1), both, writing.repeat(2), start, words=False)  # (2B, L, V)
         given, null = logits.float().log_softmax(-1).chunk(2)
         return null + self.guidance * (given - null)
 
@@ -457,15 +456,12 @@ def read_release(folder):
     return state, text, config
 
 
-RELEASE_WINDOW = 64  # tokens of a caption that is written, by a release that says no length
-
-
-def load_release(folder, stored, device, longest=512):
+def load_release(folder, stored, device):
     """The authors' text prior, its Text and its config, as load_text_prior, for the L and V of `stored`. The
-    weights stay in their type (bfloat16) and go to the device one at a time; prompts of `longest` tokens."""
+    weights stay in their type (bfloat16) and go to the device one at a time. The lengths are ours: the
+    release says none."""
     state, text, config = read_release(folder)
-    config |= {"codes": stored["L"], "text_length": longest, "window": RELEASE_WINDOW, "captions": None,
-               "dropout": 0.0}
+    config |= {"codes": stored["L"], "text_length": 512, "window": 64, "captions": None, "dropout": 0.0}
     with data.reading(folder, "expected the authors' fine-tuned LLaDA"):
         if config["values"] != stored["V"]:
             raise data.Unfit(f"{config['values']} values a position, the generator has {stored['V']}")
@@ -477,9 +473,8 @@ def load_release(folder, stored, device, longest=512):
 
 
 def encode_captions(dataset, args, run, text=None):
-    """All captions as token ids (n, T), those of an image one after the other; of each image the first's row
-    there (N,) and how many it has (N,); and their Text, that of the flags where none is given. Says how many
-    are missing or cut."""
+    """All captions as token ids (n, T), those of an image in a row; of each image the row of the first (N,)
+    and how many (N,); and their Text, by default that of the flags. Says how many are missing or cut."""
     captions, train = dataset.captions, dataset.splits["train"]
     missing = captions.count("")
     if missing == len(captions):
@@ -504,10 +499,9 @@ def encode_captions(dataset, args, run, text=None):
 
 def caption_rows(part, first, count):
     """The rows of tokens (b,) that a part of a batch is shown: of an image with several captions any one."""
-    rows = part.rows
     if (count == 1).all():
-        return first[rows]
-    return first[rows] + (part.uniform().cpu().double() * count[rows]).long()
+        return part.rows
+    return first[part.rows] + (part.uniform().cpu().double() * count[part.rows]).long()
 
 
 def report_bits(split, model, codes, text, log, step, run):
