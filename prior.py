@@ -45,11 +45,10 @@ FOLDER_STEPS = {"masked": 1000, "ar": 250}  # the codes of few images are soon k
 
 # -------- model ----------------------------------------------------------------------------------------
 
-
 def rope_table(length, size, theta=10_000.0):
-    """Cosines and sines (length, size / 2) of rotary positions (Su et al. 2021)."""
+    """Cosines and sines (2, length, size / 2) of rotary positions (Su et al. 2021)."""
     angles = torch.arange(length)[:, None] * theta ** (-torch.arange(0, size, 2) / size)
-    return angles.cos(), angles.sin()
+    return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x, cos, sin):
@@ -100,7 +99,8 @@ class Block(nn.Module):
             keys, values = cache  # 2 × (B, H, n, D/H)
             keys[:, :, -1:] = k
             values[:, :, -1:] = v
-            x = (q @ keys.mT * q.shape[-1] ** -0.5).softmax(-1) @ values  # (B, H, 1, D/H)
+            scores = (keys @ q.mT).mT * q.shape[-1] ** -0.5  # (B, H, 1, n); q @ keys.mT is slow in bfloat16
+            x = scores.softmax(-1) @ values  # (B, H, 1, D/H)
         return self.attn_out(x.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
 
     def forward(self, x, cos, sin, attend=None, cache=None):
@@ -154,8 +154,8 @@ class Prior(nn.Module):
             self.within = Within(len(self.wte), width, inner)
         first_row = (torch.arange(codes) % vocabularies) * (values + 1)  # of each position, in wte
         self.register_buffer("first_row", first_row, persistent=False)
-        self.register_buffer("rope", torch.stack(rope_table(codes // per_token, width // heads)),
-                             persistent=False)
+        rope = rope_table(codes // per_token, width // heads)
+        self.register_buffer("rope", rope, persistent=False)
 
     def embed(self, codes, positions=slice(None)):
         """Embeddings (B, l, D) of the values (B, l) of all positions, or of some."""
@@ -263,7 +263,7 @@ class SEDD(nn.Module):
         for p in self.output_layer["adaLN_modulation"].parameters():
             nn.init.zeros_(p)
         with torch.device("cpu"):  # also where the weights have no memory yet (load_release)
-            rope = torch.stack(rope_table(codes, width // heads))
+            rope = rope_table(codes, width // heads)
         self.register_buffer("rope", rope, persistent=False)
 
     def forward(self, codes):

@@ -276,7 +276,7 @@ class TextPrior(nn.Module):
         nn.init.normal_(self.wte.weight, std=0.1)
         nn.init.zeros_(self.ff_out.weight)
         with torch.device("cpu"):  # also where the weights have no memory yet (load_release)
-            rope = torch.stack(prior.rope_table(codes + 1 + positions, width // heads, theta=500_000.0))
+            rope = prior.rope_table(codes + 1 + positions, width // heads, theta=500_000.0)
             first_row = start + 1 + torch.arange(own) * values  # (L or 1,), of value 0
             hidden_row = outputs + torch.arange(own) if own > 1 else torch.tensor([mask])  # of being hidden
         self.register_buffer("rope", rope, persistent=False)
