@@ -19,6 +19,7 @@ Reads OUT/<dataset>/codes.pt; writes OUT/<dataset>/prior-masked.pt or prior-ar.p
     python prior.py --kind ar --dataset cifar10                              # one GPU
     torchrun --nproc-per-node 8 prior.py --kind masked --dataset imagenet    # a node
 """
+import copy
 import math
 
 import data  # first: it sets the threads' waiting policy before torch starts them
@@ -44,16 +45,15 @@ FOLDER_STEPS = {"masked": 1000, "ar": 250}  # the codes of few images are soon k
 
 # -------- model ----------------------------------------------------------------------------------------
 
-
 def rope_table(length, size, theta=10_000.0):
-    """Cosines and sines (length, size / 2) of rotary positions (Su et al. 2021)."""
+    """Cosines and sines (2, length, size / 2) of rotary positions (Su et al. 2021)."""
     angles = torch.arange(length)[:, None] * theta ** (-torch.arange(0, size, 2) / size)
-    return angles.cos(), angles.sin()
+    return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x, cos, sin):
-    """Rotate pairs (i, i + size / 2) of the last dimension by the angles of each position. x (..., N, size),
-    cos and sin (N, size / 2), or of one position: x (..., size), (size / 2,)."""
+    """Rotate pairs (i, i + size / 2) of the last dimension of x (..., N, size) by the angles of each
+    position: cos and sin (N, size / 2)."""
     a, b = x.chunk(2, -1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
@@ -87,19 +87,27 @@ class Block(nn.Module):
         self.up_proj = linear(width, inner)
         self.ff_out = linear(inner, width)
 
-    def attention(self, x, cos, sin, attend):
+    def attention(self, x, cos, sin, attend, cache):
         B, N, D = x.shape
         q = self.q_proj(x).view(B, N, self.heads, -1).transpose(1, 2)  # (B, H, N, D/H)
         k = self.k_proj(x).view(B, N, self.heads, -1).transpose(1, 2)  # (B, H, N, D/H)
         v = self.v_proj(x).view(B, N, self.heads, -1).transpose(1, 2)  # (B, H, N, D/H)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        x = F.scaled_dot_product_attention(q, k, v, attend, is_causal=self.causal)  # (B, H, N, D/H)
+        if cache is None:
+            x = F.scaled_dot_product_attention(q, k, v, attend, is_causal=self.causal)  # (B, H, N, D/H)
+        else:  # the newest token sees all; written out, as torch's is slow for one on a CPU
+            keys, values = cache  # 2 × (B, H, n, D/H)
+            keys[:, :, -1:] = k
+            values[:, :, -1:] = v
+            scores = (keys @ q.mT).mT * q.shape[-1] ** -0.5  # (B, H, 1, n); q @ keys.mT is slow in bfloat16
+            x = scores.softmax(-1) @ values  # (B, H, 1, D/H)
         return self.attn_out(x.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
 
-    def forward(self, x, cos, sin, attend=None):
+    def forward(self, x, cos, sin, attend=None, cache=None):
         """x (B, N, D), cos and sin (N, D/H/2), attend (B, 1, 1, N) bool: which tokens are seen (default: all)
-        → (B, N, D)."""
-        x = x + self.dropout(self.attention(self.attn_norm(x), cos, sin, attend))  # (B, N, D)
+        → (B, N, D). With a cache (2, B, H, n, D/H), the keys and values of n tokens, x (B, 1, D) is the last
+        of them: its own are written there."""
+        x = x + self.dropout(self.attention(self.attn_norm(x), cos, sin, attend, cache))  # (B, N, D)
         h = self.ff_norm(x)
         return x + self.dropout(self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h)))  # (B, N, D)
 
@@ -116,11 +124,10 @@ class Within(nn.Module):
         self.up_proj = linear(width, inner)
         self.ff_out = linear(inner, width)
 
-    def forward(self, x, rows, P):
-        """x (B, L, D): the token of each position; rows (B, L): of its value, in `earlier` → (B, L, D)."""
-        values = F.embedding(rows, self.earlier).unflatten(1, (-1, P))  # (B, N, P, D)
-        before = F.pad(values[:, :, :-1], (0, 0, 1, 0)).cumsum(2)  # shifted by one: those before it alone
-        x = x + before.flatten(1, 2)  # (B, L, D)
+    def forward(self, x, before):
+        """x: the token of each position, before: the sum of `earlier` over those before it in the token, all
+        (B, L, D) → (B, L, D)."""
+        x = x + before
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))  # (B, L, D)
 
@@ -147,35 +154,57 @@ class Prior(nn.Module):
             self.within = Within(len(self.wte), width, inner)
         first_row = (torch.arange(codes) % vocabularies) * (values + 1)  # of each position, in wte
         self.register_buffer("first_row", first_row, persistent=False)
-        self.register_buffer("rope", torch.stack(rope_table(codes // per_token, width // heads)),
-                             persistent=False)
+        rope = rope_table(codes // per_token, width // heads)
+        self.register_buffer("rope", rope, persistent=False)
 
-    def embed(self, codes, position=slice(None)):
-        """Embeddings (B, L, D) of the values (B, L) of all positions, or (B, D) of those (B,) of one
-        position."""
-        return F.embedding(codes + self.first_row[position], self.wte) + self.wpe[position]
+    def embed(self, codes, positions=slice(None)):
+        """Embeddings (B, l, D) of the values (B, l) of all positions, or of some."""
+        return F.embedding(codes + self.first_row[positions], self.wte) + self.wpe[positions]
+
+    def start(self, codes):
+        """The token (B, 1, D) before the first: value V at position L − 1."""
+        return self.embed(torch.full_like(codes[:, :1], self.V), slice(self.L - 1, self.L))
+
+    def earlier(self, codes, positions=slice(None)):
+        """What `within` adds up, (B, l, D), as `embed`."""
+        return F.embedding(codes + self.first_row[positions], self.within.earlier)
 
     def forward(self, codes):
         """codes (B, L) long → logits (B, L, V). Masked: of each position given all. Causal: of position l
         given those before it."""
-        x = self.embed(codes)  # (B, L, D)
-        if self.P > 1:
-            x = x.unflatten(1, (-1, self.P)).sum(2)  # (B, N, D)
-        if self.causal:  # shifted by one token; the first is value V at position L − 1, as a start
-            start = self.embed(torch.full_like(codes[:, 0], self.V), self.L - 1)  # (B, D)
-            x = torch.cat([start[:, None], x[:, :-1]], 1)  # (B, N, D)
+        x = self.embed(codes).unflatten(1, (-1, self.P)).sum(2)  # (B, N, D)
+        if self.causal:  # shifted by one token
+            x = torch.cat([self.start(codes), x[:, :-1]], 1)  # (B, N, D)
         cos, sin = self.rope  # 2 × (N, D/H/2)
         for block in self.blocks:
             x = block(x, cos, sin)  # (B, N, D)
         if self.P > 1:
             x = x.repeat_interleave(self.P, 1)  # (B, L, D)
-            if self.causal:
-                x = self.within(x, codes + self.first_row, self.P)
-        return self.output(self.ln_f(x))
+            if self.causal:  # shifted by one position inside each token
+                earlier = self.earlier(codes).unflatten(1, (-1, self.P))  # (B, N, P, D)
+                before = F.pad(earlier[:, :, :-1], (0, 0, 1, 0)).cumsum(2)
+                x = self.within(x, before.flatten(1, 2))  # (B, L, D)
+        x = self.ln_f(x).transpose(0, 1)  # (L, B, D)
+        return (x @ self.head.to(x.dtype)).transpose(0, 1)  # (B, L, V), by one matrix a position or for all
 
-    def output(self, x):
-        """Logits (B, L, V) from (B, L, D), by one matrix a position, or one for all."""
-        return (x.transpose(0, 1) @ self.head.to(x.dtype)).transpose(0, 1)
+    def next_token(self, codes, cache):
+        """For sampling, what the blocks of a causal prior say of one token, (B, 1, D): the one after the
+        `codes` (B, whole tokens), of which `cache` (depth, 2, B, H, n, D/H) has the keys and values."""
+        at = cache.shape[4] - 1
+        last = slice((at - 1) * self.P, at * self.P)
+        x = self.embed(codes[:, last], last).sum(1, keepdim=True) if at else self.start(codes)  # (B, 1, D)
+        cos, sin = self.rope[:, at:at + 1]  # 2 × (1, D/H/2)
+        for block, own in zip(self.blocks, cache):
+            x = block(x, cos, sin, cache=own)  # (B, 1, D)
+        return x
+
+    def next_logits(self, x, codes, position):
+        """Logits (B, V) of a position of the token x (B, 1, D), of which `codes` (B, L) has those before."""
+        if self.P > 1:
+            before = slice(position - position % self.P, position)
+            x = self.within(x, self.earlier(codes[:, before], before).sum(1, keepdim=True))  # (B, 1, D)
+        x = self.ln_f(x)[:, 0]  # (B, D)
+        return x @ self.head[position % len(self.head)].to(x.dtype)
 
 
 class SigmaBlock(nn.Module):
@@ -234,7 +263,7 @@ class SEDD(nn.Module):
         for p in self.output_layer["adaLN_modulation"].parameters():
             nn.init.zeros_(p)
         with torch.device("cpu"):  # also where the weights have no memory yet (load_release)
-            rope = torch.stack(rope_table(codes, width // heads))
+            rope = rope_table(codes, width // heads)
         self.register_buffer("rope", rope, persistent=False)
 
     def forward(self, codes):
@@ -254,90 +283,6 @@ class SEDD(nn.Module):
         shift, scale = self.output_layer["adaLN_modulation"](c).chunk(2, -1)  # 2 × (B, 1, D)
         x = self.output_layer["norm_final"](x) * (1 + scale) + shift
         return self.output_layer["linear"](x)
-
-
-class Decoder:
-    """A causal prior one position at a time, for sampling: weights in the run's dtype, q, k and v (and gate
-    and up) packed into one matrix, and a key-value cache that doubles its length when it is full. Between two
-    doublings all calls have the same shapes: tokens to come are masked."""
-
-    def __init__(self, model, batch, run):
-        self.model, self.heads = model, model.blocks[0].heads
-        width = model.wpe.shape[1]
-        query_scale = torch.ones(3 * width, 1, device=run.device)
-        query_scale[:width] = (width // self.heads) ** -0.5  # of the scores, folded into the queries' weights
-
-        def pack(norm, *parts, scale=1.0):
-            """Several matrices as one, with the gain of the norm before them."""
-            return (torch.cat([part.weight for part in parts]) * norm.weight * scale).detach().to(run.dtype)
-
-        self.layers = []
-        for block in model.blocks:
-            qkv = pack(block.attn_norm, block.q_proj, block.k_proj, block.v_proj, scale=query_scale)
-            gate_up = pack(block.ff_norm, block.ff_proj, block.up_proj)
-            attn_out = block.attn_out.weight.detach().to(run.dtype)
-            ff_out = block.ff_out.weight.detach().to(run.dtype)
-            self.layers.append((qkv, attn_out, gate_up, ff_out))
-        self.head = (model.ln_f.weight[:, None] * model.head).detach().to(run.dtype)  # (L or 1, D, V)
-        if model.P > 1:
-            within = model.within
-            gate_up = pack(within.ff_norm, within.ff_proj, within.up_proj)
-            self.within_weights = gate_up, within.ff_out.weight.detach().to(run.dtype)
-        N = model.L // model.P
-        shape = (len(self.layers), 2, batch * self.heads, min(32, N), width // self.heads)
-        self.cache = torch.zeros(shape, device=run.device, dtype=run.dtype)
-        future = torch.ones(N, N, device=run.device, dtype=torch.bool).triu(1)
-        mask = torch.zeros(N, 1, N, device=run.device, dtype=run.dtype)
-        self.mask = mask.masked_fill(future[:, None], -math.inf)
-
-    def normalise(self, x):
-        """RMSNorm without gain of x (B, D), in the dtype of the weights."""
-        return F.rms_norm(x, x.shape[-1:], eps=1e-5).to(self.head.dtype)
-
-    @torch.no_grad()
-    def __call__(self, previous, position):
-        """Logits (B, V) of a position, from the values (B,) of the one before it, V before the first;
-        positions come in order."""
-        model, inside = self.model, position % self.model.P
-        x = model.embed(previous, (position - 1) % model.L)  # (B, D), at position 0 the start
-        if model.P == 1 or position == 0 or inside == 1:
-            self.token_sum = x  # begins a new sum
-        else:
-            self.token_sum = self.token_sum + x
-        if inside == 0:  # the last token is whole
-            self.hidden = self.transform(self.token_sum, position // model.P)  # (B, D)
-        else:
-            row = previous + model.first_row[position - 1]
-            self.hidden = self.hidden + F.embedding(row, model.within.earlier)
-        x = self.hidden
-        if model.P > 1:
-            x = self.feed_forward(x, *self.within_weights)
-        return self.normalise(x) @ self.head[position if len(self.head) > 1 else 0]  # (B, V)
-
-    def feed_forward(self, x, gate_up, ff_out):
-        """x (B, D) with what the SwiGLU of these matrices adds."""
-        gate, up = F.linear(self.normalise(x), gate_up).chunk(2, -1)  # 2 × (B, inner)
-        return x + F.linear(F.silu(gate) * up, ff_out)  # (B, D)
-
-    def transform(self, x, position):
-        """The blocks' output (B, D) for the token x (B, D) at a position, given those before."""
-        B, H, model = len(x), self.heads, self.model
-        length = self.cache.shape[3]
-        if position == length:
-            longer = torch.zeros_like(self.cache[:, :, :, :min(length, len(self.mask) - length)])
-            self.cache = torch.cat([self.cache, longer], 3)
-        mask = self.mask[position, :, :self.cache.shape[3]]  # (1, length)
-        cos, sin = (angles[position].to(self.head.dtype) for angles in model.rope)  # 2 × (D/H/2,)
-        for (qkv, attn_out, gate_up, ff_out), (keys, values) in zip(self.layers, self.cache):
-            q_k_v = F.linear(self.normalise(x), qkv).view(B, 3, H, -1)  # (B, 3, H, D/H)
-            q, k = rotate(q_k_v[:, :2], cos, sin).unbind(1)  # 2 × (B, H, D/H)
-            v = q_k_v[:, 2]  # (B, H, D/H)
-            keys[:, position] = k.reshape(B * H, -1)  # keys and values: (B · H, length, D/H)
-            values[:, position] = v.reshape(B * H, -1)
-            attention = (torch.bmm(q.reshape(B * H, 1, -1), keys.mT) + mask).softmax(-1)  # (B · H, 1, length)
-            x = x + F.linear(torch.bmm(attention, values).view(B, -1), attn_out)  # (B, D)
-            x = self.feed_forward(x, gate_up, ff_out)  # (B, D)
-        return x
 
 
 # -------- loss -----------------------------------------------------------------------------------------
@@ -382,11 +327,8 @@ def mean_bits(nll):
 
 @torch.no_grad()
 def bits_per_token(model, codes, run, draws=4, batch=500):
-    """Mean bits per token on codes (n, L) long and its standard error; exact for AR, the bound (1) for
-    masked.
-
-    The bound is averaged over `draws` random masks a code, with k spread evenly over 1..L.
-    """
+    """Mean bits per token on codes (n, L) long and its standard error: exact for AR; for masked the bound
+    (1), averaged over `draws` random masks a code, with k spread evenly over 1..L."""
     generator = data.step_generator(0, 0)
     nll = []
     for part in codes.split(batch):
@@ -442,77 +384,60 @@ def sample_masked(model, codes, sampler, run, generator, log_weights=None, condi
     row by row. states: a list to which the codes (n, L) before each call are added. Returns codes (n, L) and
     the network calls each sample took (n,): at most one a hidden position unless remasking hides positions
     again, because a step that reveals nothing costs nothing."""
-    codes = codes.clone().to(run.device)
+    codes = codes.clone()  # on the CPU, as all but the network and its logits
     given = codes != model.V
-    condition = [c.to(run.device) for c in condition]
     n, L = codes.shape
     calls = torch.zeros(n, dtype=torch.long)
+    order, per_step = sampler["order"], sampler["per_step"]
+    steps = sampler["steps"] if order == "ancestral" else L
 
     def uniform():
-        return torch.rand(max(n, BATCH), L, generator=generator, dtype=torch.float64)[:n]  # (n, L), CPU
+        return torch.rand(max(n, BATCH), L, generator=generator, dtype=torch.float64)[:n]  # (n, L)
 
-    def call_model(rows):
-        """Logits (m, L, V) of samples `rows` (m,), counted."""
-        calls[rows.cpu()] += 1
-        if states is not None:
-            states.append(codes.cpu().clone())
-        with run.autocast():
-            logits = model(codes[rows], *(c[rows] for c in condition))  # (m, L, V)
-        if log_weights is not None:
-            logits = logits.float() + log_weights[rows.cpu()].to(run.device)
-        return logits
-
-    def reveal(rows, where, u):
-        """Draw values for positions `where` (m, L) of samples `rows` (m,) by u (m, L) in [0, 1)."""
-        logits, part = call_model(rows), codes[rows]
-        u = u[where.cpu()]
-        part[where] = draw_values(logits[where], sampler["temperature"], sampler["nucleus"], u)[0]
-        codes[rows] = part
-
-    def reveal_surest(rows, u):
-        """Draw values for all positions of samples `rows` (m,), and keep the most likely ones of those drawn,
-        with Gumbel noise on the order so that samples differ."""
-        logits, part = call_model(rows), codes[rows]
-        values, log_p = draw_values(logits, sampler["temperature"], sampler["nucleus"], u)
-        gumbel = -torch.log(-torch.log(uniform()[rows.cpu()].clamp(min=1e-300)))
-        score = log_p.cpu() + sampler["order_noise"] * gumbel
-        hidden = part == model.V
-        rank = ranks(score.masked_fill(~hidden.cpu(), -math.inf), descending=True).to(run.device)
-        where = (rank < sampler["per_step"]) & hidden
-        part[where] = values[where]
-        codes[rows] = part
-
-    def ancestral(steps):
-        """From a share t that is expected hidden to s: a hidden position is revealed with probability
-        (t − s + σ (1 − t)) / t, a revealed one hidden again with probability σ (ReMDM; σ = 0: MDLM)."""
-        for step in range(steps):
+    if order != "ancestral":
+        turn = ranks(uniform() + given * 2) // per_step  # (n, L), of an event; given positions last
+    for step in range(steps):
+        hidden = codes == model.V  # (n, L)
+        if order != "ancestral" and not hidden.any():
+            break
+        u = uniform()  # (n, L)
+        where = hidden  # of these a value is drawn
+        hidden_again = torch.zeros_like(hidden)
+        if order == "event":  # a sample's turn is the number of its calls so far
+            where = hidden & (turn == calls[:, None])
+        elif order == "confidence":  # noise on it, so that samples differ
+            gumbel = -torch.log(-torch.log(uniform().clamp(min=1e-300)))  # (n, L)
+        else:
+            # From a share t that is expected hidden to s: a hidden position is revealed with probability
+            # (t − s + σ (1 − t)) / t, a revealed one hidden again with σ (ReMDM; σ = 0: MDLM).
             t, s = 1 - step / steps, 1 - (step + 1) / steps
             inside = sampler["remask_window"][0] <= t <= sampler["remask_window"][1]
             sigma = min(sampler["remask"], s / (1 - t)) if inside and step > 0 else 0.0
             rate = (t - s + sigma * (1 - t)) / t
-            u, hidden = uniform(), codes == model.V
-            hidden_again = ~hidden & ~given & (u < sigma).to(run.device)
-            where = hidden & (u < rate).to(run.device)
-            rows = where.any(1).nonzero()[:, 0]
-            if len(rows):
-                reveal(rows, where[rows], u[rows.cpu()] / rate)  # where u < rate, u / rate is uniform again
-            codes[hidden_again] = model.V
-
-    if sampler["order"] == "ancestral":
-        ancestral(sampler["steps"])
-        return codes.cpu(), calls
-    turn = ranks(uniform() + given.cpu() * 2) // sampler["per_step"]  # event: (n, L), given positions last
-    while True:
-        hidden = codes == model.V
-        rows = hidden.any(1).nonzero()[:, 0]
-        if not len(rows):
-            return codes.cpu(), calls
-        u = uniform()[rows.cpu()]
-        if sampler["order"] == "confidence":
-            reveal_surest(rows, u)
-        else:  # a sample's turn is the number of its calls so far
-            now = (turn == calls[:, None]).to(run.device)
-            reveal(rows, (now & hidden)[rows], u)
+            hidden_again = ~hidden & ~given & (u < sigma)
+            where = hidden & (u < rate)
+            u = u / rate  # uniform again where it is below the rate
+        rows = where.any(1).nonzero()[:, 0]  # (m,)
+        if len(rows):
+            calls[rows] += 1
+            if states is not None:
+                states.append(codes.clone())
+            with run.autocast():
+                logits = model(*(x[rows].to(run.device) for x in (codes, *condition)))  # (m, L, V)
+            if log_weights is not None:
+                logits = logits.float() + log_weights[rows].to(run.device)
+            logits = logits[where[rows].to(run.device)]  # (k, V)
+            values, log_p = draw_values(logits, sampler["temperature"], sampler["nucleus"], u[where])
+            values = values.cpu()  # (k,)
+            if order == "confidence":  # the surest of them stay
+                score = torch.full_like(u, -math.inf)
+                score[where] = log_p.cpu() + sampler["order_noise"] * gumbel[where]
+                surest = where & (ranks(score, descending=True) < per_step)  # (n, L)
+                values = values[surest[where]]
+                where = surest
+            codes[where] = values
+        codes[hidden_again] = model.V
+    return codes, calls
 
 
 @torch.no_grad()
@@ -532,29 +457,45 @@ def redraw_codes(model, codes, rounds, fraction, sampler, run, generator, log_we
 @torch.no_grad()
 def sample_ar(model, count, sampler, run, generator):
     """Draw codes (count, L) from a causal prior, one position a call. Returns codes and calls (count,)."""
-    decoder = Decoder(model, count, run)
-    codes = torch.full((count, model.L), model.V, device=run.device)
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.to(run.dtype)  # here, or autocast would do it in every call
+    depth, heads, N = len(model.blocks), model.blocks[0].heads, model.L // model.P
+    size = (depth, 2, count, heads, N, model.wpe.shape[1] // heads)
+    cache = torch.empty(size, dtype=run.dtype, device=run.device)  # of all blocks, as in Block
+    codes = torch.zeros(count, model.L, dtype=torch.long, device=run.device)
     for position in range(model.L):
         u = torch.rand(max(count, BATCH), generator=generator, dtype=torch.float64)[:count]
-        logits = decoder(codes[:, position - 1], position)  # (count, V); before the first: the last, still V
+        token, inside = divmod(position, model.P)
+        with run.autocast():
+            if inside == 0:
+                x = model.next_token(codes, cache[..., :token + 1, :])  # (count, 1, D)
+            logits = model.next_logits(x, codes, position)  # (count, V)
         codes[:, position] = draw_values(logits, sampler["temperature"], sampler["nucleus"], u)[0]
     return codes.cpu(), torch.full((count,), model.L)
 
 
-def sample_codes(model, count, sampler, run, seed=0, first=0):
-    """Draw codes (count, L) long and network calls (count,) with either kind of prior: those from `first` on,
-    a multiple of BATCH, of an endless series in which code k follows from (seed, k) alone."""
+def draw_in_batches(draw, count, seed, first=0):
+    """The codes (count, L) and network calls (count,) of draw(rows, generator) of BATCH samples at a time.
+    `first` is a multiple of BATCH: sample k of an endless series follows from (seed, k) alone."""
     drawn = []
     for start in range(0, count, BATCH):
-        n = min(BATCH, count - start)
-        generator = data.step_generator(seed, first + start)
-        if model.causal:
-            drawn.append(sample_ar(model, n, sampler, run, generator))
-        else:
-            hidden = torch.full((n, model.L), model.V)
-            drawn.append(sample_masked(model, hidden, sampler, run, generator))
+        rows = slice(start, min(start + BATCH, count))
+        drawn.append(draw(rows, data.step_generator(seed, first + start)))
     codes, calls = zip(*drawn)
     return torch.cat(codes), torch.cat(calls)
+
+
+def sample_codes(model, count, sampler, run, seed=0, first=0):
+    """Draw codes (count, L) and network calls (count,) with either kind of prior, as draw_in_batches."""
+    def draw(rows, generator):
+        n = rows.stop - rows.start
+        if model.causal:
+            return sample_ar(model, n, sampler, run, generator)
+        return sample_masked(model, torch.full((n, model.L), model.V), sampler, run, generator)
+
+    return draw_in_batches(draw, count, seed, first)
 
 
 SAMPLERS = {  # unlikely values of the masked prior are often wrong; less than all costs the AR prior variety
@@ -581,26 +522,20 @@ def add_sampler_flags(parser):
 
 
 def sampler_settings(args, defaults):
-    """The sampler flags as the dict that the samplers take; `defaults` (as in SAMPLERS) for those that were
-    not given."""
-    sampler = {"per_step": args.per_step, "steps": args.ancestral_steps, "remask": args.remask,
-               "remask_window": args.remask_window, **defaults}
-    for name in ("temperature", "nucleus", "order", "order_noise"):
-        if getattr(args, name) is not None:
-            sampler[name] = getattr(args, name)
-    return sampler
+    """The flags as the dict that the samplers take; `defaults` (as in SAMPLERS) for those not given."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return {**defaults, **given, "steps": args.ancestral_steps}
 
 
 # -------- training -------------------------------------------------------------------------------------
 
 def build_prior(config):
     """The transformer of a dict of settings (a checkpoint's config)."""
-    keys = ("codes", "values", "width", "depth", "heads", "dropout")
+    sizes = {key: config[key] for key in ("codes", "values", "width", "depth", "heads", "dropout")}
     if config.get("network") == "sedd":
-        return SEDD(**{key: config[key] for key in keys}, condition=config.get("condition", 128))
-    return Prior(**{key: config[key] for key in keys}, causal=config["kind"] == "ar",
-                 tables=config["tables"],
-                 per_token=config.get("per_token", 1))  # a checkpoint of an earlier version has one
+        return SEDD(**sizes, condition=config.get("condition", 128))
+    per_token = config.get("per_token", 1)  # a checkpoint of an earlier version has one
+    return Prior(**sizes, causal=config["kind"] == "ar", tables=config["tables"], per_token=per_token)
 
 
 def load_prior(args, kind, stored, device):
@@ -616,8 +551,7 @@ def load_prior(args, kind, stored, device):
 
 
 def read_release(folder):
-    """The weights of the authors' SEDD (a folder DLC_SEDD_L512), and the sizes of SEDD above that they
-    tell."""
+    """The weights of the authors' SEDD (a folder DLC_SEDD_L512), and the settings that they tell."""
     state = data.read_weights(folder)
     with data.reading(folder, "expected the authors' SEDD"):
         codes, width = state["pos_embed"].shape

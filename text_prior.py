@@ -25,12 +25,11 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from contextlib import suppress
+from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import data  # first: it sets the threads' waiting policy before torch starts them
-import numpy as np
 import prior
 import tiktoken
 import torch
@@ -51,8 +50,8 @@ def learn_merges(captions, most=MERGES):
     """Byte-pair merges of the captions, {bytes: rank}: the 256 bytes, then the most frequent pair (of several
     the one of greater bytes), again and again, until none occurs twice."""
     pieces = Counter(piece for caption in captions for piece in re.findall(PATTERN, caption))
-    counts = list(pieces.values())
     words = [[bytes([b]) for b in piece.encode("utf-8", "replace")] for piece in pieces]
+    counts = list(pieces.values())
     ranks = dict(BYTES)
     pairs = Counter()  # how often each pair of neighbours occurs
     found_in = defaultdict(set)  # the words that have, or once had, a pair
@@ -68,15 +67,14 @@ def learn_merges(captions, most=MERGES):
         pair = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
         if pairs[pair] < 2:
             break
-        ranks.setdefault(pair[0] + pair[1], len(ranks))
+        ranks.setdefault(b"".join(pair), len(ranks))
         for k in found_in.pop(pair):
             count_pairs(k, -1)
             merged = []
             for token in words[k]:
-                if merged and (merged[-1], token) == pair:
-                    merged[-1] += token
-                else:
-                    merged.append(token)
+                merged.append(token)
+                if tuple(merged[-2:]) == pair:
+                    merged[-2:] = [b"".join(pair)]
             words[k] = merged
             count_pairs(k, 1)
     return ranks
@@ -93,18 +91,13 @@ class Text:
 
     def __init__(self, ranks, pattern, ids=None, special=None, normal_form=None, words=(), folds=False):
         self.ranks, self.pattern, self.ids = ranks, pattern, ids
-        self.normal_form, self.folds = normal_form, folds
-        self.know(words)
+        self.normal_form, self.words, self.folds = normal_form, set(words), folds
+        self.small = folds and len(words) > 0 and all(word == word.lower() for word in words)
         self.encoding = tiktoken.Encoding("text", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.id_of = dict(enumerate(ids)) if ids else {rank: rank for rank in ranks.values()}
         self.rank_of = {id: rank for rank, id in self.id_of.items()}
         last = max(self.rank_of)
         self.pad, self.mask, self.start = special or (last + 1, last + 2, last + 3)
-
-    def know(self, words):
-        """Set the `words` of the training captions."""
-        self.words = set(words)
-        self.small = self.folds and len(words) > 0 and all(word == word.lower() for word in words)
 
     def fold(self, text):
         """A text with one space before each word, the first too (" red" is another token than "red"), and,
@@ -127,10 +120,8 @@ class Text:
     def rows(self, encoded):
         """Lists of token ids as one tensor (n, T) int32, padded; T is the longest's length, at least 1."""
         longest = max([1, *map(len, encoded)])
-        rows = np.full((len(encoded), longest), self.pad, dtype=np.int32)
-        for row, ids in zip(rows, encoded):
-            row[:len(ids)] = ids
-        return torch.from_numpy(rows)
+        rows = [ids + [self.pad] * (longest - len(ids)) for ids in encoded]
+        return torch.tensor(rows, dtype=torch.int32)
 
     def decode(self, ids):
         """The text of token ids (a list) up to the first pad; ids that are no text are left out."""
@@ -139,6 +130,10 @@ class Text:
         ranks = [self.rank_of[id] for id in ids if id in self.rank_of]
         text = self.encoding.decode(ranks, errors="replace")
         return text.strip() if self.folds else text
+
+    def words_of(self, captions):
+        """All pieces of captions, a set."""
+        return {piece for caption in captions for piece in self.pieces(caption)}
 
     def unknown(self, prompt):
         """The words of a prompt of which a piece is in no training caption (where these are known)."""
@@ -150,9 +145,8 @@ class Text:
         """Plain values for the checkpoint: the arguments of Text, ranks as `read_ranks` reads them."""
         lines = [f"{base64.b64encode(token).decode()} {rank}" for token, rank in self.ranks.items()]
         special = [self.pad, self.mask, self.start]
-        state = {"ranks": "\n".join(lines), "pattern": self.pattern, "ids": self.ids, "special": special,
-                 "normal_form": self.normal_form, "words": sorted(self.words)}
-        return state | {"folds": True} if self.folds else state  # as of an earlier version, which never did
+        return {"ranks": "\n".join(lines), "pattern": self.pattern, "ids": self.ids, "special": special,
+                "normal_form": self.normal_form, "words": sorted(self.words), "folds": self.folds}
 
 
 def read_ranks(content):
@@ -213,38 +207,47 @@ def read_tokenizer_json(path):
     return text
 
 
-def fetch_encoding(name, folds):
-    """The Text of a named encoding of tiktoken, from its cache or the network. Fails with one line when
-    neither has it within a few seconds."""
+def fetch_encoding(name):
+    """A named encoding of tiktoken, from its cache or the network. Fails with one line when neither has it
+    within a few seconds."""
     try:  # in a thread, since tiktoken itself waits without end
         with ThreadPool(1) as thread:
-            encoding = thread.apply_async(tiktoken.get_encoding, [name]).get(data.PATIENCE)
+            return thread.apply_async(tiktoken.get_encoding, [name]).get(data.PATIENCE)
     except Exception as problem:  # requests and tiktoken raise their own kinds
         fetch = f"TIKTOKEN_CACHE_DIR=DIR python -c \"import tiktoken; tiktoken.get_encoding('{name}')\""
         data.fail(f"--encoding {name}: cannot be fetched ({type(problem).__name__}); on a machine with a "
                   f"network {fetch} fills DIR: copy DIR here and set TIKTOKEN_CACHE_DIR to it, or name a "
                   ".tiktoken or tokenizer.json file")
-    return Text(encoding._mergeable_ranks, encoding._pat_str, folds=folds)
 
 
-def build_text(encoding, captions, folds=True):
+def build_text(encoding, captions):
     """The Text of --encoding: "captions" (merges learned from these captions), "bytes", a file, or a name of
-    tiktoken's. It folds where `folds`, but for a tokenizer.json."""
-    path, of_bytes = Path(encoding), Text(BYTES, PATTERN, folds=folds)
-    if encoding == "captions":
-        return Text(learn_merges(map(of_bytes.fold, captions)), PATTERN, folds=folds)
-    if encoding == "bytes":
-        return of_bytes
+    tiktoken's. It knows the words of the captions, and folds, but for a tokenizer.json."""
+    path = Path(encoding)
     if path.suffix == ".json":
-        return read_tokenizer_json(path)
+        text = read_tokenizer_json(path)
+        text.words = text.words_of(captions)
+        return text
+    of_bytes = Text(BYTES, PATTERN, folds=True)
+    reading = {"words": of_bytes.words_of(captions), "folds": True}
+    if encoding == "captions":
+        return Text(learn_merges(map(of_bytes.fold, captions)), PATTERN, **reading)
+    if encoding == "bytes":
+        return Text(BYTES, PATTERN, **reading)
     if path.suffix == ".tiktoken":
         with data.reading(path, "expected lines of a token in base64, a space and its rank"):
-            return Text(read_ranks(path.read_text(encoding="ascii")), PATTERN, folds=folds)
+            return Text(read_ranks(path.read_text(encoding="ascii")), PATTERN, **reading)
     names = tiktoken.list_encoding_names()
     if encoding not in names:
         data.fail(f"--encoding {encoding}: expected captions, bytes, {', '.join(names)}, or a file ending in "
                   ".tiktoken or .json")
-    return fetch_encoding(encoding, folds)
+    fetched = fetch_encoding(encoding)
+    return Text(fetched._mergeable_ranks, fetched._pat_str, **reading)
+
+
+def stored_text(state):
+    """The Text of a checkpoint."""
+    return Text(**{**state["text"], "ranks": read_ranks(state["text"]["ranks"])})
 
 
 # -------- model ----------------------------------------------------------------------------------------
@@ -273,7 +276,7 @@ class TextPrior(nn.Module):
         nn.init.normal_(self.wte.weight, std=0.1)
         nn.init.zeros_(self.ff_out.weight)
         with torch.device("cpu"):  # also where the weights have no memory yet (load_release)
-            rope = torch.stack(prior.rope_table(codes + 1 + positions, width // heads, theta=500_000.0))
+            rope = prior.rope_table(codes + 1 + positions, width // heads, theta=500_000.0)
             first_row = start + 1 + torch.arange(own) * values  # (L or 1,), of value 0
             hidden_row = outputs + torch.arange(own) if own > 1 else torch.tensor([mask])  # of being hidden
         self.register_buffer("rope", rope, persistent=False)
@@ -358,22 +361,20 @@ class TextToCode:
     means all padding, or, in the authors' release (model.null_is_hidden), start and text hidden."""
 
     def __init__(self, model, guidance):
-        self.model, self.V = model, model.V
-        self.guidance = guidance
+        self.model, self.V, self.guidance = model, model.V, guidance
 
     def __call__(self, codes, text):
         model = self.model
         writing = torch.zeros_like(codes[:, 0], dtype=torch.bool)
         if self.guidance == 1:  # no guidance, one call
             return model(codes, text, writing, words=False)[0]  # (B, L, V)
-        start = torch.full_like(text[:, :1], model.start)  # (B, 1)
-        null, null_start = torch.full_like(text, model.pad), start
+        null = torch.full_like(text, model.pad)  # (B, T)
+        start = torch.full_like(text[:, :1], model.start).repeat(2, 1)  # (2B, 1)
         if model.null_is_hidden:
             null = torch.where(text == model.pad, model.pad, model.mask)
-            null_start = torch.full_like(start, model.mask)
+            start[len(text):] = model.mask
         both = torch.cat([text, null])  # (2B, T): with and without
-        starts = torch.cat([start, null_start])
-        logits, _ = model(codes.repeat(2, 1), both, writing.repeat(2), starts, words=False)  # (2B, L, V)
+        logits, _ = model(codes.repeat(2, 1), both, writing.repeat(2), start, words=False)  # (2B, L, V)
         given, null = logits.float().log_softmax(-1).chunk(2)
         return null + self.guidance * (given - null)
 
@@ -391,14 +392,11 @@ class CodeToText:
 
 def sample_given(network, tokens, condition, sampler, run, seed):
     """Fill the hidden ones of tokens (n, N) given the condition (n, M) → tokens, network calls (n,)."""
-    drawn = []
-    for start in range(0, len(tokens), prior.BATCH):
-        rows = slice(start, start + prior.BATCH)
-        generator = data.step_generator(seed, start)
+    def draw(rows, generator):
         given = (condition[rows],)
-        drawn.append(prior.sample_masked(network, tokens[rows], sampler, run, generator, condition=given))
-    tokens, calls = zip(*drawn)
-    return torch.cat(tokens), torch.cat(calls)
+        return prior.sample_masked(network, tokens[rows], sampler, run, generator, condition=given)
+
+    return prior.draw_in_batches(draw, len(tokens), seed)
 
 
 def codes_from_text(model, text, sampler, guidance, run, seed=0, given=None):
@@ -436,7 +434,7 @@ def load_text_prior(args, stored, device):
     remedy = "train it with " + data.script_command("text_prior.py", args)
     state = data.load_trained(path, "text_prior", args.dataset, remedy, codes=stored["id"])
     with data.reading(path, remedy):
-        text = Text(**{**state["text"], "ranks": read_ranks(state["text"]["ranks"])})
+        text = stored_text(state)
         config = {**state["config"], "captions": state["made_from"].get("captions")}
         model = build_text_prior(config, text)
         model.load_state_dict(state["ema"])
@@ -458,15 +456,12 @@ def read_release(folder):
     return state, text, config
 
 
-RELEASE_WINDOW = 64  # tokens of a caption that is written, by a release that says no length
-
-
-def load_release(folder, stored, device, longest=512):
+def load_release(folder, stored, device):
     """The authors' text prior, its Text and its config, as load_text_prior, for the L and V of `stored`. The
-    weights stay in their type (bfloat16) and go to the device one at a time; prompts of `longest` tokens."""
+    weights stay in their type (bfloat16) and go to the device one at a time. The lengths are ours: the
+    release says none."""
     state, text, config = read_release(folder)
-    config |= {"codes": stored["L"], "text_length": longest, "window": RELEASE_WINDOW, "captions": None,
-               "dropout": 0.0}
+    config |= {"codes": stored["L"], "text_length": 512, "window": 64, "captions": None, "dropout": 0.0}
     with data.reading(folder, "expected the authors' fine-tuned LLaDA"):
         if config["values"] != stored["V"]:
             raise data.Unfit(f"{config['values']} values a position, the generator has {stored['V']}")
@@ -477,28 +472,19 @@ def load_release(folder, stored, device, longest=512):
     return model.to(device).eval(), text, config
 
 
-def reads_as_written(path):
-    """Whether a checkpoint is of a text prior that does not fold: one of an earlier version goes on so."""
-    with suppress(Exception):  # what is wrong with it is said where it is loaded
-        return "folds" not in data.read(path, "text_prior", only="ema")["text"]
-    return False
-
-
-def encode_captions(dataset, args, run, folds=True):
-    """The Text of the flags (folds: as in build_text), all captions as token ids (N + others, T), and {row:
-    its rows there} of images with several captions; says how many are missing or cut."""
-    captions, train = list(dataset.captions), dataset.splits["train"]
+def encode_captions(dataset, args, run, text=None):
+    """All captions as token ids (n, T), those of an image in a row; of each image the row of the first (N,)
+    and how many (N,); and their Text, by default that of the flags. Says how many are missing or cut."""
+    captions, train = dataset.captions, dataset.splits["train"]
     missing = captions.count("")
     if missing == len(captions):
         data.fail(f"{args.data_dir}: no captions; write a metadata.jsonl there, a line {{\"file_name\": ..., "
                   "\"text\": ...} for each image, or sort the images into folders by class")
-    seen, choices = captions[train.start:train.stop], {}
-    for row, texts in dataset.all_captions.items():
-        choices[row] = [row, *range(len(captions), len(captions) + len(texts) - 1)]
-        captions += texts[1:]
-        seen += texts[1:] if row in train else []
-    text = build_text(args.encoding, seen, folds)
-    text.know({piece for caption in seen for piece in text.pieces(caption)})
+    own = [dataset.all_captions.get(row, [caption]) for row, caption in enumerate(captions)]
+    if text is None:
+        text = build_text(args.encoding, list(chain(*own[train.start:train.stop])))
+    count = torch.tensor([len(texts) for texts in own])  # (N,)
+    captions = list(chain(*own))
     distinct = list(dict.fromkeys(captions))
     ids_of = dict(zip(distinct, text.encode(distinct)))
     encoded = [ids_of[caption] for caption in captions]
@@ -507,15 +493,15 @@ def encode_captions(dataset, args, run, folds=True):
         print(f"{args.dataset}: {missing:,} of {len(dataset):,} images have no caption and train without; "
               f"{cut:,} captions are longer than --text-length {args.text_length} tokens and cut",
               file=sys.stderr)
-    return text, text.rows([ids[:args.text_length] for ids in encoded]), choices
+    tokens = text.rows([ids[:args.text_length] for ids in encoded])
+    return tokens, count.cumsum(0) - count, count, text
 
 
-def caption_rows(part, choices):
+def caption_rows(part, first, count):
     """The rows of tokens (b,) that a part of a batch is shown: of an image with several captions any one."""
-    if not choices:
+    if (count == 1).all():
         return part.rows
-    own = [choices.get(row, [row]) for row in part.rows.tolist()]
-    return torch.tensor([rows[int(u * len(rows))] for rows, u in zip(own, part.uniform().tolist())])
+    return first[part.rows] + (part.uniform().cpu().double() * count[part.rows]).long()
 
 
 def report_bits(split, model, codes, text, log, step, run):
@@ -559,24 +545,18 @@ def add_flags(parser):
         help="start from the authors' weights, the folder DLC_LLADA_L512 (--encoding: its tokenizer.json)")
 
 
-def check_flags(parser, args):
-    """What argparse cannot see: flags that must fit together."""
-    if args.shard and args.lr_matrix > 0:
-        parser.error("argument --shard: Muon needs whole matrices; add --lr-matrix 0 (AdamW for all)")
-    if args.width % args.heads or args.width // args.heads % 2:
-        parser.error(f"argument --heads: --width {args.width} over {args.heads} heads is no even number; "
-                     "choose others")
-    if sum(args.mix) <= 0:
-        parser.error("argument --mix: expected at least one number above 0")
-
-
 def parse(argv=None):
     """The flags of this script, checked: their parser and values."""
     parser = data.make_parser(__doc__)
     add_flags(parser)
     data.add_training_flags(parser, steps=700, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50, ema=0.99)
     args = data.parse(parser, PRESETS, argv)
-    check_flags(parser, args)
+    if args.shard and args.lr_matrix > 0:
+        parser.error("argument --shard: Muon needs whole matrices; add --lr-matrix 0 (AdamW for all)")
+    if args.width % args.heads or args.width // args.heads % 2:
+        parser.error(f"argument --heads: --width {args.width} over {args.heads} heads is no even number")
+    if sum(args.mix) <= 0:
+        parser.error("argument --mix: expected at least one number above 0")
     args.hidden = args.hidden or prior.swiglu_hidden(args.width)
     return parser, args
 
@@ -590,8 +570,12 @@ def main(argv=None, dataset=None):
     data.fit_batch(parser, args, train_rows)
     remedy = "make it with " + data.script_command("tokenizer.py", args)
     stored = data.load_codes(run.folder / "codes.pt", remedy, images_id=dataset.id)
-    folds = args.restart or not reads_as_written(run.folder / "text_prior.pt")
-    text, tokens, choices = encode_captions(dataset, args, run, folds)  # tokens (N + others, T)
+    path, text = run.folder / "text_prior.pt", None
+    if path.exists() and not args.restart and not args.dry_run:  # it goes on with the tokens that it knows
+        remedy = "--restart begins anew, another --out keeps it"
+        with data.reading(path, remedy):
+            text = stored_text(data.read(path, "text_prior", only="ema"))
+    tokens, first, count, text = encode_captions(dataset, args, run, text)  # (n, T), (N,), (N,)
     args.codes, args.values, args.window = stored["L"], stored["V"], tokens.shape[1]
     torch.manual_seed(args.seed)
     model = build_text_prior(vars(args), text)
@@ -608,8 +592,7 @@ def main(argv=None, dataset=None):
     if args.shard:
         run.shard(model, ema.module)
     optimizers = data.Optimizers(model, args)
-    made_from = {"codes": stored["id"], "captions": dataset.captions_id,
-                 "encoding": data.checksum(text.state())}
+    made_from = {"codes": stored["id"], "captions": dataset.captions_id}
     checkpoint = data.Checkpoint("text_prior", args, parser.settings, run, made_from, model, ema, optimizers,
                                  text=text.state())
     start = checkpoint.resume()
@@ -621,7 +604,7 @@ def main(argv=None, dataset=None):
         loss = 0.0
         for part in data.batch_parts(step, train_rows, args, run, wrapped):
             c = stored["codes"][part.rows, part.flips().long().cpu()].long().to(run.device)  # (b, L)
-            w = tokens[caption_rows(part, choices)].long().to(run.device)  # (b, T)
+            w = tokens[caption_rows(part, first, count)].long().to(run.device)  # (b, T)
             w, task = tasks_of(w, text.pad, args.mix, args.drop, part)  # (b, T), (b,)
             u, scores = part.stratified(), part.uniform(length)  # (b,), (b, L + T)
             nll = text_nll(wrapped, c, w, task, u, scores, (args.values, text.mask), run)  # (b,)
@@ -635,7 +618,7 @@ def main(argv=None, dataset=None):
         for split in ("val", "test"):
             rows = slice(dataset.splits[split].start, dataset.splits[split].stop)
             held_out = stored["codes"][rows, 0].long()
-            report_bits(split, ema.module, held_out, tokens[rows], steps.log, args.steps, run)
+            report_bits(split, ema.module, held_out, tokens[first[rows]], steps.log, args.steps, run)
     run.wait()
 
 

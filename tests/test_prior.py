@@ -100,15 +100,18 @@ def test_ar_is_causal_and_sees_all_that_came_before(per_token):
 
 @pytest.mark.parametrize("tables, length, per_token", [
     ("position", L, 1), ("shared", L, 1), ("shared", 150, 1), ("position", 8, 4), ("shared", 150, 2)])
-def test_the_cache_equals_the_full_forward(run, tables, length, per_token):
-    """Also where it grows: it doubles, and ends at a length that is no power of two."""
+def test_the_cache_equals_the_full_forward(run, monkeypatch, tables, length, per_token):
+    """What a value is drawn from is what the network says of all that were drawn."""
     model = tiny(True, tables, length, 7, per_token)
-    codes = torch.randint(0, 7, (3, length), generator=rng())
-    decoder = prior.Decoder(model, 3, run)
-    before = torch.cat([torch.full_like(codes[:, :1], model.V), codes[:, :-1]], 1)
-    stepwise = torch.stack([decoder(before[:, at], at) for at in range(length)], 1)
-    assert torch.allclose(stepwise, model(codes), atol=1e-4)
-    assert decoder.cache.shape[3] == length // per_token
+    shown, draw_values = [], prior.draw_values
+
+    def noted(logits, *more):
+        shown.append(logits)
+        return draw_values(logits, *more)
+
+    monkeypatch.setattr(prior, "draw_values", noted)
+    codes, _ = prior.sample_ar(model, 3, SAMPLER, run, rng())
+    assert torch.allclose(torch.stack(shown, 1), model(codes), atol=1e-4)
 
 
 def exact_bound(model):
