@@ -163,20 +163,12 @@ def resize_positions(positions, side):
     return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
 
-def projection(inputs, outputs, rank):
-    """A linear layer without bias, as the product of two of this rank; rank 0: whole."""
-    if rank == 0:
-        return nn.Linear(inputs, outputs, bias=False)
-    return nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False))
-
-
 class ViT(nn.Module):
     """Vision transformer with registers, and the simplicial embedding of equation (1), codes = L, values =
     V. The last `colour_codes` positions of each patch read its colours, the others see no hue."""
 
     def __init__(self, image_size, patch, width, depth, heads, codes, values, tau, sem_read, registers,
-                 stem=0, attention=True, drop_path=0.0, layer_scale=1e-5, sem_rank=0, colour_codes=0,
-                 nearest=False):
+                 stem=0, attention=True, drop_path=0.0, layer_scale=1e-5, colour_codes=0, nearest=False):
         super().__init__()
         self.L, self.V, self.tau, self.sem_read = codes, values, tau, sem_read
         self.image_size, self.side = image_size, image_size // patch
@@ -196,13 +188,13 @@ class ViT(nn.Module):
             reads, inputs = self.side ** 2, width
         sem_width = codes // reads * values  # of all simplices of a read
         colour_width = colour_codes * values
-        self.sem_embed = projection(inputs, sem_width - colour_width, sem_rank)
+        self.sem_embed = nn.Linear(inputs, sem_width - colour_width, bias=False)
         self.sem_norm = nn.LayerNorm(sem_width - colour_width, eps=1e-6)
         if colour_codes:
             self.colour_embed = ColourEmbedding(patch, width)
-            self.sem_colour = nn.Sequential(projection(width, colour_width, sem_rank),
+            self.sem_colour = nn.Sequential(nn.Linear(width, colour_width, bias=False),
                                             nn.LayerNorm(colour_width, eps=1e-6))
-        self.sem_out = projection(sem_width, width, sem_rank)
+        self.sem_out = nn.Linear(sem_width, width, bias=False)
         self.register_buffer("sem_centre", torch.zeros(codes, values))  # of z, set by fit_codes
         self.nearest = nearest
         if nearest:
@@ -222,11 +214,9 @@ class ViT(nn.Module):
         x = self.patch_embed(seen).flatten(2).transpose(1, 2)  # (B, N, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        B, N, _ = x.shape
-        x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1)  # (B, 1 + N, D)
-        positions = resize_positions(self.pos_embed, math.isqrt(N))  # (1, 1 + N, D)
-        x = x + positions
-        x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], 1)  # (B, 1 + R + N, D)
+        positions = resize_positions(self.pos_embed, math.isqrt(x.shape[1]))  # (1, 1 + N, D)
+        first = torch.cat([self.cls_token + positions[:, :1], self.register_tokens], 1)  # (1, 1 + R, D)
+        x = torch.cat([first.expand(len(x), -1, -1), x + positions[:, 1:]], 1)  # (B, 1 + R + N, D)
         for block in self.blocks:
             x = block(x)
         if self.colour_codes:
@@ -308,8 +298,7 @@ class Student(nn.Module):
 # -------- views ----------------------------------------------------------------------------------------
 
 def view_sizes(args):
-    """[(size, scale), ...] of two global crops, then the local ones; scale: share of the image's area, from
-    and to."""
+    """[(size, scale), ...] of two global crops, then local ones; scale: share of the area, from and to."""
     return [(args.global_size, args.global_scale)] * 2 + [(args.local_size, args.local_scale)] * args.locals
 
 
@@ -340,11 +329,11 @@ def read_crops(path, u, views, ratio, flip=True):
     image = data.open_image(path, least_scale)
     w, h = image.size
     for (x, y, width, height, mirror), (size, _) in zip(boxes(w, h), views):
-        left = float((1 + x - width) / 2 * w)
-        top = float((1 + y - height) / 2 * h)
-        right = float(left + width * w)
-        bottom = float(top + height * h)
-        box = (max(0.0, left), max(0.0, top), min(w, right), min(h, bottom))
+        left = (1 + x - width) / 2 * w
+        top = (1 + y - height) / 2 * h
+        right = (left + width * w).clamp(max=w)
+        bottom = (top + height * h).clamp(max=h)
+        box = torch.stack([left, top, right, bottom]).clamp(min=0).tolist()
         crop = data.to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
         crops.append(crop.flip(2) if mirror and flip else crop)
     return crops
@@ -395,38 +384,35 @@ def blur(x, part):
     return flat.view_as(x)
 
 
-def colour_augment(images, jitter, jitter_p, grey_p, blur_p, solarise_p, part):
-    """Colour jitter, grey, blur and solarisation, each with its probability per image; what has probability 0
-    costs nothing. images (B, 3, S, S) in [-1, 1] → the same shape; jitter: largest relative change of
-    brightness, contrast, saturation, and of hue as a share of the colour circle."""
+def colour_augment(images, view, args, part):
+    """Colour jitter, grey, blur and solarisation of images (B, 3, S, S) in [-1, 1], each with the probability
+    that it has in this view (a place in view_sizes); what has none costs nothing."""
     def chosen(probability):
         return part.uniform(1, 1, 1) < probability  # (B, 1, 1, 1)
 
     x = (images + 1) / 2
-    if jitter_p > 0 and any(jitter):
-        x = torch.where(chosen(jitter_p), colour_jitter(x, jitter, part), x)
-    if grey_p > 0:
-        x = torch.where(chosen(grey_p), luma(x), x)
+    if args.jitter_p > 0 and any(args.jitter):
+        x = torch.where(chosen(args.jitter_p), colour_jitter(x, args.jitter, part), x)
+    if args.grey > 0:
+        x = torch.where(chosen(args.grey), luma(x), x)
+    blur_p = args.blur[min(view, 2)]
     if blur_p > 0:
         x = torch.where(chosen(blur_p), blur(x, part), x)
-    if solarise_p > 0:
-        x = torch.where(chosen(solarise_p) & (x >= 0.5), 1 - x, x)
+    if args.solarise > 0 and view == 1:
+        x = torch.where(chosen(args.solarise) & (x >= 0.5), 1 - x, x)
     return x * 2 - 1
 
 
 def make_views(images, args, part):
     """The views of view_sizes, a list of (b, 3, size, size) in [-1, 1], from images (b, 3, S, S) uint8, or
-    from a list of their crops (b, 3, size, size) uint8."""
-    whole = data.from_bytes(images) if torch.is_tensor(images) else None
+    from a list of their crops (b, 3, size, size) uint8, of read_crops."""
     views = []
-    for k, (size, scale) in enumerate(view_sizes(args)):
-        if whole is None:
-            crop = data.from_bytes(images[k])
+    for view, (size, scale) in enumerate(view_sizes(args)):
+        if torch.is_tensor(images):
+            crop = random_crops(data.from_bytes(images), size, scale, args.ratio, part)
         else:
-            crop = random_crops(whole, size, scale, args.ratio, part)
-        solarise = args.solarise if k == 1 else 0.0
-        blur_p = args.blur[min(k, 2)]
-        views.append(colour_augment(crop, args.jitter, args.jitter_p, args.grey, blur_p, solarise, part))
+            crop = data.from_bytes(images[view])
+        views.append(colour_augment(crop, view, args, part))
     return views
 
 
@@ -435,7 +421,7 @@ BLOCKS = 16  # rectangles that a mask is made of, at most
 
 def mask_counts(patches, batch_size, seed, step):
     """How many of its patches each of the two global crops of an image hides in iBOT: one of them none, the
-    other from 10 to 50 %, evenly spread over the batch, all in an order that follows from (seed, step): (2,
+    other from 10 to 50 %, evenly spread over the batch, in an order that follows from (seed, step): (2,
     batch_size) long, on the CPU."""
     order = torch.Generator().manual_seed(data.mix_seed(seed, step, "masks"))
     share = 0.1 + 0.4 * (torch.randperm(batch_size, generator=order) + 0.5) / batch_size
@@ -444,10 +430,15 @@ def mask_counts(patches, batch_size, seed, step):
     return torch.stack([counts * first, counts * ~first])
 
 
-def patch_masks(u, ties, counts, side):
-    """iBOT masks (B, N) bool of counts (B,) patches each, N = side², from u (B, BLOCKS, 4) and ties (B, N)
-    uniform: they fill one rectangle after the other, the last in no order, each of 4 patches to a third of
-    the image, width / height from 0.3 to 1 / 0.3 (BEiT)."""
+def draw_masks(args, part, step):
+    """What iBOT hides of the N = side² patches of the two global crops: (2b, N) bool, and where that is in
+    the flattened masks, (n,). Of a crop, mask_counts patches: those of one rectangle after the other, of the
+    last some in no order. A rectangle has 4 patches to a third of the image, width / height from 0.3 to
+    1 / 0.3 (BEiT)."""
+    side = args.global_size // args.patch
+    counts = mask_counts(side ** 2, args.batch_size, args.seed, step)[:, part.whole].flatten()  # (2b,)
+    u = torch.cat([part.uniform(BLOCKS, 4) for _ in range(2)])  # (2b, BLOCKS, 4)
+    ties = torch.cat([part.uniform(side ** 2) for _ in range(2)])  # (2b, N)
     least = 4 / side ** 2
     area = least + u[..., 0] * max(0.0, 1 / 3 - least)
     ratio = torch.exp((2 * u[..., 1] - 1) * math.log(0.3))
@@ -456,21 +447,31 @@ def patch_masks(u, ties, counts, side):
     left = (1 - width) * u[..., 2, None, None]
     top = (1 - height) * u[..., 3, None, None]
     grid = (torch.arange(side, device=u.device) + 0.5) / side
-    across = (grid - left - width / 2).abs() <= width / 2  # (B, BLOCKS, 1, side)
-    down = (grid[:, None] - top - height / 2).abs() <= height / 2  # (B, BLOCKS, side, 1)
+    across = (grid - left - width / 2).abs() <= width / 2  # (2b, BLOCKS, 1, side)
+    down = (grid[:, None] - top - height / 2).abs() <= height / 2  # (2b, BLOCKS, side, 1)
     everywhere = torch.ones(len(u), 1, side, side, dtype=torch.bool, device=u.device)  # after all rectangles
-    covers = torch.cat([across & down, everywhere], 1)  # (B, BLOCKS + 1, side, side)
-    first = covers.float().argmax(1).flatten(1)  # (B, N), the rectangle that covers a patch first
+    covers = torch.cat([across & down, everywhere], 1)  # (2b, BLOCKS + 1, side, side)
+    first = covers.float().argmax(1).flatten(1)  # (2b, N), the rectangle that covers a patch first
     rank = (first + ties).argsort(1).argsort(1)
-    return rank < counts[:, None]
+    mask = rank < counts.to(u.device)[:, None]
+    return mask, torch.nonzero_static(mask.flatten(), size=int(counts.sum()))[:, 0]  # no wait for the device
+
+
+def draw_shown(args, part):
+    """Which of the positions of a patch count for each image: all, or in a share --alone of the images those
+    of form alone, in another those of colour: (b, L / N) bool."""
+    per_patch = args.codes // (args.global_size // args.patch) ** 2
+    colour = torch.arange(per_patch, device=part.device) >= per_patch - args.colour_codes
+    u = part.uniform(1)  # (b, 1)
+    return torch.where(colour, u >= args.alone, u < 1 - args.alone)
 
 
 # -------- loss -----------------------------------------------------------------------------------------
 
-def sum_over_processes(x):
-    """Sum of a tensor over processes, in place, without gradient."""
+def over_processes(x, operation=dist.ReduceOp.SUM):
+    """The sum of a tensor over processes, or what else `operation` says, in place, without gradient."""
     if dist.is_initialized():
-        dist.all_reduce(x)
+        dist.all_reduce(x, operation)
     return x
 
 
@@ -479,12 +480,9 @@ def sinkhorn(logits, temperature, iterations=3):
     """Teacher targets (n, K) from logits (n, K), with all prototypes used equally often in the batch of all
     processes (SwAV, DINOv2)."""
     logits = logits.float() / temperature
-    top = logits.max()
-    if dist.is_initialized():
-        dist.all_reduce(top, dist.ReduceOp.MAX)
-    q = torch.exp(logits - top)  # (n, K)
+    q = torch.exp(logits - over_processes(logits.max(), dist.ReduceOp.MAX))  # (n, K)
     for _ in range(iterations):
-        q = q / sum_over_processes(q.sum(0, keepdim=True)).clamp(min=1e-30)  # each prototype the same mass
+        q = q / over_processes(q.sum(0, keepdim=True)).clamp(min=1e-30)  # each prototype the same mass
         q = q / q.sum(1, keepdim=True)  # each sample a distribution
     return q
 
@@ -503,7 +501,7 @@ class Centering(nn.Module):
         logits = logits.float()
         targets = ((logits - self.centre) / temperature).softmax(-1)
         world = dist.get_world_size() if dist.is_initialized() else 1
-        mean = sum_over_processes(logits.mean(0, keepdim=True)) / world
+        mean = over_processes(logits.mean(0, keepdim=True)) / world
         self.centre.lerp_(mean, 1 - self.momentum)
         return targets
 
@@ -541,45 +539,30 @@ def teacher_temperature(step, args):
 
 def step_loss(student, teacher, centering, images, part, args, run, step):
     """Equation (3) and its terms by name, on images as in make_views."""
-    temperature = teacher_temperature(step, args)
-
     def targets_of(logits, kind):
         method = centering[kind] if args.centering == "centre" else sinkhorn
-        return method(logits, temperature)
+        return method(logits, teacher_temperature(step, args))
 
     views = make_views(images, args, part)
     b = len(views[0])
     global_crops = torch.cat(views[:2])  # (2b, 3, S, S)
-    local_crops = torch.cat(views[2:]) if args.locals else None
-    mask = chosen = None
-    if args.ibot > 0:
-        side = args.global_size // args.patch
-        counts = mask_counts(side ** 2, args.batch_size, args.seed, step)
-        counts = counts[:, part.whole].flatten()  # (2b,), known without asking the device
-        u = torch.cat([part.uniform(BLOCKS, 4) for _ in range(2)])  # (2b, BLOCKS, 4)
-        ties = torch.cat([part.uniform(side ** 2) for _ in range(2)])  # (2b, N)
-        mask = patch_masks(u, ties, counts.to(run.device), side)  # (2b, N)
-        chosen = torch.nonzero_static(mask.flatten(), size=int(counts.sum()))[:, 0]
-    shown = None
-    if args.colour_codes:  # some images train form alone, some colour
-        per_patch = args.codes // (args.global_size // args.patch) ** 2
-        colour = torch.arange(per_patch, device=run.device) >= per_patch - args.colour_codes
-        u = part.uniform(1)  # (b, 1)
-        shown = torch.where(colour, u >= args.alone, u < 1 - args.alone)  # (b, L / N)
+    local_crops = torch.cat(views[2:]) if args.locals else None  # (locals · b, 3, s, s)
+    mask, chosen = draw_masks(args, part, step) if args.ibot > 0 else (None, None)  # (2b, N), (n,)
+    shown = draw_shown(args, part) if args.colour_codes else None  # (b, L / N)
     with run.autocast():
         with torch.no_grad():
             t_views, t_patches, _ = teacher(global_crops, chosen=chosen, shown=shown)
         s_views, s_patches, out = student(global_crops, local_crops, mask, chosen, shown)
 
-    targets = targets_of(t_views, "views").unflatten(0, (-1, b))  # (2, b, K)
+    targets = targets_of(t_views, "views").unflatten(0, (2, b))  # (2, b, K)
     dino = dino_loss(targets, s_views.unflatten(0, (-1, b)), args.student_temperature)
     koleo = sum(koleo_loss(view) for view in out.chunk(2))
     terms = {"dino": dino, "koleo": koleo}
     loss = dino + args.koleo * koleo
     if args.ibot > 0:
-        weight = mask / mask.sum(1, keepdim=True).clamp(min=1)  # every masked image counts the same
         targets = targets_of(t_patches, "patches")  # (n, K)
         of_patches = cross_entropy(targets, s_patches, args.student_temperature)  # (n,)
+        weight = mask / mask.sum(1, keepdim=True).clamp(min=1)  # every masked crop counts the same
         terms["ibot"] = (of_patches * weight.flatten()[chosen]).sum() / (2 * b)
         loss = loss + args.ibot * terms["ibot"]
     return loss, terms
@@ -590,9 +573,9 @@ def step_loss(student, teacher, centering, images, part, args, run, step):
 def build_student(config):
     """The student of a dict of settings (a checkpoint's config)."""
     keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "registers", "stem",
-            "attention", "drop_path", "layer_scale", "sem_rank")
-    backbone = ViT(config["global_size"], **{key: config[key] for key in keys},
-                   **{key: config[key] for key in ("colour_codes", "nearest") if key in config})
+            "attention", "drop_path", "layer_scale", "colour_codes", "nearest")
+    given = {key: config[key] for key in keys if key in config}  # an earlier version has not the last two
+    backbone = ViT(config["global_size"], **given)
     backbone.mask_token.requires_grad_(config["ibot"] > 0)  # DDP waits for every gradient
     head = DINOHead(config["width"], config["head_hidden"], config["bottleneck"], config["prototypes"])
     return Student(backbone, head)
@@ -644,23 +627,20 @@ def fit_codes(backbone, dataset, run, most=4000):
     """Set the mean of z (L, V), over `most` training images, that equation (2) subtracts: each value is then
     chosen where it is unusually likely. And where codes are the nearest of V means, these."""
     rows = torch.as_tensor(np.random.default_rng(0).permutation(dataset.splits["train"])[:most])
-    sums, kept = [], []
+    kept = []
     for chunk in rows.split(500):
         with run.autocast():
             z = backbone.logits(backbone.tokens(to_input(dataset.pixels(chunk), backbone, run)))
-        z = z.float().view(len(chunk), backbone.L, backbone.V)
-        sums.append(z.sum(0))
-        if backbone.nearest:
-            kept.append(z.cpu())
-    backbone.sem_centre.copy_(torch.stack(sums).sum(0) / len(rows))
+        kept.append(z.float().view(len(chunk), backbone.L, backbone.V).cpu())
+    backbone.sem_centre.copy_(torch.stack([z.sum(0) for z in kept]).sum(0) / len(rows))
     if backbone.nearest:
         backbone.sem_means.copy_(k_means(torch.cat(kept).transpose(0, 1), backbone.V))
 
 
-def linear_probe(x, y, sizes, tests, values=None):
+def linear_probe(x, y, sizes, values=None):
     """Fit a linear softmax classifier of each factor by L-BFGS: x (n, d) features, or, with `values`, codes
     (n, L) long, which stand for their one-hot vectors (n, L · values) without these being made; y (n,
-    factors) long, sizes: values a factor. tests {name: x} → {name: predictions (n, factors)}."""
+    factors) long, sizes: values a factor. Returns a function x → predictions (n, factors)."""
     if values:
         first = torch.arange(x.shape[1], device=x.device) * values  # of each position
         mean = torch.bincount((x + first).flatten(), minlength=len(first) * values) / len(x)
@@ -684,63 +664,40 @@ def linear_probe(x, y, sizes, tests, values=None):
 
     optimizer = torch.optim.LBFGS([weight], max_iter=60, history_size=5, line_search_fn="strong_wolfe")
     optimizer.step(closure)
-    result = {}
-    for name, test_x in tests.items():
-        result[name] = torch.stack([logits.argmax(1) for logits in scores(test_x)], 1)
-    return result
-
-
-def knn(x, y, sizes, tests, values=None, k=20):
-    """Votes of the k nearest training rows, by inner product or, for codes, equal positions; arguments and
-    result as linear_probe."""
-    result = {}
-    for name, test_x in tests.items():
-        nearest = []
-        for chunk in test_x.split(500):
-            if values:
-                likeness = -torch.cdist(chunk.float(), x.float(), p=0)  # (500, n): p = 0 counts what differs
-            else:
-                likeness = chunk @ x.T  # (500, n)
-            nearest.append(likeness.topk(min(k, len(x)), 1).indices)
-        votes = y[torch.cat(nearest)]  # (n, k, factors)
-        found = [F.one_hot(votes[:, :, f], size).sum(1).argmax(1) for f, size in enumerate(sizes)]
-        result[name] = torch.stack(found, 1)
-    return result
+    return lambda x: torch.stack([logits.argmax(1) for logits in scores(x)], 1)
 
 
 def report(dataset, codes, features, values, run, most=10_000):
     """What the tokenizer is judged by: how many values train uses, how evenly, and the accuracy of linear
-    probe and k-NN on the other splits. codes (N, 2, L) unsigned, features (N, D)."""
+    probes on the other splits, on up to `most` images each. codes (N, 2, L) unsigned, features (N, D)."""
     train = dataset.splits["train"]
     train_codes = codes[train.start:train.stop, 0]  # (n, L)
     counts = [torch.bincount(position.long(), minlength=values) for position in train_codes.T]
     usage = torch.stack(counts).double() / len(train)  # (L, V)
     entropy = -(usage * usage.clamp(min=1e-12).log2()).sum(1)  # (L,)
-    distinct = np.unique(train_codes.numpy(), axis=0)
     result = {"values used": (usage > 0).double().mean().item(),
               "entropy per position": entropy.mean().item(),
               "lowest entropy": entropy.min().item(),
-              "distinct codes": len(distinct) / len(train)}
+              "distinct codes": len(np.unique(train_codes.numpy(), axis=0)) / len(train)}
     if not dataset.factors:
         return result
     rng = np.random.default_rng(0)
-    inputs, y = {"codes": {}, "features": {}}, {}
-    for split, whole in dataset.splits.items():
-        rows = np.sort(rng.choice(whole, most, replace=False)) if len(whole) > most else np.array(whole)
-        rows = torch.from_numpy(rows)
-        inputs["codes"][split] = codes[rows, 0].long().to(run.device)
-        inputs["features"][split] = F.normalize(features[rows].float(), dim=1).to(run.device)
-        y[split] = dataset.labels[rows].to(run.device)
-    train_y = y.pop("train")
+    rows = {split: np.sort(rng.choice(whole, min(most, len(whole)), replace=False))
+            for split, whole in dataset.splits.items()}
     sizes = [len(names) for names in dataset.factors.values()]
-    for name, tests in inputs.items():
-        train_x = tests.pop("train")
-        for method, probe in (("linear", linear_probe), ("knn", knn)):
-            found = probe(train_x, train_y, sizes, tests, values if name == "codes" else None)
-            for split, predictions in found.items():
-                right = (predictions == y[split]).float().mean(0).tolist()
-                accuracies = {factor: round(value, 4) for factor, value in zip(dataset.factors, right)}
-                result[f"{method} on {name}, {split}"] = accuracies | {"n": len(predictions)}
+    for name in ("codes", "features"):
+        x, y = {}, {}
+        for split, chosen in rows.items():
+            if name == "codes":
+                x[split] = codes[chosen, 0].long().to(run.device)
+            else:
+                x[split] = F.normalize(features[chosen].float(), dim=1).to(run.device)
+            y[split] = dataset.labels[chosen].to(run.device)
+        predict = linear_probe(x.pop("train"), y.pop("train"), sizes, values if name == "codes" else None)
+        for split in x:
+            right = (predict(x[split]) == y[split]).float().mean(0).tolist()
+            accuracies = {factor: round(value, 4) for factor, value in zip(dataset.factors, right)}
+            result[f"linear on {name}, {split}"] = accuracies | {"n": len(y[split])}
     return result
 
 
@@ -775,36 +732,32 @@ def write_codes(backbone, dataset, run, args, made_from, batch=500):
 
 # -------- weights of others (--init, and sample.py --release) ------------------------------------------
 
-def from_transformers(state):
-    """Weights of transformers' Dinov2WithRegisters under the names of DINOv2's release, where queries, keys
-    and values are one matrix."""
-    names = {"embeddings.position_embeddings": "pos_embed",
-             "embeddings.patch_embeddings.projection": "patch_embed.proj",
-             "attention.attention.query": "attn.qkv", "attention.output.dense": "attn.proj",
-             "layer_scale": "ls", ".lambda1": ".gamma",
-             "encoder.layer.": "blocks.", "layernorm.": "norm.", "embeddings.": ""}
-    found = {}
-    for name, x in state.items():
-        if ".key." in name or ".value." in name:
-            continue
-        if ".query." in name:
-            x = torch.cat([state[name.replace("query", part)] for part in ("query", "key", "value")])
-        for theirs, ours in names.items():
-            name = name.replace(theirs, ours)
-        found[name] = x
-    return found
+NAMES = {  # of transformers' Dinov2WithRegisters, and of DINOv2's release, which are ours
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "attention.attention.query": "attn.qkv", "attention.output.dense": "attn.proj",
+    "layer_scale": "ls", ".lambda1": ".gamma",
+    "encoder.layer.": "blocks.", "layernorm.": "norm.", "embeddings.": "",
+}
 
 
 def backbone_weights(path):
     """Weights by the names of ViT from those of a DINOv2 with registers, under its own names or
     transformers', with a simplicial embedding or without. It sees pixels normalised with the mean and
     deviation below, our ViT pixels in [-1, 1]: the difference goes into the patch projection."""
-    state = data.read_weights(path)
+    theirs = data.read_weights(path)
     with data.reading(path, "expected a DINOv2 with registers"):
-        if any(name.startswith("embeddings.") for name in state):
-            state = from_transformers(state)
-        left_out = ("dino_head.", "ibot_head.", "sem_cls_norm.")
-        state = {name: x.float() for name, x in state.items() if not name.startswith(left_out)}
+        state = {}
+        for name, x in theirs.items():
+            if name.startswith(("dino_head.", "ibot_head.", "sem_cls_norm.")):
+                continue
+            if ".key." in name or ".value." in name:
+                continue
+            if ".query." in name:  # which ours has with those two in one matrix
+                x = torch.cat([theirs[name.replace("query", part)] for part in ("query", "key", "value")])
+            for old, new in NAMES.items():
+                name = name.replace(old, new)
+            state[name] = x.float()
         mean = torch.tensor([0.485, 0.456, 0.406])  # of ImageNet's pixels in [0, 1], and deviation
         std = torch.tensor([0.229, 0.224, 0.225])
         weight = state["patch_embed.proj.weight"]  # (D, 3, patch, patch)
@@ -815,8 +768,7 @@ def backbone_weights(path):
 
 
 def load_init(backbone, path):
-    """Start from a DINOv2 with registers of any image size; a simplicial embedding that it lacks stays as it
-    is."""
+    """Start from a DINOv2 with registers of any image size, and its simplicial embedding if it has one."""
     state = backbone_weights(path)
     with data.reading(path, "expected a DINOv2 with registers, of the sizes that the flags set"):
         own = {name: x for name, x in backbone.state_dict().items() if name.startswith("sem_")}
@@ -844,22 +796,17 @@ def load_release(folder, codes, values, device):
 
 # -------- training -------------------------------------------------------------------------------------
 
-def lr_scale(args):
-    """name → what its learning rate is multiplied by: --layer-decay for each layer from it to the head,
-    --patch-lr on patches."""
-    inputs = ("patch_embed", "pos_embed", "cls_token", "mask_token", "register_tokens")
-
-    def scale(name):
-        name = name.removeprefix("backbone.")
-        above = 0  # layers from it to the head
-        if name.startswith("blocks."):
-            above = args.depth - int(name.split(".")[1])
-        elif name.startswith(inputs):
-            above = args.depth + 1
-        patches = args.patch_lr if name.startswith("patch_embed") else 1.0
-        return args.layer_decay ** above * patches
-
-    return scale
+def lr_scale(name, args):
+    """What the learning rate of a parameter is multiplied by: --layer-decay for each layer from it to the
+    head, --patch-lr on patches."""
+    name = name.removeprefix("backbone.")
+    above = 0  # layers from it to the head
+    if name.startswith("blocks."):
+        above = args.depth - int(name.split(".")[1])
+    elif name.startswith(("patch_embed", "pos_embed", "cls_token", "mask_token", "register_tokens")):
+        above = args.depth + 1
+    patches = args.patch_lr if name.startswith("patch_embed") else 1.0
+    return args.layer_decay ** above * patches
 
 
 def add_flags(parser):
@@ -868,7 +815,7 @@ def add_flags(parser):
     add("--patch", type=data.positive, default=8, help="patch side in pixels")
     add("--width", type=data.positive, default=128, help="D, width of the tokens")
     add("--depth", type=data.positive, default=2, help="transformer blocks")
-    add("--heads", type=data.positive, default=2, help="attention heads")
+    add("--heads", type=data.positive, default=2, help="of the attention")
     add("--attention", action=argparse.BooleanOptionalAction, default=False,
         help="patches attend to each other; without it an MLP sees each token alone")
     add("--stem", type=data.number(0, 30, int), default=2, help="halving convolutions before the patches")
@@ -880,26 +827,22 @@ def add_flags(parser):
     add("--registers", type=data.count, default=0, help="register tokens beside CLS")
     add("--sem-read", choices=("registers", "patches"), default="patches",
         help="what the SEM reads: CLS and registers together (the paper), or each patch its own positions")
-    add("--colour-codes", type=data.count, default=0,
-        help="how many positions of each patch read which colours it has; the others then see no hue")
-    add("--sem-rank", type=data.count, default=0, help="rank of the SEM's two projections; 0: full")
+    add("--colour-codes", type=data.count, default=0, help="positions of a patch that read its colours alone")
     add("--centre-codes", action=argparse.BooleanOptionalAction, default=True,
         help="subtract the mean of z in equation (2); the paper does not")
-    add("--nearest", action=argparse.BooleanOptionalAction, default=False,
-        help="read a position as the nearest of V means of z, not as its largest value")
+    add("--nearest", action="store_true", help="a code is the nearest of V means of z, not the largest value")
     add = parser.add_argument_group("schedules").add_argument
     add("--weight-decay-final", type=data.non_negative, help="weight decay at the end, by a cosine")
     add("--layer-decay", type=data.fraction, default=1.0, help="learning rate of a block over the next one's")
     add("--patch-lr", type=data.fraction, default=1.0, help="factor on the patch projection's learning rate")
-    add("--teacher-start", type=data.above_zero, default=0.04,
-        help="the teacher's temperature at step 0 of --teacher-warmup")
-    add("--teacher-warmup", type=data.count, default=0, help="steps from --teacher-start to its final value")
     add = parser.add_argument_group("loss").add_argument
     add("--head-hidden", type=data.positive, default=512, help="hidden width of the DINO head")
     add("--bottleneck", type=data.positive, default=128, help="output width of the DINO head")
     add("--prototypes", type=data.positive, default=512, help="K, prototypes of the DINO head")
     add("--student-temperature", type=data.above_zero, default=0.1, help="of the student's softmax")
     add("--teacher-temperature", type=data.above_zero, default=0.02, help="of the teacher's softmax")
+    add("--teacher-warmup", type=data.count, default=0, help="steps in which that rises from --teacher-start")
+    add("--teacher-start", type=data.above_zero, default=0.04, help="see --teacher-warmup")
     add("--centering", choices=("sinkhorn", "centre"), default="sinkhorn",
         help="how the teacher's targets are kept from collapsing")
     add("--momentum", type=data.fraction, default=0.98, help="of the teacher, rising to 1 by a cosine")
@@ -908,13 +851,14 @@ def add_flags(parser):
     add("--alone", type=data.number(0, 0.5), default=0.25,
         help="--colour-codes: share of the images that train form alone, and as many colour alone")
     add = parser.add_argument_group("views").add_argument
+    share = data.number(1e-3, 1)
     add("--global-size", type=data.positive,
         help="side of global crops in pixels (shapes and folder: --image-size, else 32)")
-    add("--global-scale", type=data.fraction, nargs=2, default=[0.6, 1.0], help="share of the area, from, to")
-    add("--ratio", type=data.number(1e-3, 1), default=0.9, help="smallest width / height; largest: 1 / RATIO")
+    add("--global-scale", type=share, nargs=2, default=[0.6, 1.0], help="share of the area, from, to")
+    add("--ratio", type=share, default=0.9, help="smallest width / height; largest: 1 / RATIO")
     add("--locals", type=data.count, default=0, help="local crops per image")
     add("--local-size", type=data.positive, default=16, help="side of local crops in pixels")
-    add("--local-scale", type=data.fraction, nargs=2, default=[0.2, 0.5], help="share of the area, from, to")
+    add("--local-scale", type=share, nargs=2, default=[0.2, 0.5], help="share of the area, from, to")
     add("--jitter", type=data.fraction, nargs=4, default=[0.15, 0.15, 0.0, 0.0],
         help="brightness, contrast, saturation, hue: largest change")
     add("--jitter-p", type=data.fraction, default=0.8, help="probability of the jitter")
@@ -923,8 +867,7 @@ def add_flags(parser):
         help="probability of blur, on each global crop and on local ones")
     add("--solarise", type=data.fraction, default=0.0, help="probability of it, on the second global crop")
     add = parser.add_argument_group("start of the run").add_argument
-    add("--init", metavar="PATH",
-        help="start from DINOv2's weights, or the authors' encoder (file or folder)")
+    add("--init", metavar="PATH", help="start from DINOv2's weights, or the authors' encoder")
 
 
 def check_flags(parser, args):
@@ -941,14 +884,12 @@ def check_flags(parser, args):
     patches = (args.global_size // patch) ** 2
     expect(args.sem_read == "registers" or args.codes % patches == 0,
            "codes", f"{args.codes} is no multiple of {patches} patches; choose {patches} or another --patch")
+    expect(args.attention or (args.sem_read == "patches" and args.ibot == 0),
+           "attention", "needed by --sem-read registers and --ibot; add it")
     fits = args.sem_read == "patches" and args.colour_codes < args.codes // patches and patch % 2 == 0
     expect(args.colour_codes == 0 or (fits and args.ibot == 0 and not args.init),
            "colour-codes", "expected fewer than the positions of a patch, --sem-read patches, an even "
                            "--patch, no --ibot and no --init")
-    expect(args.attention or (args.sem_read == "patches" and args.ibot == 0),
-           "attention", "needed by --sem-read registers and --ibot; add it")
-    for flag, (low, high) in (("global-scale", args.global_scale), ("local-scale", args.local_scale)):
-        expect(0 < low <= high, flag, f"expected two shares above 0, the smaller first, got {low} {high}")
     expect(args.weight_decay_final is None or args.weight_decay > 0,
            "weight-decay-final", "only with a --weight-decay above 0 to start from")
     expect(not (args.init and args.stem),
@@ -979,13 +920,13 @@ def main(argv=None, dataset=None):
     dataset = dataset or data.load_dataset(args)
     train_rows = dataset.splits["train"]
     data.fit_batch(parser, args, train_rows)
-    if args.init and (args.restart or not (run.folder / "tokenizer.pt").exists()):  # else it goes on
+    if args.init:  # a run that goes on loads its own weights over these
         load_init(student.backbone, args.init)
     centering = nn.ModuleDict({kind: Centering(args.prototypes) for kind in ("views", "patches")})
     centering.to(run.device)
     ema = data.averaged(student, lambda n: data.cosine(n - 1, args.steps, args.momentum, 1.0))  # n = step + 1
     teacher = ema.module
-    optimizers = data.Optimizers(student, args, lr_scale(args))
+    optimizers = data.Optimizers(student, args, lambda name: lr_scale(name, args))
     made_from = {"images": dataset.id}
     checkpoint = data.Checkpoint("tokenizer", args, parser.settings, run, made_from, student, ema,
                                  optimizers, others={"centering": centering})
