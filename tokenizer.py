@@ -5,8 +5,7 @@ The SEM turns the tokens h that it reads into L points on a simplex and back (pa
 (where each patch is read on its own: L / N positions a patch, out = Norm(mean over patches of W_out · p);
 with --colour-codes the last of them read which colours are in the patch, the others what is left without hue)
     code_l = argmax_v z_lv − its mean over training images (ours: without it few values are used)          (2)
-(or, with --nearest, the nearest of V means of z_l over training images, by k-means: what z_l tells apart, the
-code then does too)
+(or, with --nearest, the nearest of V means of z_l over training images, by k-means)
 Training (DINO on `out`, iBOT on masked patches, KoLeo spreads the batch; the teacher t averages the student
 s, k runs over the head's prototypes):
     loss = − Σ_k t_k log s_k over pairs of views + ibot · the same on masked patches                       (3)
@@ -107,10 +106,9 @@ class Block(nn.Module):
 
 
 def patch_embedding(patch, width, stem, channels=3):
-    """Module that embeds patches, (B, channels, S, S) → (B, D, S / patch, S / patch), with `stem` halving
-    convolutions before the projection, which help small images."""
+    """Embeds patches: (B, channels, S, S) → (B, D, S / patch, S / patch)."""
     layers = []
-    for k in range(stem):
+    for k in range(stem):  # halving convolutions: they help small images
         wider = 32 << k
         layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GroupNorm(1, wider), nn.GELU()]
         channels = wider
@@ -119,7 +117,7 @@ def patch_embedding(patch, width, stem, channels=3):
 
 
 LUMA = (0.299, 0.587, 0.114)
-YIQ = (LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # brightness and two axes of chroma, from RGB
+YIQ = (LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # brightness and two axes of chroma
 
 
 def luma(x):
@@ -129,8 +127,8 @@ def luma(x):
 
 
 def without_hue(x, patch):
-    """Images (B, 3, S, S) without their hues, (B, 2, S, S): how coloured a pixel is beside the most coloured
-    one of its patch, and how bright where it is grey."""
+    """Images (B, 3, S, S) without their hues, (B, 2, S, S): how coloured a pixel is beside the most
+    coloured one of its patch, and how bright where it is grey."""
     spread = x.amax(1, keepdim=True) - x.amin(1, keepdim=True)  # (B, 1, S, S), 0 where grey
     most = F.interpolate(F.max_pool2d(spread, patch), scale_factor=patch)
     coloured = spread / (most + 0.1)
@@ -164,8 +162,8 @@ def resize_positions(positions, side):
 
 
 class ViT(nn.Module):
-    """Vision transformer with registers, and the simplicial embedding of equation (1), codes = L, values =
-    V. The last `colour_codes` positions of each patch read its colours, the others see no hue."""
+    """Vision transformer with registers, and the simplicial embedding of equation (1). The last
+    `colour_codes` positions of each patch read its colours, the others see no hue."""
 
     def __init__(self, image_size, patch, width, depth, heads, codes, values, tau, sem_read, registers,
                  stem=0, attention=True, drop_path=0.0, layer_scale=1e-5, colour_codes=0, nearest=False):
@@ -208,8 +206,8 @@ class ViT(nn.Module):
             nn.init.normal_(p, std=0.02)
 
     def tokens(self, images, mask=None):
-        """CLS, R registers and patches (B, 1 + R + N, D), not normalised, and with colour positions N tokens
-        more, of the patches' colours: (B, 1 + R + 2N, D); mask (B, N) bool hides patches."""
+        """CLS, R registers and N patches (B, 1 + R + N, D), not normalised; with colour positions also the
+        patches' colours (B, 1 + R + 2N, D). mask (B, N) bool hides patches."""
         seen = without_hue(images, self.patch) if self.colour_codes else images
         x = self.patch_embed(seen).flatten(2).transpose(1, 2)  # (B, N, D)
         if mask is not None:
@@ -237,19 +235,18 @@ class ViT(nn.Module):
 
     def forward(self, images, mask=None, shown=None):
         """out (B, D) of equation (1) and the normalised patches (B, N, D), with colour positions (B, 2N, D).
-        shown (b, L / N) bool: which positions of a patch count, for each of b images in all its views."""
+        shown (b, L / N) bool: which positions of a patch count, in all views of b images."""
         x = self.tokens(images, mask)
         z = self.logits(x)
         p = (z.unflatten(-1, (-1, self.V)).float() / self.tau).softmax(-1)  # (B, reads, L / reads, V)
         if shown is not None:
             p = p * shown.repeat(len(p) // len(shown), 1)[:, None, :, None]  # (B, 1, L / N, 1)
-        out = self.sem_out(p.flatten(-2).to(z.dtype)).mean(1)  # (B, D); one read: the mean over it is itself
+        out = self.sem_out(p.flatten(-2).to(z.dtype)).mean(1)  # (B, D)
         return self.norm(out), self.norm(x[:, self.first_patch:])
 
     @torch.no_grad()
     def encode(self, images):
-        """Codes (B, L) long, equation (2), and features (B, D) of images (B, 3, S, S) in [-1, 1]: the
-        normalised CLS, or the mean of the normalised patches where the SEM reads those."""
+        """Codes (B, L) long, equation (2), and features (B, D): CLS or the mean patch, as the SEM reads."""
         x = self.tokens(images)
         z = self.logits(x).float().view(len(x), self.L, self.V)
         normal = self.norm(x).float()
@@ -277,16 +274,16 @@ class DINOHead(nn.Module):
 
 
 class Student(nn.Module):
-    """Backbone and head; the teacher is a copy of both. One call does all views: DDP allows one a step."""
+    """Backbone and head. One call does all views: DDP allows one a step."""
 
     def __init__(self, backbone, head):
         super().__init__()
         self.backbone, self.head = backbone, head
 
     def forward(self, global_crops, local_crops=None, mask=None, chosen=None, shown=None):
-        """global_crops (2B, 3, S, S), local_crops (locals · B, 3, s, s), mask (2B, N) bool, chosen (n,): rows
-        of the flattened (2B · N) patches, shown as in ViT → head outputs of all views (views · B, K), of the
-        chosen patches (n, K) or None, and out (2B, D) of the global crops."""
+        """global_crops (2B, 3, S, S), local_crops (locals · B, 3, s, s), mask (2B, N) bool, chosen (n,) of
+        2B · N patches, shown as in ViT → head outputs of all views (views · B, K) and of the chosen patches
+        (n, K) or None, and out (2B, D) of the global crops."""
         out, patches = self.backbone(global_crops, mask, shown)  # (2B, D), (2B, N, D)
         views = out
         if local_crops is not None:
@@ -298,14 +295,13 @@ class Student(nn.Module):
 # -------- views ----------------------------------------------------------------------------------------
 
 def view_sizes(args):
-    """[(size, scale), ...] of two global crops, then local ones; scale: share of the area, from and to."""
+    """[(size, share of the area from and to), ...] of two global crops, then local ones."""
     return [(args.global_size, args.global_scale)] * 2 + [(args.local_size, args.local_scale)] * args.locals
 
 
 def crop_boxes(u, scale, ratio, aspect=1.0):
-    """Boxes of random resized crops from u (..., 5) uniform, for images whose width / height is `aspect`.
-    scale as in view_sizes; ratio: smallest width / height, the largest is its inverse. Returns centre x, y in
-    [-1, 1], width and height as shares of the image's, and whether to mirror: each (...)."""
+    """Random resized crops, from u (..., 5) uniform: centre x, y in [-1, 1], width and height as shares of
+    the image's, and whether to mirror, each (...). ratio: least width / height; aspect: the image's."""
     area = scale[0] + (scale[1] - scale[0]) * u[..., 0]
     relative = torch.exp((2 * u[..., 1] - 1) * math.log(ratio)) / aspect  # width / height, in shares
     width = (area * relative).sqrt().clamp(max=1)
@@ -316,8 +312,8 @@ def crop_boxes(u, scale, ratio, aspect=1.0):
 
 
 def read_crops(path, u, views, ratio, flip=True):
-    """Random resized crops of an image file, cut from the whole of it: u (views, 5) uniform, views as
-    view_sizes, flip: some mirrored → [(3, size, size) uint8, ...]. Raises as data.open_image."""
+    """Random resized crops of an image file, [(3, size, size) uint8, ...], from u (views, 5) uniform, views
+    as view_sizes; flip: some mirrored. Raises as data.open_image."""
     def boxes(w, h):
         return [crop_boxes(u_k, scale, ratio, w / h) for u_k, (_, scale) in zip(u, views)]
 
@@ -350,8 +346,7 @@ def random_crops(images, size, scale, ratio, part):
 
 
 def colour_jitter(x, jitter, part):
-    """Change brightness, contrast, saturation and hue of images (B, 3, S, S) in [0, 1], each by at most its
-    entry of `jitter`."""
+    """Change brightness, contrast, saturation, hue of (B, 3, S, S) in [0, 1]."""
     factors = (1 + (2 * part.uniform(1, 1, 1) - 1) * most for most in jitter)  # 4 × (B, 1, 1, 1)
     brightness, contrast, saturation, turn = factors
     y = (x * brightness).clamp(0, 1)
@@ -385,8 +380,7 @@ def blur(x, part):
 
 
 def colour_augment(images, view, args, part):
-    """Colour jitter, grey, blur and solarisation of images (B, 3, S, S) in [-1, 1], each with the probability
-    that it has in this view (a place in view_sizes); what has none costs nothing."""
+    """Jitter, grey, blur and solarise (B, 3, S, S) in [-1, 1], as likely as in this view."""
     def chosen(probability):
         return part.uniform(1, 1, 1) < probability  # (B, 1, 1, 1)
 
@@ -404,8 +398,8 @@ def colour_augment(images, view, args, part):
 
 
 def make_views(images, args, part):
-    """The views of view_sizes, a list of (b, 3, size, size) in [-1, 1], from images (b, 3, S, S) uint8, or
-    from a list of their crops (b, 3, size, size) uint8, of read_crops."""
+    """The views of view_sizes, [(b, 3, size, size), ...] in [-1, 1], of images (b, 3, S, S) uint8, or of
+    [(b, 3, size, size), ...] uint8 that read_crops has cut from them."""
     views = []
     for view, (size, scale) in enumerate(view_sizes(args)):
         if torch.is_tensor(images):
@@ -420,9 +414,8 @@ BLOCKS = 16  # rectangles that a mask is made of, at most
 
 
 def mask_counts(patches, batch_size, seed, step):
-    """How many of its patches each of the two global crops of an image hides in iBOT: one of them none, the
-    other from 10 to 50 %, evenly spread over the batch, in an order that follows from (seed, step): (2,
-    batch_size) long, on the CPU."""
+    """How many patches iBOT hides of each image: of one global crop none, of the other 10 to 50 %, evenly
+    spread over the batch. (2, batch_size) long, on the CPU."""
     order = torch.Generator().manual_seed(data.mix_seed(seed, step, "masks"))
     share = 0.1 + 0.4 * (torch.randperm(batch_size, generator=order) + 0.5) / batch_size
     counts = (share * patches).round().long().clamp(min=1)
@@ -432,9 +425,8 @@ def mask_counts(patches, batch_size, seed, step):
 
 def draw_masks(args, part, step):
     """What iBOT hides of the N = side² patches of the two global crops: (2b, N) bool, and where that is in
-    the flattened masks, (n,). Of a crop, mask_counts patches: those of one rectangle after the other, of the
-    last some in no order. A rectangle has 4 patches to a third of the image, width / height from 0.3 to
-    1 / 0.3 (BEiT)."""
+    the flattened masks, (n,). Rectangles (BEiT) are hidden one after the other, of the last one some patches,
+    until they are as many as mask_counts says."""
     side = args.global_size // args.patch
     counts = mask_counts(side ** 2, args.batch_size, args.seed, step)[:, part.whole].flatten()  # (2b,)
     u = torch.cat([part.uniform(BLOCKS, 4) for _ in range(2)])  # (2b, BLOCKS, 4)
@@ -454,12 +446,12 @@ def draw_masks(args, part, step):
     first = covers.float().argmax(1).flatten(1)  # (2b, N), the rectangle that covers a patch first
     rank = (first + ties).argsort(1).argsort(1)
     mask = rank < counts.to(u.device)[:, None]
-    return mask, torch.nonzero_static(mask.flatten(), size=int(counts.sum()))[:, 0]  # no wait for the device
+    hidden = int(counts.sum())  # known without asking the device
+    return mask, torch.nonzero_static(mask.flatten(), size=hidden)[:, 0]
 
 
 def draw_shown(args, part):
-    """Which of the positions of a patch count for each image: all, or in a share --alone of the images those
-    of form alone, in another those of colour: (b, L / N) bool."""
+    """Which positions of a patch count: all, or of --alone one kind. (b, L / N) bool."""
     per_patch = args.codes // (args.global_size // args.patch) ** 2
     colour = torch.arange(per_patch, device=part.device) >= per_patch - args.colour_codes
     u = part.uniform(1)  # (b, 1)
@@ -469,7 +461,7 @@ def draw_shown(args, part):
 # -------- loss -----------------------------------------------------------------------------------------
 
 def over_processes(x, operation=dist.ReduceOp.SUM):
-    """The sum of a tensor over processes, or what else `operation` says, in place, without gradient."""
+    """Sum, or another `operation`, of a tensor over processes, in place, without gradient."""
     if dist.is_initialized():
         dist.all_reduce(x, operation)
     return x
@@ -477,8 +469,7 @@ def over_processes(x, operation=dist.ReduceOp.SUM):
 
 @torch.no_grad()
 def sinkhorn(logits, temperature, iterations=3):
-    """Teacher targets (n, K) from logits (n, K), with all prototypes used equally often in the batch of all
-    processes (SwAV, DINOv2)."""
+    """Teacher targets (n, K) from logits (n, K), all prototypes used equally often (SwAV)."""
     logits = logits.float() / temperature
     q = torch.exp(logits - over_processes(logits.max(), dist.ReduceOp.MAX))  # (n, K)
     for _ in range(iterations):
@@ -512,16 +503,14 @@ def cross_entropy(targets, logits, temperature):
 
 
 def dino_loss(targets, logits, temperature):
-    """Mean over pairs of a teacher's global view i and another view j of the student: targets (2, B, K),
-    logits (views, B, K)."""
+    """Mean over pairs of a teacher's view (2, B, K) and another of the student (views, B, K)."""
     pairs = [cross_entropy(targets[i], logits[j], temperature).mean()
              for i in range(2) for j in range(len(logits)) if i != j]
     return sum(pairs) / len(pairs)
 
 
 def koleo_loss(x):
-    """− mean log distance to the nearest neighbour on the unit sphere (Sablayrolles et al. 2019), over the
-    x (B, D) of all processes."""
+    """− mean log distance of x (B, D) to the nearest on the sphere (Sablayrolles et al. 2019)."""
     x = F.normalize(x.float(), dim=-1, eps=1e-8)
     if dist.is_initialized():
         x = torch.cat(dist_nn.all_gather(x))
@@ -574,7 +563,7 @@ def build_student(config):
     """The student of a dict of settings (a checkpoint's config)."""
     keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "registers", "stem",
             "attention", "drop_path", "layer_scale", "colour_codes", "nearest")
-    given = {key: config[key] for key in keys if key in config}  # an earlier version has not the last two
+    given = {key: config[key] for key in keys if key in config}  # earlier ones lack two
     backbone = ViT(config["global_size"], **given)
     backbone.mask_token.requires_grad_(config["ibot"] > 0)  # DDP waits for every gradient
     head = DINOHead(config["width"], config["head_hidden"], config["bottleneck"], config["prototypes"])
@@ -593,7 +582,7 @@ def load_tokenizer(args, device):
 
 
 def to_input(images, backbone, run):
-    """Bytes (B, 3, S, S) → what the ViT takes: in [-1, 1], on the device, of the size it was trained on."""
+    """Bytes (B, 3, S, S) → what the ViT takes: in [-1, 1], of the size it was trained on."""
     x = data.from_bytes(images.to(run.device))
     if x.shape[-1] == backbone.image_size:
         return x
@@ -607,8 +596,7 @@ def encode_images(backbone, images, run):
 
 
 def k_means(z, count, rounds=25):
-    """`count` means (L, count, V) of points z (L, n, V) at each of L positions, by k-means++ and Lloyd's
-    rounds, always the same."""
+    """Means (L, count, V) of z (L, n, V) at each position: k-means++, Lloyd, always the same."""
     rng = torch.Generator().manual_seed(0)
     means = z[:, :1]
     for _ in range(count - 1):  # the next one is a point far from all so far
@@ -624,8 +612,7 @@ def k_means(z, count, rounds=25):
 
 @torch.no_grad()
 def fit_codes(backbone, dataset, run, most=4000):
-    """Set the mean of z (L, V), over `most` training images, that equation (2) subtracts: each value is then
-    chosen where it is unusually likely. And where codes are the nearest of V means, these."""
+    """Set the mean of z (L, V) over `most` training images, and with --nearest its V means."""
     rows = torch.as_tensor(np.random.default_rng(0).permutation(dataset.splits["train"])[:most])
     kept = []
     for chunk in rows.split(500):
@@ -638,9 +625,9 @@ def fit_codes(backbone, dataset, run, most=4000):
 
 
 def linear_probe(x, y, sizes, values=None):
-    """Fit a linear softmax classifier of each factor by L-BFGS: x (n, d) features, or, with `values`, codes
-    (n, L) long, which stand for their one-hot vectors (n, L · values) without these being made; y (n,
-    factors) long, sizes: values a factor. Returns a function x → predictions (n, factors)."""
+    """Fit a linear softmax classifier of each factor by L-BFGS to features x (n, d), or to codes (n, L) long
+    of so many `values`, as one-hot vectors that are never made. y (n, factors) long; sizes: values a factor.
+    Returns a function x → predictions (n, factors)."""
     if values:
         first = torch.arange(x.shape[1], device=x.device) * values  # of each position
         mean = torch.bincount((x + first).flatten(), minlength=len(first) * values) / len(x)
@@ -668,8 +655,8 @@ def linear_probe(x, y, sizes, values=None):
 
 
 def report(dataset, codes, features, values, run, most=10_000):
-    """What the tokenizer is judged by: how many values train uses, how evenly, and the accuracy of linear
-    probes on the other splits, on up to `most` images each. codes (N, 2, L) unsigned, features (N, D)."""
+    """What the tokenizer is judged by: the use of values in train, and the accuracy of linear probes on up
+    to `most` images of each other split. codes (N, 2, L) unsigned, features (N, D)."""
     train = dataset.splits["train"]
     train_codes = codes[train.start:train.stop, 0]  # (n, L)
     counts = [torch.bincount(position.long(), minlength=values) for position in train_codes.T]
@@ -702,8 +689,7 @@ def report(dataset, codes, features, values, run, most=10_000):
 
 
 def write_codes(backbone, dataset, run, args, made_from, batch=500):
-    """Encode the dataset into OUT/<dataset>/codes.pt, with its report, unless that is made from these ids
-    already; where this was stopped before, it goes on."""
+    """Encode the dataset into OUT/<dataset>/codes.pt, with its report, or go on with that."""
     path = run.folder / "codes.pt"
     if data.is_made_from(path, "codes", made_from):
         return
@@ -742,9 +728,8 @@ NAMES = {  # of transformers' Dinov2WithRegisters, and of DINOv2's release, whic
 
 
 def backbone_weights(path):
-    """Weights by the names of ViT from those of a DINOv2 with registers, under its own names or
-    transformers', with a simplicial embedding or without. It sees pixels normalised with the mean and
-    deviation below, our ViT pixels in [-1, 1]: the difference goes into the patch projection."""
+    """Weights for ViT from those of a DINOv2 with registers, by its own names or transformers'. It sees
+    pixels normalised as below, ours are in [-1, 1]: the difference goes into the patch projection."""
     theirs = data.read_weights(path)
     with data.reading(path, "expected a DINOv2 with registers"):
         state = {}
@@ -768,7 +753,7 @@ def backbone_weights(path):
 
 
 def load_init(backbone, path):
-    """Start from a DINOv2 with registers of any image size, and its simplicial embedding if it has one."""
+    """Start from a DINOv2 with registers, with or without a simplicial embedding."""
     state = backbone_weights(path)
     with data.reading(path, "expected a DINOv2 with registers, of the sizes that the flags set"):
         own = {name: x for name, x in backbone.state_dict().items() if name.startswith("sem_")}
@@ -777,7 +762,7 @@ def load_init(backbone, path):
 
 
 def load_release(folder, codes, values, device):
-    """The authors' encoder, ready to encode images of 16 × 16 patches (224 pixels), at which they read it."""
+    """The authors' encoder, for images of 16 × 16 patches (224 pixels), at which they read it."""
     state = backbone_weights(folder)
     with data.reading(folder, "expected the authors' encoder, a DINOv2 with registers and sem_ weights"):
         width, _, _, patch = state["patch_embed.proj.weight"].shape
@@ -797,75 +782,73 @@ def load_release(folder, codes, values, device):
 # -------- training -------------------------------------------------------------------------------------
 
 def lr_scale(name, args):
-    """What the learning rate of a parameter is multiplied by: --layer-decay for each layer from it to the
-    head, --patch-lr on patches."""
+    """Factor on the learning rate of a parameter: --layer-decay for each layer above it."""
     name = name.removeprefix("backbone.")
-    above = 0  # layers from it to the head
+    above = 0
     if name.startswith("blocks."):
         above = args.depth - int(name.split(".")[1])
     elif name.startswith(("patch_embed", "pos_embed", "cls_token", "mask_token", "register_tokens")):
         above = args.depth + 1
-    patches = args.patch_lr if name.startswith("patch_embed") else 1.0
-    return args.layer_decay ** above * patches
+    of_patches = args.patch_lr if name.startswith("patch_embed") else 1.0
+    return args.layer_decay ** above * of_patches
 
 
 def add_flags(parser):
     """The tokenizer's own flags; the defaults are the shapes values."""
     add = parser.add_argument_group("model").add_argument
-    add("--patch", type=data.positive, default=8, help="patch side in pixels")
-    add("--width", type=data.positive, default=128, help="D, width of the tokens")
+    add("--patch", type=data.positive, default=8, help="side in pixels")
+    add("--width", type=data.positive, default=128, help="D, of the tokens")
     add("--depth", type=data.positive, default=2, help="transformer blocks")
-    add("--heads", type=data.positive, default=2, help="of the attention")
+    add("--heads", type=data.positive, default=2)
     add("--attention", action=argparse.BooleanOptionalAction, default=False,
         help="patches attend to each other; without it an MLP sees each token alone")
     add("--stem", type=data.number(0, 30, int), default=2, help="halving convolutions before the patches")
-    add("--layer-scale", type=data.number(), default=1.0, help="start of the gains on residual branches")
-    add("--drop-path", type=data.fraction, default=0.0, help="probability of dropping a residual branch")
-    add("--codes", type=data.positive, default=64, help="L, code positions")
-    add("--values", type=data.number(2, 65_535, int), default=8, help="V, values per position")
-    add("--tau", type=data.above_zero, default=1.0, help="temperature of the SEM's softmax in training")
-    add("--registers", type=data.count, default=0, help="register tokens beside CLS")
+    add("--layer-scale", type=data.number(), default=1.0, help="first gain of residual branches")
+    add("--drop-path", type=data.fraction, default=0.0, help="probability of dropping a branch")
+    add("--codes", type=data.positive, default=64, help="L, positions")
+    add("--values", type=data.number(2, 65_535, int), default=8, help="V, per position")
+    add("--tau", type=data.above_zero, default=1.0, help="temperature of the SEM's softmax")
+    add("--registers", type=data.count, default=0, help="tokens beside CLS")
     add("--sem-read", choices=("registers", "patches"), default="patches",
-        help="what the SEM reads: CLS and registers together (the paper), or each patch its own positions")
-    add("--colour-codes", type=data.count, default=0, help="positions of a patch that read its colours alone")
+        help="CLS and registers together (the paper), or each patch into positions of its own")
+    add("--colour-codes", type=data.count, default=0, help="positions of a patch that read its colours")
     add("--centre-codes", action=argparse.BooleanOptionalAction, default=True,
         help="subtract the mean of z in equation (2); the paper does not")
-    add("--nearest", action="store_true", help="a code is the nearest of V means of z, not the largest value")
+    add("--nearest", action="store_true", help="a code is the nearest of V means of z")
     add = parser.add_argument_group("schedules").add_argument
-    add("--weight-decay-final", type=data.non_negative, help="weight decay at the end, by a cosine")
-    add("--layer-decay", type=data.fraction, default=1.0, help="learning rate of a block over the next one's")
-    add("--patch-lr", type=data.fraction, default=1.0, help="factor on the patch projection's learning rate")
+    add("--weight-decay-final", type=data.non_negative, help="at the end, by a cosine")
+    add("--layer-decay", type=data.fraction, default=1.0, help="a block's learning rate over the next one's")
+    add("--patch-lr", type=data.fraction, default=1.0, help="factor on the learning rate of patches")
     add = parser.add_argument_group("loss").add_argument
     add("--head-hidden", type=data.positive, default=512, help="hidden width of the DINO head")
     add("--bottleneck", type=data.positive, default=128, help="output width of the DINO head")
-    add("--prototypes", type=data.positive, default=512, help="K, prototypes of the DINO head")
-    add("--student-temperature", type=data.above_zero, default=0.1, help="of the student's softmax")
-    add("--teacher-temperature", type=data.above_zero, default=0.02, help="of the teacher's softmax")
-    add("--teacher-warmup", type=data.count, default=0, help="steps in which that rises from --teacher-start")
+    add("--prototypes", type=data.positive, default=512, help="K, of the DINO head")
+    add("--student-temperature", type=data.above_zero, default=0.1, help="of its softmax")
+    add("--teacher-temperature", type=data.above_zero, default=0.02, help="of its softmax")
+    add("--teacher-warmup", type=data.count, default=0, help="steps to that from --teacher-start")
     add("--teacher-start", type=data.above_zero, default=0.04, help="see --teacher-warmup")
     add("--centering", choices=("sinkhorn", "centre"), default="sinkhorn",
         help="how the teacher's targets are kept from collapsing")
     add("--momentum", type=data.fraction, default=0.98, help="of the teacher, rising to 1 by a cosine")
-    add("--ibot", type=data.non_negative, default=0.0, help="weight of the masked-patch loss; 0: none")
-    add("--koleo", type=data.non_negative, default=0.5, help="weight of KoLeo")
+    add("--ibot", type=data.non_negative, default=0.0, help="weight of the loss on masked patches")
+    add("--koleo", type=data.non_negative, default=0.5, help="weight of that term")
     add("--alone", type=data.number(0, 0.5), default=0.25,
         help="--colour-codes: share of the images that train form alone, and as many colour alone")
     add = parser.add_argument_group("views").add_argument
     share = data.number(1e-3, 1)
-    add("--global-size", type=data.positive,
-        help="side of global crops in pixels (shapes and folder: --image-size, else 32)")
+    add("--global-size", type=data.positive, help="in pixels (shapes, folder: --image-size, else 32)")
     add("--global-scale", type=share, nargs=2, default=[0.6, 1.0], help="share of the area, from, to")
     add("--ratio", type=share, default=0.9, help="smallest width / height; largest: 1 / RATIO")
-    add("--locals", type=data.count, default=0, help="local crops per image")
-    add("--local-size", type=data.positive, default=16, help="side of local crops in pixels")
+    add("--locals", type=data.count, default=0, help="local crops an image")
+    add("--local-size", type=data.positive, default=16, help="in pixels")
     add("--local-scale", type=share, nargs=2, default=[0.2, 0.5], help="share of the area, from, to")
     add("--jitter", type=data.fraction, nargs=4, default=[0.15, 0.15, 0.0, 0.0],
         help="brightness, contrast, saturation, hue: largest change")
-    add("--jitter-p", type=data.fraction, default=0.8, help="probability of the jitter")
-    add("--grey", type=data.fraction, default=0.0, help="probability of grey")
+    add("--jitter-p", type=data.fraction, default=0.8, help="its probability")
+    add("--grey", type=data.fraction, default=0.0, help="its probability")
     add("--blur", type=data.fraction, nargs=3, default=[0.0] * 3, metavar=("FIRST", "SECOND", "LOCALS"),
-        help="probability of blur, on each global crop and on local ones")
-    add("--solarise", type=data.fraction, default=0.0, help="probability of it, on the second global crop")
+        help="its probability on each global crop and on local ones")
+    add("--solarise", type=data.fraction, default=0.0, help="its probability, second global crop")
     add = parser.add_argument_group("start of the run").add_argument
     add("--init", metavar="PATH", help="start from DINOv2's weights, or the authors' encoder")
 
@@ -904,7 +887,8 @@ def parse(argv=None):
     add_flags(parser)
     data.add_training_flags(parser, steps=760, batch_size=256, lr=2e-3, lr_matrix=0.0, warmup=40)
     args = data.parse(parser, PRESETS, argv)
-    args.global_size = args.global_size or (args.image_size if args.dataset in ("shapes", "folder") else 32)
+    if args.global_size is None:
+        args.global_size = args.image_size if args.dataset in ("shapes", "folder") else 32
     check_flags(parser, args)
     return parser, args
 

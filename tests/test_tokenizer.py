@@ -202,13 +202,12 @@ def test_parity_with_transformers(tmp_path, size):
     assert_same_tokens(lambda x: ours.norm(ours.tokens(x)), lambda x: theirs(x).last_hidden_state, size)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"extra": torch.zeros(1)}, "has extra"), ({"norm.bias": 3}, "tensors by name"),
-    ({"cls_token": torch.zeros(1, 1, 7)}, r"cls_token is \(1, 1, 7\), expected \(1, 1, 32\)")])
-def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, words):
-    torch.save(vit().state_dict() | change, tmp_path / "weights.pth")
-    with pytest.raises(SystemExit, match=f"^error: [^\n]*weights.pth[^\n]*{words}"):
-        tokenizer.load_init(vit(), tmp_path / "weights.pth")
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(vit().state_dict() | {"cls_token": torch.zeros(1, 1, 7)}, path)
+    words = r"weights.pth: cls_token is \(1, 1, 7\), expected \(1, 1, 32\)"
+    with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}"):
+        tokenizer.load_init(vit(), path)
 
 
 # --- views ------------------------------------------------------------------------------------------------
@@ -348,20 +347,16 @@ def test_the_loss_falls_and_reaches_every_weight(run, flags):
     images = data.draw_shapes(*data.shapes_labels("train", 8)[:2])
     optimizer = torch.optim.Adam(student.parameters(), 3e-3)
     losses = []
-    for step in range(15):
-        loss, parts = tokenizer.step_loss(student, teacher, centering, images, part(8), args, run, step=0)
+    for _ in range(15):
+        loss, _ = tokenizer.step_loss(student, teacher, centering, images, part(8), args, run, step=0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        if step == 0:
-            idle = {name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()}
-    expected = parts["dino"] + args.koleo * parts["koleo"] + args.ibot * parts.get("ibot", 0)
-    assert torch.allclose(loss, expected) and ("ibot" in parts) == (args.ibot > 0)
-    idle -= {"backbone.mask_token"} if args.ibot == 0 else set()
-    idle -= {"backbone.register_tokens"} if args.registers == 0 else set()
-    idle -= {"backbone.cls_token"} if not args.attention else set()
-    assert all(name.endswith("qkv.bias") for name in idle), idle  # of the keys: no effect
+    idle = {name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()}
+    unused = {"backbone.mask_token": args.ibot == 0, "backbone.cls_token": not args.attention,
+              "backbone.register_tokens": args.registers == 0}
+    assert idle == {name for name, holds in unused.items() if holds}
     assert args.centering == "centre" or losses[-1] < losses[0] - 0.05  # a moving centre moves the target
 
 
@@ -371,17 +366,16 @@ def test_probes_find_what_is_there_and_nothing_else(run):
     labels = torch.randint(0, 4, (900, 2), generator=torch.Generator().manual_seed(0))
     codes = torch.randint(0, 4, (900, 2, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     codes[:, 0, 2] = labels[:, 0]  # factor a is value 2 of the code, factor b is nowhere
+    codes[:, :, 0] = 0
     features = torch.cat([F.one_hot(labels[:, 0], 4) * 3, torch.randn(900, 4)], 1).half()
     splits = {"train": range(0, 600), "test": range(600, 900)}
-    factors = {"a": list("0123"), "b": list("0123")}
+    factors = {"a": "0123", "b": "0123"}
     dataset = data.Dataset("toy", None, labels, factors, splits, [], source=None)
     result = tokenizer.report(dataset, codes, features, 4, run)
     for name in ("linear on codes, test", "linear on features, test"):
         assert result[name]["a"] > 0.9 and result[name]["b"] < 0.4, name
-    assert result["values used"] == 1 and abs(result["entropy per position"] - 2) < 0.02
-    codes[:, :, 0] = 0
-    result = tokenizer.report(dataset, codes, features, 4, run)
     assert result["lowest entropy"] == 0 and result["values used"] == 21 / 24
+    assert result["entropy per position"] == pytest.approx(2 * 5 / 6, abs=0.02)
 
 
 def test_centred_codes_use_values_that_a_constant_preference_would_hide(run):
