@@ -108,9 +108,10 @@ class Block(nn.Module):
 def patch_embedding(patch, width, stem, channels=3):
     """Embeds patches: (B, channels, S, S) → (B, D, S / patch, S / patch)."""
     layers = []
-    for k in range(stem):  # halving convolutions: they help small images
+    for k in range(stem):  # these help small images
         wider = 32 << k
-        layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GroupNorm(1, wider), nn.GELU()]
+        halving = nn.Conv2d(channels, wider, 3, stride=2, padding=1)
+        layers += [halving, nn.GroupNorm(1, wider), nn.GELU()]
         channels = wider
     proj = nn.Conv2d(channels, width, patch >> stem, stride=patch >> stem)
     return nn.Sequential(OrderedDict(stem=nn.Sequential(*layers), proj=proj))
@@ -264,8 +265,10 @@ class DINOHead(nn.Module):
 
     def __init__(self, width, hidden, bottleneck, prototypes):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                 nn.Linear(hidden, bottleneck))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(),
+            nn.Linear(hidden, hidden), nn.GELU(),
+            nn.Linear(hidden, bottleneck))
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck) * bottleneck ** -0.5)
 
     def forward(self, x):
@@ -280,16 +283,16 @@ class Student(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, global_crops, local_crops=None, mask=None, chosen=None, shown=None):
-        """global_crops (2B, 3, S, S), local_crops (locals · B, 3, s, s), mask (2B, N) bool, chosen (n,) of
-        2B · N patches, shown as in ViT → head outputs of all views (views · B, K) and of the chosen patches
-        (n, K) or None, and out (2B, D) of the global crops."""
-        out, patches = self.backbone(global_crops, mask, shown)  # (2B, D), (2B, N, D)
-        views = out
-        if local_crops is not None:
-            views = torch.cat([out, self.backbone(local_crops, shown=shown)[0]])
+    def forward(self, views, mask=None, chosen=None, shown=None):
+        """views [(B, 3, size, size), ...], two global crops first, mask (2B, N) bool on these, chosen (n,) of
+        their 2B · N patches, shown as in ViT → head outputs of all views (views · B, K) and of the chosen
+        patches (n, K) or None, and out (2B, D) of the global crops."""
+        out, patches = self.backbone(torch.cat(views[:2]), mask, shown)  # (2B, D), (2B, N, D)
+        of_views = out
+        if len(views) > 2:
+            of_views = torch.cat([out, self.backbone(torch.cat(views[2:]), shown=shown)[0]])
         of_chosen = None if chosen is None else self.head(patches.flatten(0, 1)[chosen])
-        return self.head(views), of_chosen, out
+        return self.head(of_views), of_chosen, out
 
 
 # -------- views ----------------------------------------------------------------------------------------
@@ -441,9 +444,10 @@ def draw_masks(args, part, step):
     grid = (torch.arange(side, device=u.device) + 0.5) / side
     across = (grid - left - width / 2).abs() <= width / 2  # (2b, BLOCKS, 1, side)
     down = (grid[:, None] - top - height / 2).abs() <= height / 2  # (2b, BLOCKS, side, 1)
-    everywhere = torch.ones(len(u), 1, side, side, dtype=torch.bool, device=u.device)  # after all rectangles
-    covers = torch.cat([across & down, everywhere], 1)  # (2b, BLOCKS + 1, side, side)
-    first = covers.float().argmax(1).flatten(1)  # (2b, N), the rectangle that covers a patch first
+    covers = across & down  # (2b, BLOCKS, side, side)
+    everywhere = torch.ones_like(covers[:, :1])  # after all rectangles
+    covers = torch.cat([covers, everywhere], 1)
+    first = covers.float().argmax(1).flatten(1)  # (2b, N), the first that covers a patch
     rank = (first + ties).argsort(1).argsort(1)
     mask = rank < counts.to(u.device)[:, None]
     hidden = int(counts.sum())  # known without asking the device
@@ -534,14 +538,12 @@ def step_loss(student, teacher, centering, images, part, args, run, step):
 
     views = make_views(images, args, part)
     b = len(views[0])
-    global_crops = torch.cat(views[:2])  # (2b, 3, S, S)
-    local_crops = torch.cat(views[2:]) if args.locals else None  # (locals · b, 3, s, s)
     mask, chosen = draw_masks(args, part, step) if args.ibot > 0 else (None, None)  # (2b, N), (n,)
     shown = draw_shown(args, part) if args.colour_codes else None  # (b, L / N)
     with run.autocast():
         with torch.no_grad():
-            t_views, t_patches, _ = teacher(global_crops, chosen=chosen, shown=shown)
-        s_views, s_patches, out = student(global_crops, local_crops, mask, chosen, shown)
+            t_views, t_patches, _ = teacher(views[:2], chosen=chosen, shown=shown)
+        s_views, s_patches, out = student(views, mask, chosen, shown)
 
     targets = targets_of(t_views, "views").unflatten(0, (2, b))  # (2, b, K)
     dino = dino_loss(targets, s_views.unflatten(0, (-1, b)), args.student_temperature)
@@ -764,7 +766,7 @@ def load_init(backbone, path):
 def load_release(folder, codes, values, device):
     """The authors' encoder, for images of 16 × 16 patches (224 pixels), at which they read it."""
     state = backbone_weights(folder)
-    with data.reading(folder, "expected the authors' encoder, a DINOv2 with registers and sem_ weights"):
+    with data.reading(folder, "expected the authors' encoder with its sem_ weights"):
         width, _, _, patch = state["patch_embed.proj.weight"].shape
         side = math.isqrt(state["pos_embed"].shape[1] - 1)
         depth = len([name for name in state if name.endswith("norm1.weight")])
@@ -924,11 +926,11 @@ def main(argv=None, dataset=None):
 
     for step in steps:
         images = next(batches)  # of this process; of files the crops
-        [part] = data.batch_parts(step, train_rows, args, run, wrapped)  # one: see check_flags, accumulate
+        [part] = data.batch_parts(step, train_rows, args, run, wrapped)  # one, no --accumulate
         loss, terms = step_loss(wrapped, teacher, centering, images, part, args, run, step)
         loss = run.average(part.backward(loss))
         decay = data.cosine(step, args.steps, args.weight_decay, last_decay)
-        norm = optimizers.step(step, loss, decay)  # stops where the loss or a gradient is not finite
+        norm = optimizers.step(step, loss, decay)  # stops where not finite
         ema.update_parameters(student)
         steps.show(loss=loss, norm=norm, **terms)
         if step + 1 == args.steps and (args.centre_codes or args.nearest):
@@ -939,8 +941,8 @@ def main(argv=None, dataset=None):
         found = data.read(run.folder / "codes.pt", "codes", only="codes")["report"]
         data.print_figures(found)
         if found["entropy per position"] < 0.1:  # bits
-            print("note: all images have nearly the same code, the tokenizer has collapsed; train it with "
-                  f"--restart and a lower --lr, or bring more images ({parser.remedy})", file=sys.stderr)
+            print("note: all images have nearly the same code; train the tokenizer with --restart and a "
+                  f"lower --lr, or bring more images ({parser.remedy})", file=sys.stderr)
     run.wait()
 
 

@@ -21,11 +21,10 @@ def vit(read="registers", **change):
     return tokenizer.ViT(**settings | change).requires_grad_(False).eval()
 
 
-def parsed(*flags):
-    """Settings as from the flags of the tokenizer, tiny."""
-    sizes = "--width 32 --depth 2 --codes 16 --values 4 --prototypes 24 --head-hidden 16 --bottleneck 8"
-    usual = f"--steps 4 --batch-size 8 --lr 1e-3 --warmup 0 --attention {sizes}"
-    return tokenizer.parse([*usual.split(), *flags])[1]
+def parsed(flags):
+    """Settings as from the flags of a tiny tokenizer and these."""
+    sizes = "--width 32 --codes 16 --values 4 --prototypes 24 --head-hidden 16 --bottleneck 8"
+    return tokenizer.parse(f"--batch-size 8 --attention {sizes} {flags}".split())[1]
 
 
 # --- ViT and simplicial embedding -------------------------------------------------------------------------
@@ -219,14 +218,16 @@ def test_crops_are_what_their_boxes_say(tmp_path, from_file):
     y, x = np.mgrid[:h, :w]
     pixels = np.stack([x * 255 / (w - 1), y * 255 / (h - 1), x * 0], -1).round().astype(np.uint8)
     u = part(40).uniform(5)
+    scale, ratio = (0.1, 1.0), 0.75
     if from_file:
         Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=100, subsampling=0)
-        crops = torch.stack(tokenizer.read_crops(tmp_path / "a.jpg", u, [(48, (0.1, 1.0))] * 40, 0.75)) / 255
+        crops = tokenizer.read_crops(tmp_path / "a.jpg", u, [(48, scale)] * 40, ratio)
     else:
-        image = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
-        crops = (tokenizer.random_crops(image.expand(40, -1, -1, -1), 48, (0.1, 1.0), 0.75, part(40)) + 1) / 2
+        images = torch.from_numpy(pixels).permute(2, 0, 1).expand(40, -1, -1, -1)
+        crops = tokenizer.random_crops(images.float(), 48, scale, ratio, part(40))
     for row, crop in zip(u, crops):
-        cx, cy, width, height, mirror = tokenizer.crop_boxes(row, (0.1, 1.0), 0.75, w / h)
+        crop = crop / 255
+        cx, cy, width, height, mirror = tokenizer.crop_boxes(row, scale, ratio, w / h)
         assert 0.74 < width * w / (height * h) < 1.35 or 1 in (width, height)
         assert 0.099 <= width * height <= 1.001
         crop = crop.flip(2) if mirror else crop
@@ -261,11 +262,12 @@ def test_colour_augmentation_does_what_its_probabilities_say():
 
 def test_masks_hide_blocks_of_half_of_the_crops_from_a_tenth_to_a_half_of_each():
     counts = tokenizer.mask_counts(256, 32, seed=0, step=3)  # (2, 32)
-    assert ((counts == 0).sum(0) == 1).all() and 5 < (counts[0] > 0).sum() < 27  # of each image one crop
+    assert ((counts == 0).sum(0) == 1).all()  # of each image one crop
+    assert 5 < (counts[0] > 0).sum() < 27
     masked = counts.sum(0).sort().values / 256
     assert torch.allclose(masked, 0.1 + 0.4 * (torch.arange(32) + 0.5) / 32, atol=1 / 256)
     assert not torch.equal(tokenizer.mask_counts(256, 32, 0, 4), counts)
-    args = parsed("--ibot", "1", "--batch-size", "640", "--global-size", "128", "--codes", "256")
+    args = parsed("--ibot 1 --batch-size 640 --global-size 128 --codes 256")
     masks, chosen = tokenizer.draw_masks(args, part(640), step=3)
     assert torch.equal(masks.sum(1), tokenizer.mask_counts(256, 640, 0, 3).flatten())
     assert torch.equal(chosen, masks.flatten().nonzero()[:, 0])
@@ -310,10 +312,10 @@ def test_koleo_is_minus_the_mean_log_distance_to_the_nearest():
 def test_the_terms_of_the_loss_are_weighted_as_in_dinov2(run):
     """Where all prototypes are equally likely, a view costs log K: DINO is a mean over pairs of views, iBOT a
     sum over masked crops divided by all crops, half of which are masked; KoLeo a sum over both crops."""
-    args = parsed("--attention", "--ibot", "1", "--koleo", "1", "--batch-size", "8", "--global-size", "32")
+    args = parsed("--attention --ibot 1 --koleo 1 --batch-size 8 --global-size 32")
     out = torch.randn(16, 5)
 
-    def network(crops, local_crops=None, mask=None, chosen=None, shown=None):
+    def network(views, mask=None, chosen=None, shown=None):
         return torch.zeros(16, 7), torch.zeros(len(chosen), 7), out
 
     images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
@@ -325,12 +327,12 @@ def test_the_terms_of_the_loss_are_weighted_as_in_dinov2(run):
 
 
 def test_learning_rates_fall_with_the_distance_from_the_head_and_the_teacher_warms_up():
-    args = parsed("--layer-decay", "0.5", "--patch-lr", "0.1")
+    args = parsed("--layer-decay 0.5 --patch-lr 0.1")
     expected = {"head.mlp.0.weight": 1, "backbone.norm.weight": 1, "backbone.sem_embed.weight": 1,
                 "backbone.blocks.1.mlp.fc1.weight": 0.5, "backbone.blocks.0.mlp.fc1.weight": 0.25,
                 "backbone.cls_token": 0.125, "backbone.patch_embed.proj.weight": 0.0125}
     assert {name: tokenizer.lr_scale(name, args) for name in expected} == pytest.approx(expected)
-    args = parsed("--teacher-start", "0.04", "--teacher-temperature", "0.07", "--teacher-warmup", "10")
+    args = parsed("--teacher-start 0.04 --teacher-temperature 0.07 --teacher-warmup 10")
     temperatures = [tokenizer.teacher_temperature(step, args) for step in (0, 5, 10, 50)]
     assert temperatures == pytest.approx([0.04, 0.055, 0.07, 0.07])
 
@@ -339,7 +341,7 @@ def test_learning_rates_fall_with_the_distance_from_the_head_and_the_teacher_war
     "--ibot 0.5 --locals 2", "--centering centre", "--no-attention",
     "--sem-read registers --registers 4 --locals 3"])
 def test_the_loss_falls_and_reaches_every_weight(run, flags):
-    args = parsed(*flags.split())
+    args = parsed(flags)
     torch.manual_seed(0)
     student = tokenizer.build_student(vars(args))
     teacher = data.averaged(student, 0.9).module
