@@ -446,7 +446,7 @@ def draw_masks(args, part, step):
     down = (grid[:, None] - top - height / 2).abs() <= height / 2  # (2b, BLOCKS, side, 1)
     covers = across & down  # (2b, BLOCKS, side, side)
     everywhere = torch.ones_like(covers[:, :1])  # after all rectangles
-    covers = torch.cat([covers, everywhere], 1)
+    covers = torch.cat([covers, everywhere], 1)  # (2b, BLOCKS + 1, side, side)
     first = covers.float().argmax(1).flatten(1)  # (2b, N), the first that covers a patch
     rank = (first + ties).argsort(1).argsort(1)
     mask = rank < counts.to(u.device)[:, None]
@@ -629,7 +629,7 @@ def fit_codes(backbone, dataset, run, most=4000):
 def linear_probe(x, y, sizes, values=None):
     """Fit a linear softmax classifier of each factor by L-BFGS to features x (n, d), or to codes (n, L) long
     of so many `values`, as one-hot vectors that are never made. y (n, factors) long; sizes: values a factor.
-    Returns a function x → predictions (n, factors)."""
+    Returns a function x → scores, [(n, size), ...] by factor."""
     if values:
         first = torch.arange(x.shape[1], device=x.device) * values  # of each position
         mean = torch.bincount((x + first).flatten(), minlength=len(first) * values) / len(x)
@@ -653,7 +653,7 @@ def linear_probe(x, y, sizes, values=None):
 
     optimizer = torch.optim.LBFGS([weight], max_iter=60, history_size=5, line_search_fn="strong_wolfe")
     optimizer.step(closure)
-    return lambda x: torch.stack([logits.argmax(1) for logits in scores(x)], 1)
+    return scores
 
 
 def report(dataset, codes, features, values, run, most=10_000):
@@ -682,9 +682,10 @@ def report(dataset, codes, features, values, run, most=10_000):
             else:
                 x[split] = F.normalize(features[chosen].float(), dim=1).to(run.device)
             y[split] = dataset.labels[chosen].to(run.device)
-        predict = linear_probe(x.pop("train"), y.pop("train"), sizes, values if name == "codes" else None)
+        scores = linear_probe(x.pop("train"), y.pop("train"), sizes, values if name == "codes" else None)
         for split in x:
-            right = (predict(x[split]) == y[split]).float().mean(0).tolist()
+            found = torch.stack([logits.argmax(1) for logits in scores(x[split])], 1)  # (n, factors)
+            right = (found == y[split]).float().mean(0).tolist()
             accuracies = {factor: round(value, 4) for factor, value in zip(dataset.factors, right)}
             result[f"linear on {name}, {split}"] = accuracies | {"n": len(y[split])}
     return result
