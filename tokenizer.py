@@ -5,8 +5,7 @@ The SEM turns the tokens h that it reads into L points on a simplex and back (pa
 (where each patch is read on its own: L / N positions a patch, out = Norm(mean over patches of W_out · p);
 with --colour-codes the last of them read which colours are in the patch, the others what is left without hue)
     code_l = argmax_v z_lv − its mean over training images (ours: without it few values are used)          (2)
-(or, with --nearest, the nearest of V means of z_l over training images, by k-means: what z_l tells apart, the
-code then does too)
+(or, with --nearest, the nearest of V means of z_l over training images, by k-means)
 Training (DINO on `out`, iBOT on masked patches, KoLeo spreads the batch; the teacher t averages the student
 s, k runs over the head's prototypes):
     loss = − Σ_k t_k log s_k over pairs of views + ibot · the same on masked patches                       (3)
@@ -107,19 +106,19 @@ class Block(nn.Module):
 
 
 def patch_embedding(patch, width, stem, channels=3):
-    """Module that embeds patches, (B, channels, S, S) → (B, D, S / patch, S / patch), with `stem` halving
-    convolutions before the projection, which help small images."""
+    """Embeds patches: (B, channels, S, S) → (B, D, S / patch, S / patch)."""
     layers = []
-    for k in range(stem):
+    for k in range(stem):  # these help small images
         wider = 32 << k
-        layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GroupNorm(1, wider), nn.GELU()]
+        halving = nn.Conv2d(channels, wider, 3, stride=2, padding=1)
+        layers += [halving, nn.GroupNorm(1, wider), nn.GELU()]
         channels = wider
     proj = nn.Conv2d(channels, width, patch >> stem, stride=patch >> stem)
     return nn.Sequential(OrderedDict(stem=nn.Sequential(*layers), proj=proj))
 
 
 LUMA = (0.299, 0.587, 0.114)
-YIQ = (LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # brightness and two axes of chroma, from RGB
+YIQ = (LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # brightness and two axes of chroma
 
 
 def luma(x):
@@ -129,8 +128,8 @@ def luma(x):
 
 
 def without_hue(x, patch):
-    """Images (B, 3, S, S) without their hues, (B, 2, S, S): how coloured a pixel is beside the most coloured
-    one of its patch, and how bright where it is grey."""
+    """Images (B, 3, S, S) without their hues, (B, 2, S, S): how coloured a pixel is beside the most
+    coloured one of its patch, and how bright where it is grey."""
     spread = x.amax(1, keepdim=True) - x.amin(1, keepdim=True)  # (B, 1, S, S), 0 where grey
     most = F.interpolate(F.max_pool2d(spread, patch), scale_factor=patch)
     coloured = spread / (most + 0.1)
@@ -163,20 +162,12 @@ def resize_positions(positions, side):
     return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
 
-def projection(inputs, outputs, rank):
-    """A linear layer without bias, as the product of two of this rank; rank 0: whole."""
-    if rank == 0:
-        return nn.Linear(inputs, outputs, bias=False)
-    return nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False))
-
-
 class ViT(nn.Module):
-    """Vision transformer with registers, and the simplicial embedding of equation (1), codes = L, values =
-    V. The last `colour_codes` positions of each patch read its colours, the others see no hue."""
+    """Vision transformer with registers, and the simplicial embedding of equation (1). The last
+    `colour_codes` positions of each patch read its colours, the others see no hue."""
 
     def __init__(self, image_size, patch, width, depth, heads, codes, values, tau, sem_read, registers,
-                 stem=0, attention=True, drop_path=0.0, layer_scale=1e-5, sem_rank=0, colour_codes=0,
-                 nearest=False):
+                 stem=0, attention=True, drop_path=0.0, layer_scale=1e-5, colour_codes=0, nearest=False):
         super().__init__()
         self.L, self.V, self.tau, self.sem_read = codes, values, tau, sem_read
         self.image_size, self.side = image_size, image_size // patch
@@ -196,13 +187,13 @@ class ViT(nn.Module):
             reads, inputs = self.side ** 2, width
         sem_width = codes // reads * values  # of all simplices of a read
         colour_width = colour_codes * values
-        self.sem_embed = projection(inputs, sem_width - colour_width, sem_rank)
+        self.sem_embed = nn.Linear(inputs, sem_width - colour_width, bias=False)
         self.sem_norm = nn.LayerNorm(sem_width - colour_width, eps=1e-6)
         if colour_codes:
             self.colour_embed = ColourEmbedding(patch, width)
-            self.sem_colour = nn.Sequential(projection(width, colour_width, sem_rank),
+            self.sem_colour = nn.Sequential(nn.Linear(width, colour_width, bias=False),
                                             nn.LayerNorm(colour_width, eps=1e-6))
-        self.sem_out = projection(sem_width, width, sem_rank)
+        self.sem_out = nn.Linear(sem_width, width, bias=False)
         self.register_buffer("sem_centre", torch.zeros(codes, values))  # of z, set by fit_codes
         self.nearest = nearest
         if nearest:
@@ -216,17 +207,15 @@ class ViT(nn.Module):
             nn.init.normal_(p, std=0.02)
 
     def tokens(self, images, mask=None):
-        """CLS, R registers and patches (B, 1 + R + N, D), not normalised, and with colour positions N tokens
-        more, of the patches' colours: (B, 1 + R + 2N, D); mask (B, N) bool hides patches."""
+        """CLS, R registers and N patches (B, 1 + R + N, D), not normalised; with colour positions also the
+        patches' colours (B, 1 + R + 2N, D). mask (B, N) bool hides patches."""
         seen = without_hue(images, self.patch) if self.colour_codes else images
         x = self.patch_embed(seen).flatten(2).transpose(1, 2)  # (B, N, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        B, N, _ = x.shape
-        x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1)  # (B, 1 + N, D)
-        positions = resize_positions(self.pos_embed, math.isqrt(N))  # (1, 1 + N, D)
-        x = x + positions
-        x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], 1)  # (B, 1 + R + N, D)
+        positions = resize_positions(self.pos_embed, math.isqrt(x.shape[1]))  # (1, 1 + N, D)
+        first = torch.cat([self.cls_token + positions[:, :1], self.register_tokens], 1)  # (1, 1 + R, D)
+        x = torch.cat([first.expand(len(x), -1, -1), x + positions[:, 1:]], 1)  # (B, 1 + R + N, D)
         for block in self.blocks:
             x = block(x)
         if self.colour_codes:
@@ -247,19 +236,18 @@ class ViT(nn.Module):
 
     def forward(self, images, mask=None, shown=None):
         """out (B, D) of equation (1) and the normalised patches (B, N, D), with colour positions (B, 2N, D).
-        shown (b, L / N) bool: which positions of a patch count, for each of b images in all its views."""
+        shown (b, L / N) bool: which positions of a patch count, in all views of b images."""
         x = self.tokens(images, mask)
         z = self.logits(x)
         p = (z.unflatten(-1, (-1, self.V)).float() / self.tau).softmax(-1)  # (B, reads, L / reads, V)
         if shown is not None:
             p = p * shown.repeat(len(p) // len(shown), 1)[:, None, :, None]  # (B, 1, L / N, 1)
-        out = self.sem_out(p.flatten(-2).to(z.dtype)).mean(1)  # (B, D); one read: the mean over it is itself
+        out = self.sem_out(p.flatten(-2).to(z.dtype)).mean(1)  # (B, D)
         return self.norm(out), self.norm(x[:, self.first_patch:])
 
     @torch.no_grad()
     def encode(self, images):
-        """Codes (B, L) long, equation (2), and features (B, D) of images (B, 3, S, S) in [-1, 1]: the
-        normalised CLS, or the mean of the normalised patches where the SEM reads those."""
+        """Codes (B, L) long, equation (2), and features (B, D): CLS or the mean patch, as the SEM reads."""
         x = self.tokens(images)
         z = self.logits(x).float().view(len(x), self.L, self.V)
         normal = self.norm(x).float()
@@ -277,8 +265,10 @@ class DINOHead(nn.Module):
 
     def __init__(self, width, hidden, bottleneck, prototypes):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                 nn.Linear(hidden, bottleneck))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(),
+            nn.Linear(hidden, hidden), nn.GELU(),
+            nn.Linear(hidden, bottleneck))
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck) * bottleneck ** -0.5)
 
     def forward(self, x):
@@ -287,36 +277,34 @@ class DINOHead(nn.Module):
 
 
 class Student(nn.Module):
-    """Backbone and head; the teacher is a copy of both. One call does all views: DDP allows one a step."""
+    """Backbone and head. One call does all views: DDP allows one a step."""
 
     def __init__(self, backbone, head):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, global_crops, local_crops=None, mask=None, chosen=None, shown=None):
-        """global_crops (2B, 3, S, S), local_crops (locals · B, 3, s, s), mask (2B, N) bool, chosen (n,): rows
-        of the flattened (2B · N) patches, shown as in ViT → head outputs of all views (views · B, K), of the
-        chosen patches (n, K) or None, and out (2B, D) of the global crops."""
-        out, patches = self.backbone(global_crops, mask, shown)  # (2B, D), (2B, N, D)
-        views = out
-        if local_crops is not None:
-            views = torch.cat([out, self.backbone(local_crops, shown=shown)[0]])
+    def forward(self, views, mask=None, chosen=None, shown=None):
+        """views [(B, 3, size, size), ...], two global crops first, mask (2B, N) bool on these, chosen (n,) of
+        their 2B · N patches, shown as in ViT → head outputs of all views (views · B, K) and of the chosen
+        patches (n, K) or None, and out (2B, D) of the global crops."""
+        out, patches = self.backbone(torch.cat(views[:2]), mask, shown)  # (2B, D), (2B, N, D)
+        of_views = out
+        if len(views) > 2:
+            of_views = torch.cat([out, self.backbone(torch.cat(views[2:]), shown=shown)[0]])
         of_chosen = None if chosen is None else self.head(patches.flatten(0, 1)[chosen])
-        return self.head(views), of_chosen, out
+        return self.head(of_views), of_chosen, out
 
 
 # -------- views ----------------------------------------------------------------------------------------
 
 def view_sizes(args):
-    """[(size, scale), ...] of two global crops, then the local ones; scale: share of the image's area, from
-    and to."""
+    """[(size, share of the area from and to), ...] of two global crops, then local ones."""
     return [(args.global_size, args.global_scale)] * 2 + [(args.local_size, args.local_scale)] * args.locals
 
 
 def crop_boxes(u, scale, ratio, aspect=1.0):
-    """Boxes of random resized crops from u (..., 5) uniform, for images whose width / height is `aspect`.
-    scale as in view_sizes; ratio: smallest width / height, the largest is its inverse. Returns centre x, y in
-    [-1, 1], width and height as shares of the image's, and whether to mirror: each (...)."""
+    """Random resized crops, from u (..., 5) uniform: centre x, y in [-1, 1], width and height as shares of
+    the image's, and whether to mirror, each (...). ratio: least width / height; aspect: the image's."""
     area = scale[0] + (scale[1] - scale[0]) * u[..., 0]
     relative = torch.exp((2 * u[..., 1] - 1) * math.log(ratio)) / aspect  # width / height, in shares
     width = (area * relative).sqrt().clamp(max=1)
@@ -327,8 +315,8 @@ def crop_boxes(u, scale, ratio, aspect=1.0):
 
 
 def read_crops(path, u, views, ratio, flip=True):
-    """Random resized crops of an image file, cut from the whole of it: u (views, 5) uniform, views as
-    view_sizes, flip: some mirrored → [(3, size, size) uint8, ...]. Raises as data.open_image."""
+    """Random resized crops of an image file, [(3, size, size) uint8, ...], from u (views, 5) uniform, views
+    as view_sizes; flip: some mirrored. Raises as data.open_image."""
     def boxes(w, h):
         return [crop_boxes(u_k, scale, ratio, w / h) for u_k, (_, scale) in zip(u, views)]
 
@@ -340,11 +328,11 @@ def read_crops(path, u, views, ratio, flip=True):
     image = data.open_image(path, least_scale)
     w, h = image.size
     for (x, y, width, height, mirror), (size, _) in zip(boxes(w, h), views):
-        left = float((1 + x - width) / 2 * w)
-        top = float((1 + y - height) / 2 * h)
-        right = float(left + width * w)
-        bottom = float(top + height * h)
-        box = (max(0.0, left), max(0.0, top), min(w, right), min(h, bottom))
+        left = (1 + x - width) / 2 * w
+        top = (1 + y - height) / 2 * h
+        right = (left + width * w).clamp(max=w)
+        bottom = (top + height * h).clamp(max=h)
+        box = torch.stack([left, top, right, bottom]).clamp(min=0).tolist()
         crop = data.to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
         crops.append(crop.flip(2) if mirror and flip else crop)
     return crops
@@ -361,8 +349,7 @@ def random_crops(images, size, scale, ratio, part):
 
 
 def colour_jitter(x, jitter, part):
-    """Change brightness, contrast, saturation and hue of images (B, 3, S, S) in [0, 1], each by at most its
-    entry of `jitter`."""
+    """Change brightness, contrast, saturation, hue of (B, 3, S, S) in [0, 1]."""
     factors = (1 + (2 * part.uniform(1, 1, 1) - 1) * most for most in jitter)  # 4 × (B, 1, 1, 1)
     brightness, contrast, saturation, turn = factors
     y = (x * brightness).clamp(0, 1)
@@ -395,38 +382,34 @@ def blur(x, part):
     return flat.view_as(x)
 
 
-def colour_augment(images, jitter, jitter_p, grey_p, blur_p, solarise_p, part):
-    """Colour jitter, grey, blur and solarisation, each with its probability per image; what has probability 0
-    costs nothing. images (B, 3, S, S) in [-1, 1] → the same shape; jitter: largest relative change of
-    brightness, contrast, saturation, and of hue as a share of the colour circle."""
+def colour_augment(images, view, args, part):
+    """Jitter, grey, blur and solarise (B, 3, S, S) in [-1, 1], as likely as in this view."""
     def chosen(probability):
         return part.uniform(1, 1, 1) < probability  # (B, 1, 1, 1)
 
     x = (images + 1) / 2
-    if jitter_p > 0 and any(jitter):
-        x = torch.where(chosen(jitter_p), colour_jitter(x, jitter, part), x)
-    if grey_p > 0:
-        x = torch.where(chosen(grey_p), luma(x), x)
+    if args.jitter_p > 0 and any(args.jitter):
+        x = torch.where(chosen(args.jitter_p), colour_jitter(x, args.jitter, part), x)
+    if args.grey > 0:
+        x = torch.where(chosen(args.grey), luma(x), x)
+    blur_p = args.blur[min(view, 2)]
     if blur_p > 0:
         x = torch.where(chosen(blur_p), blur(x, part), x)
-    if solarise_p > 0:
-        x = torch.where(chosen(solarise_p) & (x >= 0.5), 1 - x, x)
+    if args.solarise > 0 and view == 1:
+        x = torch.where(chosen(args.solarise) & (x >= 0.5), 1 - x, x)
     return x * 2 - 1
 
 
 def make_views(images, args, part):
-    """The views of view_sizes, a list of (b, 3, size, size) in [-1, 1], from images (b, 3, S, S) uint8, or
-    from a list of their crops (b, 3, size, size) uint8."""
-    whole = data.from_bytes(images) if torch.is_tensor(images) else None
+    """The views of view_sizes, [(b, 3, size, size), ...] in [-1, 1], of images (b, 3, S, S) uint8, or of
+    [(b, 3, size, size), ...] uint8 that read_crops has cut from them."""
     views = []
-    for k, (size, scale) in enumerate(view_sizes(args)):
-        if whole is None:
-            crop = data.from_bytes(images[k])
+    for view, (size, scale) in enumerate(view_sizes(args)):
+        if torch.is_tensor(images):
+            crop = random_crops(data.from_bytes(images), size, scale, args.ratio, part)
         else:
-            crop = random_crops(whole, size, scale, args.ratio, part)
-        solarise = args.solarise if k == 1 else 0.0
-        blur_p = args.blur[min(k, 2)]
-        views.append(colour_augment(crop, args.jitter, args.jitter_p, args.grey, blur_p, solarise, part))
+            crop = data.from_bytes(images[view])
+        views.append(colour_augment(crop, view, args, part))
     return views
 
 
@@ -434,9 +417,8 @@ BLOCKS = 16  # rectangles that a mask is made of, at most
 
 
 def mask_counts(patches, batch_size, seed, step):
-    """How many of its patches each of the two global crops of an image hides in iBOT: one of them none, the
-    other from 10 to 50 %, evenly spread over the batch, all in an order that follows from (seed, step): (2,
-    batch_size) long, on the CPU."""
+    """How many patches iBOT hides of each image: of one global crop none, of the other 10 to 50 %, evenly
+    spread over the batch. (2, batch_size) long, on the CPU."""
     order = torch.Generator().manual_seed(data.mix_seed(seed, step, "masks"))
     share = 0.1 + 0.4 * (torch.randperm(batch_size, generator=order) + 0.5) / batch_size
     counts = (share * patches).round().long().clamp(min=1)
@@ -444,10 +426,14 @@ def mask_counts(patches, batch_size, seed, step):
     return torch.stack([counts * first, counts * ~first])
 
 
-def patch_masks(u, ties, counts, side):
-    """iBOT masks (B, N) bool of counts (B,) patches each, N = side², from u (B, BLOCKS, 4) and ties (B, N)
-    uniform: they fill one rectangle after the other, the last in no order, each of 4 patches to a third of
-    the image, width / height from 0.3 to 1 / 0.3 (BEiT)."""
+def draw_masks(args, part, step):
+    """What iBOT hides of the N = side² patches of the two global crops: (2b, N) bool, and where that is in
+    the flattened masks, (n,). Rectangles (BEiT) are hidden one after the other, of the last one some patches,
+    until they are as many as mask_counts says."""
+    side = args.global_size // args.patch
+    counts = mask_counts(side ** 2, args.batch_size, args.seed, step)[:, part.whole].flatten()  # (2b,)
+    u = torch.cat([part.uniform(BLOCKS, 4) for _ in range(2)])  # (2b, BLOCKS, 4)
+    ties = torch.cat([part.uniform(side ** 2) for _ in range(2)])  # (2b, N)
     least = 4 / side ** 2
     area = least + u[..., 0] * max(0.0, 1 / 3 - least)
     ratio = torch.exp((2 * u[..., 1] - 1) * math.log(0.3))
@@ -456,35 +442,42 @@ def patch_masks(u, ties, counts, side):
     left = (1 - width) * u[..., 2, None, None]
     top = (1 - height) * u[..., 3, None, None]
     grid = (torch.arange(side, device=u.device) + 0.5) / side
-    across = (grid - left - width / 2).abs() <= width / 2  # (B, BLOCKS, 1, side)
-    down = (grid[:, None] - top - height / 2).abs() <= height / 2  # (B, BLOCKS, side, 1)
-    everywhere = torch.ones(len(u), 1, side, side, dtype=torch.bool, device=u.device)  # after all rectangles
-    covers = torch.cat([across & down, everywhere], 1)  # (B, BLOCKS + 1, side, side)
-    first = covers.float().argmax(1).flatten(1)  # (B, N), the rectangle that covers a patch first
+    across = (grid - left - width / 2).abs() <= width / 2  # (2b, BLOCKS, 1, side)
+    down = (grid[:, None] - top - height / 2).abs() <= height / 2  # (2b, BLOCKS, side, 1)
+    covers = across & down  # (2b, BLOCKS, side, side)
+    everywhere = torch.ones_like(covers[:, :1])  # after all rectangles
+    covers = torch.cat([covers, everywhere], 1)  # (2b, BLOCKS + 1, side, side)
+    first = covers.float().argmax(1).flatten(1)  # (2b, N), the first that covers a patch
     rank = (first + ties).argsort(1).argsort(1)
-    return rank < counts[:, None]
+    mask = rank < counts.to(u.device)[:, None]
+    hidden = int(counts.sum())  # known without asking the device
+    return mask, torch.nonzero_static(mask.flatten(), size=hidden)[:, 0]
+
+
+def draw_shown(args, part):
+    """Which positions of a patch count: all, or of --alone one kind. (b, L / N) bool."""
+    per_patch = args.codes // (args.global_size // args.patch) ** 2
+    colour = torch.arange(per_patch, device=part.device) >= per_patch - args.colour_codes
+    u = part.uniform(1)  # (b, 1)
+    return torch.where(colour, u >= args.alone, u < 1 - args.alone)
 
 
 # -------- loss -----------------------------------------------------------------------------------------
 
-def sum_over_processes(x):
-    """Sum of a tensor over processes, in place, without gradient."""
+def over_processes(x, operation=dist.ReduceOp.SUM):
+    """Sum, or another `operation`, of a tensor over processes, in place, without gradient."""
     if dist.is_initialized():
-        dist.all_reduce(x)
+        dist.all_reduce(x, operation)
     return x
 
 
 @torch.no_grad()
 def sinkhorn(logits, temperature, iterations=3):
-    """Teacher targets (n, K) from logits (n, K), with all prototypes used equally often in the batch of all
-    processes (SwAV, DINOv2)."""
+    """Teacher targets (n, K) from logits (n, K), all prototypes used equally often (SwAV)."""
     logits = logits.float() / temperature
-    top = logits.max()
-    if dist.is_initialized():
-        dist.all_reduce(top, dist.ReduceOp.MAX)
-    q = torch.exp(logits - top)  # (n, K)
+    q = torch.exp(logits - over_processes(logits.max(), dist.ReduceOp.MAX))  # (n, K)
     for _ in range(iterations):
-        q = q / sum_over_processes(q.sum(0, keepdim=True)).clamp(min=1e-30)  # each prototype the same mass
+        q = q / over_processes(q.sum(0, keepdim=True)).clamp(min=1e-30)  # each prototype the same mass
         q = q / q.sum(1, keepdim=True)  # each sample a distribution
     return q
 
@@ -503,7 +496,7 @@ class Centering(nn.Module):
         logits = logits.float()
         targets = ((logits - self.centre) / temperature).softmax(-1)
         world = dist.get_world_size() if dist.is_initialized() else 1
-        mean = sum_over_processes(logits.mean(0, keepdim=True)) / world
+        mean = over_processes(logits.mean(0, keepdim=True)) / world
         self.centre.lerp_(mean, 1 - self.momentum)
         return targets
 
@@ -514,16 +507,14 @@ def cross_entropy(targets, logits, temperature):
 
 
 def dino_loss(targets, logits, temperature):
-    """Mean over pairs of a teacher's global view i and another view j of the student: targets (2, B, K),
-    logits (views, B, K)."""
+    """Mean over pairs of a teacher's view (2, B, K) and another of the student (views, B, K)."""
     pairs = [cross_entropy(targets[i], logits[j], temperature).mean()
              for i in range(2) for j in range(len(logits)) if i != j]
     return sum(pairs) / len(pairs)
 
 
 def koleo_loss(x):
-    """− mean log distance to the nearest neighbour on the unit sphere (Sablayrolles et al. 2019), over the
-    x (B, D) of all processes."""
+    """− mean log distance of x (B, D) to the nearest on the sphere (Sablayrolles et al. 2019)."""
     x = F.normalize(x.float(), dim=-1, eps=1e-8)
     if dist.is_initialized():
         x = torch.cat(dist_nn.all_gather(x))
@@ -541,45 +532,28 @@ def teacher_temperature(step, args):
 
 def step_loss(student, teacher, centering, images, part, args, run, step):
     """Equation (3) and its terms by name, on images as in make_views."""
-    temperature = teacher_temperature(step, args)
-
     def targets_of(logits, kind):
         method = centering[kind] if args.centering == "centre" else sinkhorn
-        return method(logits, temperature)
+        return method(logits, teacher_temperature(step, args))
 
     views = make_views(images, args, part)
     b = len(views[0])
-    global_crops = torch.cat(views[:2])  # (2b, 3, S, S)
-    local_crops = torch.cat(views[2:]) if args.locals else None
-    mask = chosen = None
-    if args.ibot > 0:
-        side = args.global_size // args.patch
-        counts = mask_counts(side ** 2, args.batch_size, args.seed, step)
-        counts = counts[:, part.whole].flatten()  # (2b,), known without asking the device
-        u = torch.cat([part.uniform(BLOCKS, 4) for _ in range(2)])  # (2b, BLOCKS, 4)
-        ties = torch.cat([part.uniform(side ** 2) for _ in range(2)])  # (2b, N)
-        mask = patch_masks(u, ties, counts.to(run.device), side)  # (2b, N)
-        chosen = torch.nonzero_static(mask.flatten(), size=int(counts.sum()))[:, 0]
-    shown = None
-    if args.colour_codes:  # some images train form alone, some colour
-        per_patch = args.codes // (args.global_size // args.patch) ** 2
-        colour = torch.arange(per_patch, device=run.device) >= per_patch - args.colour_codes
-        u = part.uniform(1)  # (b, 1)
-        shown = torch.where(colour, u >= args.alone, u < 1 - args.alone)  # (b, L / N)
+    mask, chosen = draw_masks(args, part, step) if args.ibot > 0 else (None, None)  # (2b, N), (n,)
+    shown = draw_shown(args, part) if args.colour_codes else None  # (b, L / N)
     with run.autocast():
         with torch.no_grad():
-            t_views, t_patches, _ = teacher(global_crops, chosen=chosen, shown=shown)
-        s_views, s_patches, out = student(global_crops, local_crops, mask, chosen, shown)
+            t_views, t_patches, _ = teacher(views[:2], chosen=chosen, shown=shown)
+        s_views, s_patches, out = student(views, mask, chosen, shown)
 
-    targets = targets_of(t_views, "views").unflatten(0, (-1, b))  # (2, b, K)
+    targets = targets_of(t_views, "views").unflatten(0, (2, b))  # (2, b, K)
     dino = dino_loss(targets, s_views.unflatten(0, (-1, b)), args.student_temperature)
     koleo = sum(koleo_loss(view) for view in out.chunk(2))
     terms = {"dino": dino, "koleo": koleo}
     loss = dino + args.koleo * koleo
     if args.ibot > 0:
-        weight = mask / mask.sum(1, keepdim=True).clamp(min=1)  # every masked image counts the same
         targets = targets_of(t_patches, "patches")  # (n, K)
         of_patches = cross_entropy(targets, s_patches, args.student_temperature)  # (n,)
+        weight = mask / mask.sum(1, keepdim=True).clamp(min=1)  # every masked crop counts the same
         terms["ibot"] = (of_patches * weight.flatten()[chosen]).sum() / (2 * b)
         loss = loss + args.ibot * terms["ibot"]
     return loss, terms
@@ -590,9 +564,9 @@ def step_loss(student, teacher, centering, images, part, args, run, step):
 def build_student(config):
     """The student of a dict of settings (a checkpoint's config)."""
     keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "registers", "stem",
-            "attention", "drop_path", "layer_scale", "sem_rank")
-    backbone = ViT(config["global_size"], **{key: config[key] for key in keys},
-                   **{key: config[key] for key in ("colour_codes", "nearest") if key in config})
+            "attention", "drop_path", "layer_scale", "colour_codes", "nearest")
+    given = {key: config[key] for key in keys if key in config}  # earlier ones lack two
+    backbone = ViT(config["global_size"], **given)
     backbone.mask_token.requires_grad_(config["ibot"] > 0)  # DDP waits for every gradient
     head = DINOHead(config["width"], config["head_hidden"], config["bottleneck"], config["prototypes"])
     return Student(backbone, head)
@@ -610,7 +584,7 @@ def load_tokenizer(args, device):
 
 
 def to_input(images, backbone, run):
-    """Bytes (B, 3, S, S) → what the ViT takes: in [-1, 1], on the device, of the size it was trained on."""
+    """Bytes (B, 3, S, S) → what the ViT takes: in [-1, 1], of the size it was trained on."""
     x = data.from_bytes(images.to(run.device))
     if x.shape[-1] == backbone.image_size:
         return x
@@ -624,8 +598,7 @@ def encode_images(backbone, images, run):
 
 
 def k_means(z, count, rounds=25):
-    """`count` means (L, count, V) of points z (L, n, V) at each of L positions, by k-means++ and Lloyd's
-    rounds, always the same."""
+    """Means (L, count, V) of z (L, n, V) at each position: k-means++, Lloyd, always the same."""
     rng = torch.Generator().manual_seed(0)
     means = z[:, :1]
     for _ in range(count - 1):  # the next one is a point far from all so far
@@ -641,26 +614,22 @@ def k_means(z, count, rounds=25):
 
 @torch.no_grad()
 def fit_codes(backbone, dataset, run, most=4000):
-    """Set the mean of z (L, V), over `most` training images, that equation (2) subtracts: each value is then
-    chosen where it is unusually likely. And where codes are the nearest of V means, these."""
+    """Set the mean of z (L, V) over `most` training images, and with --nearest its V means."""
     rows = torch.as_tensor(np.random.default_rng(0).permutation(dataset.splits["train"])[:most])
-    sums, kept = [], []
+    kept = []
     for chunk in rows.split(500):
         with run.autocast():
             z = backbone.logits(backbone.tokens(to_input(dataset.pixels(chunk), backbone, run)))
-        z = z.float().view(len(chunk), backbone.L, backbone.V)
-        sums.append(z.sum(0))
-        if backbone.nearest:
-            kept.append(z.cpu())
-    backbone.sem_centre.copy_(torch.stack(sums).sum(0) / len(rows))
+        kept.append(z.float().view(len(chunk), backbone.L, backbone.V).cpu())
+    backbone.sem_centre.copy_(torch.stack([z.sum(0) for z in kept]).sum(0) / len(rows))
     if backbone.nearest:
         backbone.sem_means.copy_(k_means(torch.cat(kept).transpose(0, 1), backbone.V))
 
 
-def linear_probe(x, y, sizes, tests, values=None):
-    """Fit a linear softmax classifier of each factor by L-BFGS: x (n, d) features, or, with `values`, codes
-    (n, L) long, which stand for their one-hot vectors (n, L · values) without these being made; y (n,
-    factors) long, sizes: values a factor. tests {name: x} → {name: predictions (n, factors)}."""
+def linear_probe(x, y, sizes, values=None):
+    """Fit a linear softmax classifier of each factor by L-BFGS to features x (n, d), or to codes (n, L) long
+    of so many `values`, as one-hot vectors that are never made. y (n, factors) long; sizes: values a factor.
+    Returns a function x → scores, [(n, size), ...] by factor."""
     if values:
         first = torch.arange(x.shape[1], device=x.device) * values  # of each position
         mean = torch.bincount((x + first).flatten(), minlength=len(first) * values) / len(x)
@@ -684,69 +653,46 @@ def linear_probe(x, y, sizes, tests, values=None):
 
     optimizer = torch.optim.LBFGS([weight], max_iter=60, history_size=5, line_search_fn="strong_wolfe")
     optimizer.step(closure)
-    result = {}
-    for name, test_x in tests.items():
-        result[name] = torch.stack([logits.argmax(1) for logits in scores(test_x)], 1)
-    return result
-
-
-def knn(x, y, sizes, tests, values=None, k=20):
-    """Votes of the k nearest training rows, by inner product or, for codes, equal positions; arguments and
-    result as linear_probe."""
-    result = {}
-    for name, test_x in tests.items():
-        nearest = []
-        for chunk in test_x.split(500):
-            if values:
-                likeness = -torch.cdist(chunk.float(), x.float(), p=0)  # (500, n): p = 0 counts what differs
-            else:
-                likeness = chunk @ x.T  # (500, n)
-            nearest.append(likeness.topk(min(k, len(x)), 1).indices)
-        votes = y[torch.cat(nearest)]  # (n, k, factors)
-        found = [F.one_hot(votes[:, :, f], size).sum(1).argmax(1) for f, size in enumerate(sizes)]
-        result[name] = torch.stack(found, 1)
-    return result
+    return scores
 
 
 def report(dataset, codes, features, values, run, most=10_000):
-    """What the tokenizer is judged by: how many values train uses, how evenly, and the accuracy of linear
-    probe and k-NN on the other splits. codes (N, 2, L) unsigned, features (N, D)."""
+    """What the tokenizer is judged by: the use of values in train, and the accuracy of linear probes on up
+    to `most` images of each other split. codes (N, 2, L) unsigned, features (N, D)."""
     train = dataset.splits["train"]
     train_codes = codes[train.start:train.stop, 0]  # (n, L)
     counts = [torch.bincount(position.long(), minlength=values) for position in train_codes.T]
     usage = torch.stack(counts).double() / len(train)  # (L, V)
     entropy = -(usage * usage.clamp(min=1e-12).log2()).sum(1)  # (L,)
-    distinct = np.unique(train_codes.numpy(), axis=0)
     result = {"values used": (usage > 0).double().mean().item(),
               "entropy per position": entropy.mean().item(),
               "lowest entropy": entropy.min().item(),
-              "distinct codes": len(distinct) / len(train)}
+              "distinct codes": len(np.unique(train_codes.numpy(), axis=0)) / len(train)}
     if not dataset.factors:
         return result
     rng = np.random.default_rng(0)
-    inputs, y = {"codes": {}, "features": {}}, {}
-    for split, whole in dataset.splits.items():
-        rows = np.sort(rng.choice(whole, most, replace=False)) if len(whole) > most else np.array(whole)
-        rows = torch.from_numpy(rows)
-        inputs["codes"][split] = codes[rows, 0].long().to(run.device)
-        inputs["features"][split] = F.normalize(features[rows].float(), dim=1).to(run.device)
-        y[split] = dataset.labels[rows].to(run.device)
-    train_y = y.pop("train")
+    rows = {split: np.sort(rng.choice(whole, min(most, len(whole)), replace=False))
+            for split, whole in dataset.splits.items()}
     sizes = [len(names) for names in dataset.factors.values()]
-    for name, tests in inputs.items():
-        train_x = tests.pop("train")
-        for method, probe in (("linear", linear_probe), ("knn", knn)):
-            found = probe(train_x, train_y, sizes, tests, values if name == "codes" else None)
-            for split, predictions in found.items():
-                right = (predictions == y[split]).float().mean(0).tolist()
-                accuracies = {factor: round(value, 4) for factor, value in zip(dataset.factors, right)}
-                result[f"{method} on {name}, {split}"] = accuracies | {"n": len(predictions)}
+    for name in ("codes", "features"):
+        x, y = {}, {}
+        for split, chosen in rows.items():
+            if name == "codes":
+                x[split] = codes[chosen, 0].long().to(run.device)
+            else:
+                x[split] = F.normalize(features[chosen].float(), dim=1).to(run.device)
+            y[split] = dataset.labels[chosen].to(run.device)
+        scores = linear_probe(x.pop("train"), y.pop("train"), sizes, values if name == "codes" else None)
+        for split in x:
+            found = torch.stack([logits.argmax(1) for logits in scores(x[split])], 1)  # (n, factors)
+            right = (found == y[split]).float().mean(0).tolist()
+            accuracies = {factor: round(value, 4) for factor, value in zip(dataset.factors, right)}
+            result[f"linear on {name}, {split}"] = accuracies | {"n": len(y[split])}
     return result
 
 
 def write_codes(backbone, dataset, run, args, made_from, batch=500):
-    """Encode the dataset into OUT/<dataset>/codes.pt, with its report, unless that is made from these ids
-    already; where this was stopped before, it goes on."""
+    """Encode the dataset into OUT/<dataset>/codes.pt, with its report, or go on with that."""
     path = run.folder / "codes.pt"
     if data.is_made_from(path, "codes", made_from):
         return
@@ -775,36 +721,31 @@ def write_codes(backbone, dataset, run, args, made_from, batch=500):
 
 # -------- weights of others (--init, and sample.py --release) ------------------------------------------
 
-def from_transformers(state):
-    """Weights of transformers' Dinov2WithRegisters under the names of DINOv2's release, where queries, keys
-    and values are one matrix."""
-    names = {"embeddings.position_embeddings": "pos_embed",
-             "embeddings.patch_embeddings.projection": "patch_embed.proj",
-             "attention.attention.query": "attn.qkv", "attention.output.dense": "attn.proj",
-             "layer_scale": "ls", ".lambda1": ".gamma",
-             "encoder.layer.": "blocks.", "layernorm.": "norm.", "embeddings.": ""}
-    found = {}
-    for name, x in state.items():
-        if ".key." in name or ".value." in name:
-            continue
-        if ".query." in name:
-            x = torch.cat([state[name.replace("query", part)] for part in ("query", "key", "value")])
-        for theirs, ours in names.items():
-            name = name.replace(theirs, ours)
-        found[name] = x
-    return found
+NAMES = {  # of transformers' Dinov2WithRegisters, and of DINOv2's release, which are ours
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "attention.attention.query": "attn.qkv", "attention.output.dense": "attn.proj",
+    "layer_scale": "ls", ".lambda1": ".gamma",
+    "encoder.layer.": "blocks.", "layernorm.": "norm.", "embeddings.": "",
+}
 
 
 def backbone_weights(path):
-    """Weights by the names of ViT from those of a DINOv2 with registers, under its own names or
-    transformers', with a simplicial embedding or without. It sees pixels normalised with the mean and
-    deviation below, our ViT pixels in [-1, 1]: the difference goes into the patch projection."""
-    state = data.read_weights(path)
+    """Weights for ViT from those of a DINOv2 with registers, by its own names or transformers'. It sees
+    pixels normalised as below, ours are in [-1, 1]: the difference goes into the patch projection."""
+    theirs = data.read_weights(path)
     with data.reading(path, "expected a DINOv2 with registers"):
-        if any(name.startswith("embeddings.") for name in state):
-            state = from_transformers(state)
-        left_out = ("dino_head.", "ibot_head.", "sem_cls_norm.")
-        state = {name: x.float() for name, x in state.items() if not name.startswith(left_out)}
+        state = {}
+        for name, x in theirs.items():
+            if name.startswith(("dino_head.", "ibot_head.", "sem_cls_norm.")):
+                continue
+            if ".key." in name or ".value." in name:
+                continue
+            if ".query." in name:  # which ours has with those two in one matrix
+                x = torch.cat([theirs[name.replace("query", part)] for part in ("query", "key", "value")])
+            for old, new in NAMES.items():
+                name = name.replace(old, new)
+            state[name] = x.float()
         mean = torch.tensor([0.485, 0.456, 0.406])  # of ImageNet's pixels in [0, 1], and deviation
         std = torch.tensor([0.229, 0.224, 0.225])
         weight = state["patch_embed.proj.weight"]  # (D, 3, patch, patch)
@@ -815,8 +756,7 @@ def backbone_weights(path):
 
 
 def load_init(backbone, path):
-    """Start from a DINOv2 with registers of any image size; a simplicial embedding that it lacks stays as it
-    is."""
+    """Start from a DINOv2 with registers, with or without a simplicial embedding."""
     state = backbone_weights(path)
     with data.reading(path, "expected a DINOv2 with registers, of the sizes that the flags set"):
         own = {name: x for name, x in backbone.state_dict().items() if name.startswith("sem_")}
@@ -825,9 +765,9 @@ def load_init(backbone, path):
 
 
 def load_release(folder, codes, values, device):
-    """The authors' encoder, ready to encode images of 16 × 16 patches (224 pixels), at which they read it."""
+    """The authors' encoder, for images of 16 × 16 patches (224 pixels), at which they read it."""
     state = backbone_weights(folder)
-    with data.reading(folder, "expected the authors' encoder, a DINOv2 with registers and sem_ weights"):
+    with data.reading(folder, "expected the authors' encoder with its sem_ weights"):
         width, _, _, patch = state["patch_embed.proj.weight"].shape
         side = math.isqrt(state["pos_embed"].shape[1] - 1)
         depth = len([name for name in state if name.endswith("norm1.weight")])
@@ -844,87 +784,76 @@ def load_release(folder, codes, values, device):
 
 # -------- training -------------------------------------------------------------------------------------
 
-def lr_scale(args):
-    """name → what its learning rate is multiplied by: --layer-decay for each layer from it to the head,
-    --patch-lr on patches."""
-    inputs = ("patch_embed", "pos_embed", "cls_token", "mask_token", "register_tokens")
-
-    def scale(name):
-        name = name.removeprefix("backbone.")
-        above = 0  # layers from it to the head
-        if name.startswith("blocks."):
-            above = args.depth - int(name.split(".")[1])
-        elif name.startswith(inputs):
-            above = args.depth + 1
-        patches = args.patch_lr if name.startswith("patch_embed") else 1.0
-        return args.layer_decay ** above * patches
-
-    return scale
+def lr_scale(name, args):
+    """Factor on the learning rate of a parameter: --layer-decay for each layer above it."""
+    name = name.removeprefix("backbone.")
+    above = 0
+    if name.startswith("blocks."):
+        above = args.depth - int(name.split(".")[1])
+    elif name.startswith(("patch_embed", "pos_embed", "cls_token", "mask_token", "register_tokens")):
+        above = args.depth + 1
+    of_patches = args.patch_lr if name.startswith("patch_embed") else 1.0
+    return args.layer_decay ** above * of_patches
 
 
 def add_flags(parser):
     """The tokenizer's own flags; the defaults are the shapes values."""
     add = parser.add_argument_group("model").add_argument
-    add("--patch", type=data.positive, default=8, help="patch side in pixels")
-    add("--width", type=data.positive, default=128, help="D, width of the tokens")
+    add("--patch", type=data.positive, default=8, help="side in pixels")
+    add("--width", type=data.positive, default=128, help="D, of the tokens")
     add("--depth", type=data.positive, default=2, help="transformer blocks")
-    add("--heads", type=data.positive, default=2, help="attention heads")
+    add("--heads", type=data.positive, default=2)
     add("--attention", action=argparse.BooleanOptionalAction, default=False,
         help="patches attend to each other; without it an MLP sees each token alone")
     add("--stem", type=data.number(0, 30, int), default=2, help="halving convolutions before the patches")
-    add("--layer-scale", type=data.number(), default=1.0, help="start of the gains on residual branches")
-    add("--drop-path", type=data.fraction, default=0.0, help="probability of dropping a residual branch")
-    add("--codes", type=data.positive, default=64, help="L, code positions")
-    add("--values", type=data.number(2, 65_535, int), default=8, help="V, values per position")
-    add("--tau", type=data.above_zero, default=1.0, help="temperature of the SEM's softmax in training")
-    add("--registers", type=data.count, default=0, help="register tokens beside CLS")
+    add("--layer-scale", type=data.number(), default=1.0, help="first gain of residual branches")
+    add("--drop-path", type=data.fraction, default=0.0, help="probability of dropping a branch")
+    add("--codes", type=data.positive, default=64, help="L, positions")
+    add("--values", type=data.number(2, 65_535, int), default=8, help="V, per position")
+    add("--tau", type=data.above_zero, default=1.0, help="temperature of the SEM's softmax")
+    add("--registers", type=data.count, default=0, help="tokens beside CLS")
     add("--sem-read", choices=("registers", "patches"), default="patches",
-        help="what the SEM reads: CLS and registers together (the paper), or each patch its own positions")
-    add("--colour-codes", type=data.count, default=0,
-        help="how many positions of each patch read which colours it has; the others then see no hue")
-    add("--sem-rank", type=data.count, default=0, help="rank of the SEM's two projections; 0: full")
+        help="CLS and registers together (the paper), or each patch into positions of its own")
+    add("--colour-codes", type=data.count, default=0, help="positions of a patch that read its colours")
     add("--centre-codes", action=argparse.BooleanOptionalAction, default=True,
         help="subtract the mean of z in equation (2); the paper does not")
-    add("--nearest", action=argparse.BooleanOptionalAction, default=False,
-        help="read a position as the nearest of V means of z, not as its largest value")
+    add("--nearest", action="store_true", help="a code is the nearest of V means of z")
     add = parser.add_argument_group("schedules").add_argument
-    add("--weight-decay-final", type=data.non_negative, help="weight decay at the end, by a cosine")
-    add("--layer-decay", type=data.fraction, default=1.0, help="learning rate of a block over the next one's")
-    add("--patch-lr", type=data.fraction, default=1.0, help="factor on the patch projection's learning rate")
-    add("--teacher-start", type=data.above_zero, default=0.04,
-        help="the teacher's temperature at step 0 of --teacher-warmup")
-    add("--teacher-warmup", type=data.count, default=0, help="steps from --teacher-start to its final value")
+    add("--weight-decay-final", type=data.non_negative, help="at the end, by a cosine")
+    add("--layer-decay", type=data.fraction, default=1.0, help="a block's learning rate over the next one's")
+    add("--patch-lr", type=data.fraction, default=1.0, help="factor on the learning rate of patches")
     add = parser.add_argument_group("loss").add_argument
     add("--head-hidden", type=data.positive, default=512, help="hidden width of the DINO head")
     add("--bottleneck", type=data.positive, default=128, help="output width of the DINO head")
-    add("--prototypes", type=data.positive, default=512, help="K, prototypes of the DINO head")
-    add("--student-temperature", type=data.above_zero, default=0.1, help="of the student's softmax")
-    add("--teacher-temperature", type=data.above_zero, default=0.02, help="of the teacher's softmax")
+    add("--prototypes", type=data.positive, default=512, help="K, of the DINO head")
+    add("--student-temperature", type=data.above_zero, default=0.1, help="of its softmax")
+    add("--teacher-temperature", type=data.above_zero, default=0.02, help="of its softmax")
+    add("--teacher-warmup", type=data.count, default=0, help="steps to that from --teacher-start")
+    add("--teacher-start", type=data.above_zero, default=0.04, help="see --teacher-warmup")
     add("--centering", choices=("sinkhorn", "centre"), default="sinkhorn",
         help="how the teacher's targets are kept from collapsing")
     add("--momentum", type=data.fraction, default=0.98, help="of the teacher, rising to 1 by a cosine")
-    add("--ibot", type=data.non_negative, default=0.0, help="weight of the masked-patch loss; 0: none")
-    add("--koleo", type=data.non_negative, default=0.5, help="weight of KoLeo")
+    add("--ibot", type=data.non_negative, default=0.0, help="weight of the loss on masked patches")
+    add("--koleo", type=data.non_negative, default=0.5, help="weight of that term")
     add("--alone", type=data.number(0, 0.5), default=0.25,
         help="--colour-codes: share of the images that train form alone, and as many colour alone")
     add = parser.add_argument_group("views").add_argument
-    add("--global-size", type=data.positive,
-        help="side of global crops in pixels (shapes and folder: --image-size, else 32)")
-    add("--global-scale", type=data.fraction, nargs=2, default=[0.6, 1.0], help="share of the area, from, to")
-    add("--ratio", type=data.number(1e-3, 1), default=0.9, help="smallest width / height; largest: 1 / RATIO")
-    add("--locals", type=data.count, default=0, help="local crops per image")
-    add("--local-size", type=data.positive, default=16, help="side of local crops in pixels")
-    add("--local-scale", type=data.fraction, nargs=2, default=[0.2, 0.5], help="share of the area, from, to")
+    share = data.number(1e-3, 1)
+    add("--global-size", type=data.positive, help="in pixels (shapes, folder: --image-size, else 32)")
+    add("--global-scale", type=share, nargs=2, default=[0.6, 1.0], help="share of the area, from, to")
+    add("--ratio", type=share, default=0.9, help="smallest width / height; largest: 1 / RATIO")
+    add("--locals", type=data.count, default=0, help="local crops an image")
+    add("--local-size", type=data.positive, default=16, help="in pixels")
+    add("--local-scale", type=share, nargs=2, default=[0.2, 0.5], help="share of the area, from, to")
     add("--jitter", type=data.fraction, nargs=4, default=[0.15, 0.15, 0.0, 0.0],
         help="brightness, contrast, saturation, hue: largest change")
-    add("--jitter-p", type=data.fraction, default=0.8, help="probability of the jitter")
-    add("--grey", type=data.fraction, default=0.0, help="probability of grey")
+    add("--jitter-p", type=data.fraction, default=0.8, help="its probability")
+    add("--grey", type=data.fraction, default=0.0, help="its probability")
     add("--blur", type=data.fraction, nargs=3, default=[0.0] * 3, metavar=("FIRST", "SECOND", "LOCALS"),
-        help="probability of blur, on each global crop and on local ones")
-    add("--solarise", type=data.fraction, default=0.0, help="probability of it, on the second global crop")
+        help="its probability on each global crop and on local ones")
+    add("--solarise", type=data.fraction, default=0.0, help="its probability, second global crop")
     add = parser.add_argument_group("start of the run").add_argument
-    add("--init", metavar="PATH",
-        help="start from DINOv2's weights, or the authors' encoder (file or folder)")
+    add("--init", metavar="PATH", help="start from DINOv2's weights, or the authors' encoder")
 
 
 def check_flags(parser, args):
@@ -941,14 +870,12 @@ def check_flags(parser, args):
     patches = (args.global_size // patch) ** 2
     expect(args.sem_read == "registers" or args.codes % patches == 0,
            "codes", f"{args.codes} is no multiple of {patches} patches; choose {patches} or another --patch")
+    expect(args.attention or (args.sem_read == "patches" and args.ibot == 0),
+           "attention", "needed by --sem-read registers and --ibot; add it")
     fits = args.sem_read == "patches" and args.colour_codes < args.codes // patches and patch % 2 == 0
     expect(args.colour_codes == 0 or (fits and args.ibot == 0 and not args.init),
            "colour-codes", "expected fewer than the positions of a patch, --sem-read patches, an even "
                            "--patch, no --ibot and no --init")
-    expect(args.attention or (args.sem_read == "patches" and args.ibot == 0),
-           "attention", "needed by --sem-read registers and --ibot; add it")
-    for flag, (low, high) in (("global-scale", args.global_scale), ("local-scale", args.local_scale)):
-        expect(0 < low <= high, flag, f"expected two shares above 0, the smaller first, got {low} {high}")
     expect(args.weight_decay_final is None or args.weight_decay > 0,
            "weight-decay-final", "only with a --weight-decay above 0 to start from")
     expect(not (args.init and args.stem),
@@ -963,7 +890,8 @@ def parse(argv=None):
     add_flags(parser)
     data.add_training_flags(parser, steps=760, batch_size=256, lr=2e-3, lr_matrix=0.0, warmup=40)
     args = data.parse(parser, PRESETS, argv)
-    args.global_size = args.global_size or (args.image_size if args.dataset in ("shapes", "folder") else 32)
+    if args.global_size is None:
+        args.global_size = args.image_size if args.dataset in ("shapes", "folder") else 32
     check_flags(parser, args)
     return parser, args
 
@@ -979,13 +907,13 @@ def main(argv=None, dataset=None):
     dataset = dataset or data.load_dataset(args)
     train_rows = dataset.splits["train"]
     data.fit_batch(parser, args, train_rows)
-    if args.init and (args.restart or not (run.folder / "tokenizer.pt").exists()):  # else it goes on
+    if args.init:  # a run that goes on loads its own weights over these
         load_init(student.backbone, args.init)
     centering = nn.ModuleDict({kind: Centering(args.prototypes) for kind in ("views", "patches")})
     centering.to(run.device)
     ema = data.averaged(student, lambda n: data.cosine(n - 1, args.steps, args.momentum, 1.0))  # n = step + 1
     teacher = ema.module
-    optimizers = data.Optimizers(student, args, lr_scale(args))
+    optimizers = data.Optimizers(student, args, lambda name: lr_scale(name, args))
     made_from = {"images": dataset.id}
     checkpoint = data.Checkpoint("tokenizer", args, parser.settings, run, made_from, student, ema,
                                  optimizers, others={"centering": centering})
@@ -999,11 +927,11 @@ def main(argv=None, dataset=None):
 
     for step in steps:
         images = next(batches)  # of this process; of files the crops
-        [part] = data.batch_parts(step, train_rows, args, run, wrapped)  # one: see check_flags, accumulate
+        [part] = data.batch_parts(step, train_rows, args, run, wrapped)  # one, no --accumulate
         loss, terms = step_loss(wrapped, teacher, centering, images, part, args, run, step)
         loss = run.average(part.backward(loss))
         decay = data.cosine(step, args.steps, args.weight_decay, last_decay)
-        norm = optimizers.step(step, loss, decay)  # stops where the loss or a gradient is not finite
+        norm = optimizers.step(step, loss, decay)  # stops where not finite
         ema.update_parameters(student)
         steps.show(loss=loss, norm=norm, **terms)
         if step + 1 == args.steps and (args.centre_codes or args.nearest):
@@ -1014,8 +942,8 @@ def main(argv=None, dataset=None):
         found = data.read(run.folder / "codes.pt", "codes", only="codes")["report"]
         data.print_figures(found)
         if found["entropy per position"] < 0.1:  # bits
-            print("note: all images have nearly the same code, the tokenizer has collapsed; train it with "
-                  f"--restart and a lower --lr, or bring more images ({parser.remedy})", file=sys.stderr)
+            print("note: all images have nearly the same code; train the tokenizer with --restart and a "
+                  f"lower --lr, or bring more images ({parser.remedy})", file=sys.stderr)
     run.wait()
 
 
