@@ -18,9 +18,10 @@
     python sample.py compose a.png b.png --release DIR          # most of these with the authors' models
     torchrun --nproc-per-node 8 sample.py --score --inception inception-2015-12-05.pt --dataset imagenet
 
+    python sample.py COMMAND --help                  # the flags of a command, also of --train and --score
+
 Images are files of any size; where none are named, pictures of the test split are taken. Grids go to
 OUT/<dataset>/samples/, numbered, with all settings inside (PNG: text field "settings"; GIF: comment).
-Positions that are drawn apart contradict each other: for compose the masked prior chooses them (--choose).
 
 Scores use a judge, a small CNN trained on all combinations of the factors (and, for shapes, to tell a clean
 drawing from a blend of two, a blurred and a frayed one); the Fréchet distance is taken in its features:
@@ -28,8 +29,10 @@ drawing from a blend of two, a blurred and a frayed one); the Fréchet distance 
 With --inception they are those of the literature instead, FID, Inception Score, precision and recall, in
 OUT/<dataset>/inception.json.
 """
+import argparse
 import functools
 import hashlib
+import inspect
 import itertools
 import math
 import os
@@ -38,7 +41,6 @@ import shlex
 import shutil
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import data  # first: it sets the threads' waiting policy before torch starts them
@@ -50,6 +52,7 @@ import tokenizer
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 PRESETS = {name: {**data.PRESETS.get(name, {}),
                   "sample_steps": preset["sample_steps"], "guidance": preset["guidance"]}
@@ -57,12 +60,6 @@ PRESETS = {name: {**data.PRESETS.get(name, {}),
 RELEASE = dict(  # --release: the paper's settings
     dataset="imagenet", out="out/release", image_size=256, dtype="float32", sample_steps=250, guidance=1.4,
     batch=16, choose="random", text_guidance=[1.0])
-COMMANDS = {  # pictures, with the last stage that they need
-    "unconditional": "prior --kind {kind}", "reconstruct": "generator", "compose": "prior --kind masked",
-    "infill": "prior --kind masked", "text": "text_prior", "caption": "text_prior", "explain": "generator",
-    "reveal": "prior --kind masked"}
-STAGES = ("tokenizer", "generator", "prior --kind masked", "prior --kind ar", "text_prior")  # in order
-MODULES = {module.__name__: module for module in (tokenizer, generator, prior, text_prior)}
 
 # -------- codes in, pictures out -----------------------------------------------------------------------
 
@@ -87,8 +84,11 @@ def nearest_share(children, parents):
     return equal.amax(1) / differ.sum(2)[:, 0].clamp(min=1)
 
 
-def inner_positions(L, side):
-    """The code positions of all patches but the outermost, on a grid of side² with L / side² each."""
+def inner_positions(stored):
+    """The positions of codes, as from data.load_codes, in all patches but the outermost."""
+    L, side = stored["L"], stored["side"]
+    if side < 3:
+        data.fail("--inside and --recolour: need codes of --sem-read patches, at least 3 side by side")
     patch = torch.arange(L) // (L // side ** 2)
     row, column = patch // side, patch % side
     inner = (row > 0) & (row < side - 1) & (column > 0) & (column < side - 1)
@@ -96,11 +96,11 @@ def inner_positions(L, side):
 
 
 def all_but_inner_colours(stored):
-    """The positions of codes, as from data.load_codes, that are not the colours of inner patches."""
+    """The positions of codes that are not the colours of inner patches."""
     kept = ~data.colour_positions(stored)
     if kept.all():
         data.fail("--recolour: needs codes of tokenizer.py --colour-codes")
-    inner = torch.isin(torch.arange(stored["L"]), inner_positions(stored["L"], stored["side"]))
+    inner = torch.isin(torch.arange(stored["L"]), inner_positions(stored))
     return (kept | ~inner).nonzero()[:, 0]
 
 
@@ -113,6 +113,10 @@ class Stages:
     def __init__(self, args, run):
         self.args, self.run = args, run
         self.models = {}  # priors and generators that are loaded, by stage
+
+    def sampler(self, kind):
+        """The settings of a code sampler: its own (`samplers`), and over them the flags."""
+        return prior.sampler_settings(self.args, self.samplers[kind])
 
     @functools.cached_property
     def dataset(self):
@@ -179,8 +183,8 @@ class Stages:
 
     def sample_codes(self, kind, count, seed=0, first=0):
         """Codes (count, L) and network calls (count,) of a prior; `first` as in `draw`."""
-        sampler = prior.sampler_settings(self.args, self.samplers[kind])
-        return prior.sample_codes(self.model(f"prior-{kind}"), count, sampler, self.run, seed, first)
+        model = self.model(f"prior-{kind}")
+        return prior.sample_codes(model, count, self.sampler(kind), self.run, seed, first)
 
     def compose(self, codes, weights, rng, choose, positions=None):
         """A child (n, L) of each family of k codes (n, k, L), at every position the value of a parent. choose
@@ -197,7 +201,7 @@ class Stages:
             u = torch.rand(log_weights.shape[:2], generator=rng, dtype=torch.float64)
             return prior.draw_values(log_weights, 1.0, 1.0, u)[0]
         model = self.model("prior-masked")
-        sampler = prior.sampler_settings(self.args, self.samplers["masked"])
+        sampler = self.sampler("masked")
         most = max(self.args.most, max(weights) / sum(weights))
         begin = sampler | {"order": "event", "per_step": max(1, model.L // 16)}
         children = codes[:, 0].clone()
@@ -219,8 +223,8 @@ class Stages:
     def infill(self, codes, keep, rng):
         """Codes (n, L): positions `keep` (n, L) bool stay, the masked prior draws the others."""
         model = self.model("prior-masked")
-        sampler = prior.sampler_settings(self.args, self.samplers["masked"])
-        return prior.sample_masked(model, torch.where(keep, codes, model.V), sampler, self.run, rng)[0]
+        given = torch.where(keep, codes, model.V)
+        return prior.sample_masked(model, given, self.sampler("masked"), self.run, rng)[0]
 
     def codes_from_prompts(self, prompts, guidance, seed=0, given=None):
         """Codes (n, L) for n prompts and network calls (n,); given (n, L): positions that are not V stay.
@@ -231,8 +235,8 @@ class Stages:
         for prompt, ids in zip(prompts, encoded):
             if not 0 < len(ids) <= most:
                 data.fail(f"prompt {prompt[:30]!r}: {len(ids):,} tokens; write at most {most}, not empty")
-        sampler = prior.sampler_settings(self.args, self.samplers["to code"])
-        return text_prior.codes_from_text(model, text.rows(encoded), sampler, guidance, self.run, seed, given)
+        rows, sampler = text.rows(encoded), self.sampler("to code")
+        return text_prior.codes_from_text(model, rows, sampler, guidance, self.run, seed, given)
 
     def readable_captions(self, rows):
         """{row: caption} of the images `rows`, but for captions that the text prior cannot read."""
@@ -244,7 +248,7 @@ class Stages:
     def captions_from_codes(self, codes, seed=0):
         """Captions, n texts, of codes (n, L)."""
         model, text, config = self.text_model
-        sampler = prior.sampler_settings(self.args, self.samplers["to text"])
+        sampler = self.sampler("to text")
         ids = text_prior.text_from_codes(model, codes, config["window"], sampler, self.run, seed)
         return [text.decode(row) for row in ids.tolist()]
 
@@ -456,8 +460,12 @@ def read_shapes_caption(text):
     return [values.index(match[name]) if match[name] else -1 for name, values in data.SHAPES.items()]
 
 
+MEANT = {  # by the way of mixing, the parent of whom a child of shapes should have each factor
+    "inner patches of the first": [0, 0, 0, 1, 1], "in the colours of the second": [0, 1, 0, 0, 0]}
+
+
 class Scores:
-    """The table of what is measured, on the test split; n pictures for each line, --seed for all noise."""
+    """All scores, on the test split, n pictures for each line; prints them and writes scores.json."""
 
     def __init__(self, stages, args, run):
         self.stages, self.args, self.run = stages, args, run
@@ -466,17 +474,17 @@ class Scores:
         self.names = list(self.dataset.factors)
         self.shapes = args.dataset == "shapes"
         splits = self.dataset.splits
-        self.unseen = {split: splits[split] for split in splits if split.startswith("unseen")}
+        self.unseen = {split: rows for split, rows in splits.items() if split.startswith("unseen")}
         stages.stored = stages.load_codes(self.dataset.id)
         self.judge = load_judge(self.dataset, args, run) if self.names else None
-        self.rows = np.random.default_rng(0).permutation(self.dataset.splits["test"])[:self.n].tolist()
+        self.rows = np.random.default_rng(0).permutation(splits["test"])[:self.n].tolist()
         text_path = run.folder / "text_prior.pt"
         self.texts = text_path.exists()
         self.kinds = [kind for kind in ("masked", "ar") if (run.folder / f"prior-{kind}.pt").exists()]
         if self.texts and stages.text_model[2]["captions"] != self.dataset.captions_id:
             remedy = data.script_command("text_prior.py", args) + " --restart"
             data.fail(f"{text_path}: made from other captions; bring those back, or train it with {remedy}")
-        train = np.random.default_rng(1).permutation(self.dataset.splits["train"])[:10_000]
+        train = np.random.default_rng(1).permutation(splits["train"])[:10_000]
         self.reference = self.judged(self.dataset.pixels(train))[0]
 
     @torch.no_grad()
@@ -485,16 +493,20 @@ class Scores:
         long, clean (n,) bool; without labels to train a judge on, the tokenizer's features alone."""
         parts = []
         for part in images.split(500):
+            clean = torch.ones(len(part))  # learned on shapes alone
+            factors = torch.zeros(len(part), 0).long()
             if self.judge:
-                features, logits, clean = self.judge(data.from_bytes(part.to(self.run.device)))
+                features, logits, found = self.judge(data.from_bytes(part.to(self.run.device)))
                 factors = torch.stack([values.argmax(1) for values in logits], 1)
-                clean = clean if self.shapes else torch.ones(len(part))  # learned on shapes alone
+                clean = found if self.shapes else clean
             else:
                 _, features = tokenizer.encode_images(self.stages.backbone, part, self.run)
-                factors = torch.zeros(len(part), 0).long()
-                clean = torch.ones(len(part))
             parts.append((features.cpu().double(), factors.cpu(), clean.cpu() > 0))
         return [torch.cat(tensors) for tensors in zip(*parts)]
+
+    def drawn(self, codes, shift, **more):
+        """What the judge sees in images drawn from codes (n, L), with noise of --seed + shift."""
+        return self.judged(self.stages.draw(codes, self.args.seed + shift, **more))
 
     def measure(self, judged, labels=None):
         """From what `judged` returns: Fréchet distance to training images, for shapes cleanness, and factors
@@ -511,8 +523,8 @@ class Scores:
         """Measure all that the trained stages allow; returns the nested dict of scores.json."""
         begin = functools.partial(print, "--- scores:", flush=True)
         labels = self.dataset.labels[self.rows]
-        real = self.judged(self.dataset.pixels(self.rows))
-        result = {"real images": self.measure(real, labels)}
+        real = self.measure(self.judged(self.dataset.pixels(self.rows)), labels)
+        result = {"real images": real}
         if self.shapes:
             spoiled = torch.cat([judge_batch(self.dataset, self.args, 10 ** 6 + k)[2] for k in range(8)])
             result["blended, blurred and frayed images"] = {"clean": mean(self.judged(spoiled)[2])}
@@ -520,29 +532,28 @@ class Scores:
         result["tokenizer"] = {name: value for name, value in report.items() if not name.endswith("val")}
         begin("images from codes")
         codes = self.stages.codes_of(self.rows)
-        drawn = self.judged(self.stages.draw(codes, self.args.seed))
-        line = self.measure(drawn, labels)
-        result["reconstruct"] = line
-        if (self.run.folder / "generator-uncond.pt").exists():
-            images = self.stages.draw(codes, self.args.seed, stage="generator-uncond")  # reads no codes
-            without = self.measure(self.judged(images))
+        usual = self.drawn(codes, 0)
+        line = result["reconstruct"] = self.measure(usual, labels)
+        if (self.run.folder / "generator-uncond.pt").exists():  # which reads no codes
+            without = self.measure(self.drawn(codes, 0, stage="generator-uncond"))
             result["generator without codes"] = without
             line["frechet / without codes"] = line["frechet"] / without["frechet"]
         begin("samples of the priors")
-        result |= self.score_priors(line["frechet"], result["real images"]["frechet"])
+        result |= self.score_priors(codes, line["frechet"], real["frechet"])
         begin("children of two images")
         result["compose"] = self.score_composition()
-        if self.shapes:
-            for split, pair in data.UNSEEN_PAIRS.items():
-                begin(f"{split} and children that show such a pair")
-                result[split] = self.score_unseen(split, pair, drawn[1])
+        for split, rows in self.unseen.items():
+            begin(split)
+            if self.shapes:
+                pair = data.UNSEEN_PAIRS[split]
+                result[split] = self.score_unseen(rows[:self.n // 2], pair, usual[1])
                 result[f"compose, {split}"] = self.score_recombination(pair)
-        elif self.unseen:  # a folder's, whose judge has not seen these combinations either: see the real ones
-            rows = self.unseen["unseen"][:self.n]
+                continue
+            rows = rows[:self.n]  # a folder's; the judge has not seen these combinations either
             labels = self.dataset.labels[rows]
-            images = {"real": self.dataset.pixels(rows),
-                      "from the code": self.stages.draw(self.stages.codes_of(rows), self.args.seed + 3)}
-            result["unseen"] = {name: self.measure(self.judged(x), labels) for name, x in images.items()}
+            result[split] = {
+                "real": self.measure(self.judged(self.dataset.pixels(rows)), labels),
+                "from the code": self.measure(self.drawn(self.stages.codes_of(rows), 3), labels)}
         if self.texts:
             for guidance in self.args.text_guidance:
                 begin(f"text to image, guidance {guidance:g}")
@@ -551,7 +562,7 @@ class Scores:
             result["captions of images"] = self.score_captions()
         return result
 
-    def score_priors(self, of_true_codes, of_real):
+    def score_priors(self, true_codes, of_true_codes, of_real):
         """For each trained prior bits per token, calls, how many samples are training codes, and Fréchet
         distance, also as a multiple of that `of_true_codes`, also with that `of_real` images taken off."""
         train = self.dataset.splits["train"]
@@ -562,11 +573,10 @@ class Scores:
             return {"n": len(codes), "in training set": mean(distance == 0),
                     "distance to nearest": mean(distance)}
 
-        true_codes = self.stages.codes_of(self.rows)
         result = {"held-out codes": memorised(true_codes)}
         for kind in self.kinds:
             sampled, calls = self.stages.sample_codes(kind, len(self.rows), self.args.seed)
-            line = self.measure(self.judged(self.stages.draw(sampled, self.args.seed + 1)))
+            line = self.measure(self.drawn(sampled, 1))
             line["frechet / true codes"] = line["frechet"] / of_true_codes
             line["the same, above real images"] = (line["frechet"] - of_real) / (of_true_codes - of_real)
             bits, error = prior.bits_per_token(self.stages.model(f"prior-{kind}"), true_codes, self.run)
@@ -579,18 +589,19 @@ class Scores:
 
     def children(self, rows):
         """Children of pairs of images `rows` (n, 2) by each way of mixing codes: {way: codes (n, L)}."""
+        stored = self.stages.stored
+        ways = {"positions by random": ("random", None)}
+        if "masked" in self.kinds:
+            ways["positions by prior"] = ("prior", None)
+        if stored["side"] > 2:
+            ways["inner patches of the first"] = ("random", inner_positions(stored))
+            if stored["colour_codes"]:
+                ways["in the colours of the second"] = ("random", all_but_inner_colours(stored))
         codes = self.stages.codes_of(rows)  # (n, 2, L)
         found = {"copy of the first parent": codes[:, 0]}
-        for choose in ["random"] + ["prior"] * ("masked" in self.kinds):
+        for way, (choose, positions) in ways.items():
             rng = data.step_generator(self.args.seed, 2)
-            found[f"positions by {choose}"] = self.stages.compose(codes, [0.5, 0.5], rng, choose)
-        side = self.stages.stored["side"]
-        if side > 2:
-            inner = inner_positions(codes.shape[2], side)
-            found["inner patches of the first"] = self.stages.compose(codes, [1, 1], rng, "random", inner)
-        if self.stages.stored["colour_codes"] and side > 2:
-            kept = all_but_inner_colours(self.stages.stored)
-            found["in the colours of the second"] = self.stages.compose(codes, [1, 1], rng, "random", kept)
+            found[way] = self.stages.compose(codes, [1, 1], rng, choose, positions)
         return found
 
     def score_composition(self):
@@ -602,7 +613,7 @@ class Scores:
         if self.names:
             result["right by chance (another test image)"] = mean((others[:, None] == labels).any(1).all(1))
         for way, codes in self.children(rows).items():
-            judged = self.judged(self.stages.draw(codes, self.args.seed + 2))
+            judged = self.drawn(codes, 2)
             line = result[way] = self.measure(judged)
             if not self.names:
                 continue
@@ -612,11 +623,11 @@ class Scores:
             new = right & (seen[:, None] != labels).any(2).all(1)
             line |= {"right": mean(inherited.all(1)), "right and clean": mean(right),
                      "right, clean, unlike both parents": mean(new)}
-            parents = {"inner patches of the first": [0, 0, 0, 1, 1],  # of whom it should have each factor
-                       "in the colours of the second": [0, 1, 0, 0, 0]}.get(way)
-            if self.shapes and parents:
-                meant = (seen == labels[:, parents, range(5)]).all(1)
+            if self.shapes and way in MEANT:
+                meant = (seen == labels[:, MEANT[way], range(5)]).all(1)
                 line |= {"all five factors as meant": mean(meant), "the same, clean": mean(meant & clean)}
+            shares = {name: mean(inherited[:, k]) for k, name in enumerate(self.names)}
+            line["inherited"] = {"n": len(seen), **shares}
         return result
 
     def score_recombination(self, pair):
@@ -633,20 +644,17 @@ class Scores:
         wanted = mixed[firsts, partner[firsts]]
         result = {}
         for way, codes in self.children(rows).items():
-            if way.startswith("inner") and "frame" not in pair:  # shape and colour lie in the same patches
-                continue
-            if way.startswith("in the colours") and "shape" not in pair:
-                continue
-            _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 2))
-            both = (seen == wanted)[:, [first, second]].all(1)
-            shown_clean = mean(both & clean)
-            result[way] = {"n": len(both), "shows the pair": mean(both), "shows it, clean": shown_clean}
+            if way in MEANT and (MEANT[way][first], MEANT[way][second]) != (0, 1):
+                continue  # it takes them from others
+            _, seen, clean = self.drawn(codes, 2)
+            shown = (seen == wanted)[:, [first, second]].all(1)
+            result[way] = {"n": len(shown), "shows the pair": mean(shown),
+                           "shows it, clean": mean(shown & clean)}
         return result
 
-    def score_unseen(self, split, pair, usual_factors):
+    def score_unseen(self, rows, pair, usual_factors):
         """Codes of images with a pair never seen in training → images: is the pair kept? Also how often the
         judge sees such a pair by mistake, in `usual_factors` (n, factors) of images of usual codes."""
-        rows = self.dataset.splits[split][:self.n // 2]
         labels = self.dataset.labels[rows]
         guessed = next(name for name in pair if name != "colour")
         seen_by_mistake = data.is_unseen(usual_factors, pair, self.args.held_out)
@@ -656,7 +664,7 @@ class Scores:
         if (self.run.folder / "generator-factors.pt").exists():
             sources["from true factors"] = (labels, "generator-factors")
         for name, (codes, stage) in sources.items():
-            _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 3, stage=stage))
+            _, seen, clean = self.drawn(codes, 3, stage=stage)
             kept = (seen == labels)[:, [self.names.index(factor) for factor in pair]].all(1)
             line[name] = {"n": len(kept), "pair kept": mean(kept), "kept and clean": mean(kept & clean),
                           "clean": mean(clean), **factor_accuracy(seen, labels, self.names)}
@@ -672,33 +680,31 @@ class Scores:
         """{row: caption} → code → image: are the first factors, `names`, and both of `pair` to be seen?"""
         prompts = list(captions.values())
         codes, _ = self.stages.codes_from_prompts(prompts, guidance, self.args.seed + 4)
-        _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 5))
+        _, seen, clean = self.drawn(codes, 5)
         line = {"n": len(seen)} | factor_accuracy(seen, self.dataset.labels[list(captions)], names, pair)
         if self.shapes:
             line["clean"] = mean(clean)
         return line
 
     def score_text(self, guidance):
-        """Captions of the test split and, for shapes, shape and colour alone and pairs never seen in
-        training; and how many different codes 16 draws of one prompt give."""
+        """Captions of the test split and of combinations never seen in training, for shapes also shape and
+        colour alone; and how many different codes 16 draws of one prompt give."""
         rows = self.rows[:self.n // 4]
         captions = self.captions_of(rows)
         if not captions:
             return {}
-        line = {}
         pair = ("shape", "colour") if self.shapes else None
+        line = {}
         if self.names:
             line["captions of the test split"] = self.score_prompts(captions, guidance, self.names, pair)
+            for split, unseen in self.unseen.items():
+                asked = self.captions_of(unseen[:self.n // 4])
+                if asked:
+                    pair_of_split = data.UNSEEN_PAIRS.get(split)
+                    line[split] = self.score_prompts(asked, guidance, self.names, pair_of_split)
         if self.shapes:
             short = self.captions_of(rows, said=(True, False, False, False))
             line["shape and colour alone"] = self.score_prompts(short, guidance, names=pair)
-            for split, unseen in data.UNSEEN_PAIRS.items():
-                rows = self.dataset.splits[split][:self.n // 4]
-                line[split] = self.score_prompts(self.captions_of(rows), guidance, self.names, unseen)
-        elif self.unseen and self.names:
-            unseen = self.captions_of(self.unseen["unseen"][:self.n // 4])
-            if unseen:
-                line["unseen"] = self.score_prompts(unseen, guidance, self.names)
         prompts = [prompt for prompt in list(captions.values())[:32] for _ in range(16)]
         codes, calls = self.stages.codes_from_prompts(prompts, guidance, self.args.seed + 6)
         distinct = [len(torch.unique(draws, dim=0)) for draws in codes.split(16)]
@@ -715,15 +721,15 @@ class Scores:
             if not rows:
                 continue
             captions = self.stages.captions_from_codes(self.stages.codes_of(rows), self.args.seed + 7)
+            line[split] = {"n": len(rows)}
             if self.shapes:
                 named = torch.tensor([read_shapes_caption(caption) or [-1] * 5 for caption in captions])
                 pair = data.UNSEEN_PAIRS.get(split)
-                line[split] = factor_accuracy(named, self.dataset.labels[rows], self.names, pair)
-                line[split]["n"] = len(rows)
+                line[split] |= factor_accuracy(named, self.dataset.labels[rows], self.names, pair)
             else:
-                own = [self.dataset.captions[row].split() for row in rows]
-                same = [caption.split() == words for caption, words in zip(captions, own)]
-                line[split] = {"n": len(same), "equal to its own": sum(same) / len(same)}
+                same = [said.split() == self.dataset.captions[row].split()
+                        for said, row in zip(captions, rows)]
+                line[split]["equal to its own"] = sum(same) / len(same)
         return line
 
 
@@ -833,41 +839,29 @@ def inception_scores(stages, args, run):
     return result
 
 
-# -------- commands -------------------------------------------------------------------------------------
+# -------- pictures -------------------------------------------------------------------------------------
+# A command's function takes the stages and the flags, and returns what data.save_grid draws.
 
-def input_images(paths, stages, args, most=8):
+def read_images(paths, size):
+    """Images (n, 3, size, size) uint8 of files."""
+    images = []
+    for path in paths:
+        with data.reading(path, f"expected an image, one of {', '.join(data.FORMATS)}"):
+            images.append(data.read_image(path, size))
+    return torch.stack(images)
+
+
+def input_images(stages, args, paths, most=8):
     """Images (n, 3, S, S) uint8 of files, their codes (n, L) and titles; where none are named, `most` of the
     test split."""
-    if not paths:
-        rows = stages.dataset.splits["test"][:most]
-        images, titles = stages.dataset.pixels(rows), [f"test {k}" for k in range(len(rows))]
-        codes = stages.codes_of(rows) if args.release else stages.encode(images)
-        return images, codes, titles
-
-    def read(size):
-        images = []
-        for path in paths:
-            with data.reading(path, f"expected an image, one of {', '.join(data.FORMATS)}"):
-                images.append(data.read_image(path, size))
-        return torch.stack(images)
-
-    images = read(args.image_size)
-    seen = read(stages.backbone.image_size) if args.release else images  # the release's codes: cut straight
-    return images, stages.encode(seen), [Path(path).stem[:10] for path in paths]
-
-
-def read_prompts(args, stages):
-    """The prompts of the command line and of --prompts, else four captions of the test split."""
-    prompts = [prompt.strip() for prompt in args.inputs]
-    if args.prompts:
-        with data.reading(f"--prompts {args.prompts}", "expected a file with a prompt in each line"):
-            lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
-        prompts += [line.strip() for line in lines if line.strip()]
-    elif not prompts:
-        prompts = list(stages.readable_captions(stages.dataset.splits["test"]).values())[:4]
-    if not prompts:
-        data.fail("text: no prompts; give some, or --prompts FILE with one in each line")
-    return prompts
+    if paths:
+        images = read_images(paths, args.image_size)
+        seen = read_images(paths, stages.backbone.image_size) if args.release else images  # cut straight
+        return images, stages.encode(seen), [Path(path).stem[:10] for path in paths]
+    rows = stages.dataset.splits["test"][:most]
+    images = stages.dataset.pixels(rows)
+    codes = stages.codes_of(rows) if args.release else stages.encode(images)
+    return images, codes, [f"test {k}" for k in range(len(rows))]
 
 
 def check_mixture(args, k, L):
@@ -884,9 +878,66 @@ def check_mixture(args, k, L):
         data.fail(f"--positions: expected numbers from 0 to {L - 1}")
 
 
-def text_pictures(stages, args):
-    """A row of pictures for each prompt; with --image that picture first, and its code kept in part or mixed
-    with the prompt's. Returns images (n, 3, S, S) uint8, columns, and the prompts."""
+def unconditional(stages, args):
+    """Prior → code → image."""
+    codes, _ = stages.sample_codes(args.kind, args.columns * args.rows, args.seed)
+    return {"images": stages.draw(codes, args.seed), "columns": args.columns}
+
+
+def reconstruct(stages, args):
+    """Image → code → images: a row of inputs, then rows drawn from their codes, a new noise each."""
+    inputs, codes, titles = input_images(stages, args, args.inputs)
+    rows = [stages.draw(codes, data.mix_seed(args.seed, row)) for row in range(args.rows)]
+    return {"images": torch.cat([inputs, *rows]), "columns": len(inputs), "titles": titles}
+
+
+def compose(stages, args):
+    """Children of two or more images: a row of these, then children, of whose code each position is that of
+    one of them. Positions that are drawn apart contradict each other, so the masked prior chooses them."""
+    inputs, codes, titles = input_images(stages, args, args.inputs, 2)
+    k, L = codes.shape
+    check_mixture(args, k, L)
+    positions = args.positions
+    if args.inside:
+        positions = inner_positions(stages.stored)
+    if args.recolour:
+        positions = all_but_inner_colours(stages.stored)
+    columns = max(k, args.columns)
+    families = codes.expand(columns * args.rows, k, L)
+    rng = data.step_generator(args.seed, 0)
+    children = stages.compose(families, args.weights or [1 / k] * k, rng, args.choose, positions)
+    blank = torch.full((columns - k, *inputs.shape[1:]), 255, dtype=torch.uint8)
+    images = torch.cat([inputs, blank, stages.draw(children, args.seed)])
+    return {"images": images, "columns": columns, "titles": titles}
+
+
+def infill(stages, args):
+    """A part of each image's code stays, the masked prior draws the rest: a row of inputs, then of these."""
+    inputs, codes, titles = input_images(stages, args, args.inputs)
+    rng = data.step_generator(args.seed, 0)
+    keep = torch.rand(args.rows, *codes.shape, generator=rng) < args.keep
+    filled = stages.infill(codes.repeat(args.rows, 1), keep.flatten(0, 1), rng)
+    images = torch.cat([inputs, stages.draw(filled, args.seed)])
+    return {"images": images, "columns": len(inputs), "titles": titles}
+
+
+def read_prompts(args, stages):
+    """The prompts of the command line and of --prompts, else four captions of the test split."""
+    prompts = [prompt.strip() for prompt in args.inputs or []]
+    if args.prompts:
+        with data.reading(f"--prompts {args.prompts}", "expected a file with a prompt in each line"):
+            lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
+        prompts += [line.strip() for line in lines if line.strip()]
+    elif not prompts:
+        prompts = list(stages.readable_captions(stages.dataset.splits["test"]).values())[:4]
+    if not prompts:
+        data.fail("text: no prompts; give some, or --prompts FILE with one in each line")
+    return prompts
+
+
+def text(stages, args):
+    """A row of pictures for each prompt; with --image that picture first, and its code kept in part (--keep,
+    --positions) or mixed with the prompt's (--weights)."""
     L, V = stages.stored["L"], stages.stored["V"]
     check_mixture(args, 2, L)
     prompts = read_prompts(args, stages)
@@ -894,7 +945,7 @@ def text_pictures(stages, args):
     rng = data.step_generator(args.seed, 1)
     given = None
     if args.image is not None:
-        image, code, _ = input_images([args.image], stages, args)
+        image, code, _ = input_images(stages, args, [args.image])
         code = code.expand(len(repeated), L)
         if args.positions:
             keep = torch.isin(torch.arange(L), torch.tensor(args.positions))  # (L,)
@@ -906,42 +957,32 @@ def text_pictures(stages, args):
     unknown = ", ".join(dict.fromkeys(stages.text_model[1].unknown(" ".join(prompts))))
     if unknown:
         print(f"note: no training caption has {unknown}; expect the model to guess there", file=sys.stderr)
-    if args.image is not None and args.weights:
+    if args.weights:
         codes = stages.compose(torch.stack([codes, code], 1), args.weights, rng, args.choose)
     images = stages.draw(codes, args.seed)
     if args.image is None:
-        return images, args.columns, prompts
+        return {"images": images, "columns": args.columns, "lines": prompts}
     rows = [torch.cat([image, row]) for row in images.split(args.columns)]
-    return torch.cat(rows), args.columns + 1, prompts
+    return {"images": torch.cat(rows), "columns": args.columns + 1, "lines": prompts}
 
 
-def compose_pictures(stages, args, inputs, codes):
-    """A row of the k parents, `inputs` with their codes (k, L), then children. Returns images (n, 3, S, S)
-    uint8 and columns."""
-    k, L = codes.shape
-    check_mixture(args, k, L)
-    columns = max(k, args.columns)
-    families = codes.expand(columns * args.rows, k, L)
-    rng = data.step_generator(args.seed, 0)
-    positions = args.positions
-    if args.inside or args.recolour:
-        side = stages.stored["side"]
-        if side < 3:
-            data.fail("--inside and --recolour: need codes of --sem-read patches, at least 3 side by side")
-        positions = inner_positions(L, side)
-    if args.recolour:
-        positions = all_but_inner_colours(stages.stored)
-    children = stages.compose(families, args.weights or [1 / k] * k, rng, args.choose, positions)
-    blank = torch.full((columns - k, *inputs.shape[1:]), 255, dtype=torch.uint8)
-    return torch.cat([inputs, blank, stages.draw(children, args.seed)]), columns
+def caption(stages, args):
+    """Image → code → caption; in each row an image and the one drawn from its code."""
+    inputs, codes, titles = input_images(stages, args, args.inputs)
+    captions = stages.captions_from_codes(codes, args.seed)
+    for source, said in zip(args.inputs or titles, captions):
+        print(f"{source}: {' '.join(said.split())}")
+    images = torch.stack([inputs, stages.draw(codes, args.seed)], 1).flatten(0, 1)
+    return {"images": images, "columns": 2, "lines": captions}
 
 
-def explain_pictures(stages, args, inputs, codes, names):
-    """For each of n images a row: itself, its code (L,), the drawing from it, how much that changes where one
-    position takes the value of another image, the drawings that change most. Returns pictures (3, S, S)
-    uint8, columns and titles."""
+def explain(stages, args):
+    """A row for each image: itself, its code, the drawing from it, how much that changes where one position
+    takes the value of another image, and the drawings that change most."""
+    inputs, codes, names = input_images(stages, args, args.inputs, args.rows)
     L, V, side = (stages.stored[name] for name in ("L", "V", "side"))
-    columns, size = 4 + min(L, max(1, args.columns - 4)), max(128, args.image_size)
+    columns = 4 + min(L, max(1, args.columns - 4))
+    size = max(128, args.image_size)
     others = stages.codes_of(stages.stored["splits"]["train"][:500])  # (m, L)
     values = others.gather(0, (others[:, None] != codes).int().argmax(0))  # (n, L): the first that differ
     drawn = stages.draw(codes, args.seed)  # (n, 3, S, S)
@@ -960,188 +1001,199 @@ def explain_pictures(stages, args, inputs, codes, names):
         titles += [f"image: {name}", f"its code: {L} values", "drawn from its code", "red: matters most"]
         titles += [f"square {rank}: value {codes[k, position]} to {values[k, position]}"
                    for rank, position in enumerate(most, 1)]
-    return pictures, columns, titles
+    return {"images": pictures, "columns": columns, "titles": titles}
 
 
-def write_reveal(stages, args, path, settings, most=32):
-    """The masked prior writes --columns codes: a GIF of about `most` states from all hidden to none, above
-    the drawings from them, always with the same noise."""
+def reveal(stages, args, most=32):
+    """A GIF of codes while the masked prior writes them, from all hidden to none, above the drawings from
+    them, always with the same noise. Returns about `most` frames."""
     model, side = stages.model("prior-masked"), stages.stored["side"]
     if stages.model("generator").condition != "place":
         print("note: reveal: this generator was not trained on partly hidden codes", file=sys.stderr)
-    sampler = prior.sampler_settings(args, stages.samplers["masked"])
     hidden = torch.full((args.columns, model.L), model.V)
-    rng, states = data.step_generator(args.seed, 0), []
-    codes, _ = prior.sample_masked(model, hidden, sampler, stages.run, rng, states=states)
-    colours, size, frames = data.code_colours(model.V), max(128, args.image_size), []
+    rng = data.step_generator(args.seed, 0)
+    states, frames = [], []
+    codes, _ = prior.sample_masked(model, hidden, stages.sampler("masked"), stages.run, rng, states=states)
     for state in [*states[::math.ceil(len(states) / most)], codes]:
         known = (state != model.V).double().mean()
         lines = [f"the codes: {known:.0%} written by the masked prior (grey: still hidden)",
                  "drawn from what is written so far, always from the same noise"]
-        pictures = [data.draw_code(code, colours, side, size) for code in state]
+        pictures = [data.draw_code(code, data.code_colours(model.V), side, max(128, args.image_size))
+                    for code in state]
         pictures += stages.draw(state, args.seed)
         frames.append(data.draw_grid(pictures, args.columns, lines=lines))
-    data.save_animation(path, frames, settings)
+    return frames
+
+
+MIXING = "--choose --draws --most --rounds --round-share"
+COMMANDS = {  # the function of each picture, the last stage that it needs, the flags that it reads
+    "unconditional": (unconditional, "prior --kind {kind}", "--kind --columns --rows --release"),
+    "reconstruct": (reconstruct, "generator", "inputs --rows --release"),
+    "compose": (compose, "prior --kind masked", "inputs --weights --positions --inside --recolour --columns "
+                f"--rows {MIXING} --release"),
+    "infill": (infill, "prior --kind masked", "inputs --keep --rows --release"),
+    "text": (text, "text_prior", "inputs --prompts --columns --text-guidance --image --keep --positions "
+             f"--weights {MIXING} --release"),
+    "caption": (caption, "text_prior", "inputs --release"),
+    "explain": (explain, "generator", "inputs --columns --rows"),
+    "reveal": (reveal, "prior --kind masked", "--columns")}
 
 
 def make_pictures(command, stages, args):
-    """Write the picture of a command."""
+    """Write the picture of a command as OUT/<dataset>/samples/<name>-001.png, or the next free number."""
     name = f"{command}-{args.kind}" if command == "unconditional" else command
     end = "gif" if command == "reveal" else "png"
     numbered = (stages.run.folder / "samples" / f"{name}-{k:03d}.{end}" for k in itertools.count(1))
     path = next(path for path in numbered if not path.exists())  # earlier ones stay
     settings = {**vars(args), "command": command}
-    titles = lines = ()
-    if command == "unconditional":
-        columns = args.columns
-        codes, _ = stages.sample_codes(args.kind, columns * args.rows, args.seed)
-        images = stages.draw(codes, args.seed)
-    elif command == "text":
-        images, columns, lines = text_pictures(stages, args)
-    elif command != "reveal":
-        most = {"compose": 2, "explain": args.rows}.get(command, 8)
-        inputs, codes, titles = input_images(args.inputs, stages, args, most)
-        columns = len(inputs)
-    if command == "reconstruct":  # a row of inputs, then rows drawn from their codes with different noise
-        rows = [stages.draw(codes, data.mix_seed(args.seed, row)) for row in range(args.rows)]
-        images = torch.cat([inputs, *rows])
-    elif command == "infill":
-        rng = data.step_generator(args.seed, 0)
-        keep = torch.rand(args.rows, *codes.shape, generator=rng) < args.keep
-        filled = stages.infill(codes.repeat(args.rows, 1), keep.flatten(0, 1), rng)
-        images = torch.cat([inputs, stages.draw(filled, args.seed)])
-    elif command == "caption":  # in each row an image and the one drawn from its code
-        lines = stages.captions_from_codes(codes, args.seed)
-        for source, caption in zip(args.inputs or titles, lines):
-            print(f"{source}: {' '.join(caption.split())}")
-        images = torch.stack([inputs, stages.draw(codes, args.seed)], 1).flatten(0, 1)
-        columns = 2
-        titles = ()
-    elif command == "compose":
-        images, columns = compose_pictures(stages, args, inputs, codes)
-    elif command == "explain":
-        images, columns, titles = explain_pictures(stages, args, inputs, codes, titles)
+    drawn = COMMANDS[command][0](stages, args)
     if command == "reveal":
-        write_reveal(stages, args, path, settings)
+        data.save_animation(path, drawn, settings)
     else:
-        data.save_grid(path, images, columns, titles, lines, settings)
+        data.save_grid(path, **drawn, settings=settings)
     print(f"{command}: {path}")
 
 
-@contextmanager
-def advising(name):
-    """Inside, what the stage `name` says about its flags ends in how --train takes them."""
-    flag = name.replace("_", "-")
-    how = f'in sample.py --train, flags of {name}.py are given as --{flag}="--flag value"'
-    usual, data.Parser.remedy = data.Parser.remedy, how
+# -------- all of it ------------------------------------------------------------------------------------
+
+STAGES = ("tokenizer", "generator", "prior --kind masked", "prior --kind ar", "text_prior")  # in order
+MODULES = {module.__name__: module for module in (tokenizer, generator, prior, text_prior)}
+
+
+def of_stage(name, function, *inputs):
+    """Call the function of a stage; an error in it is followed by how --train takes that stage's flags."""
     try:
-        yield
+        function(*inputs)
     except SystemExit as stopped:
-        names_flags = isinstance(stopped.code, str) and "--" in stopped.code
-        raise SystemExit(f"{stopped.code} ({how})" if names_flags else stopped.code) from None
-    finally:
-        data.Parser.remedy = usual
+        if stopped.code not in (0, 143):
+            flag = name.replace("_", "-")
+            print(f'note: flags of {name}.py: sample.py --train --{flag}="--flag value"', file=sys.stderr)
+        raise
 
 
-def train_stages(args, run, dataset):
+def write_examples(stages):
+    """Two test pictures as small files, to try the commands on."""
+    paths = [stages.run.folder / "samples" / f"{name}.png" for name in "ab"]
+    rows = stages.dataset.splits["test"][:2]
+    for path, pixels in zip(paths, stages.dataset.pixels(rows)):
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        data.write_atomic(path, lambda file: picture.save(file, format="PNG"))
+    print(f"pictures to try: {paths[0]} {paths[1]}")
+
+
+def train_stages(stages, args):
     """Train what has not finished, in order, each stage as its own command with the flags that all have and
-    its own; then make the pictures that need no later one. Wrong flags are found before the first trains."""
-    names = ("dataset", "data_dir", "out", "image_size", "seed", "device", "dtype", "workers")
-    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
+    its own; after each the pictures that need no later one. Then all scores."""
+    start = time.time()
+    run, dataset = stages.run, stages.dataset
+    shared = ("dataset", "data_dir", "out", "image_size", "seed", "device", "dtype", "workers")
+    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in shared]
     flags += ["--flip" if args.flip else "--no-flip", "--held-out", *map(str, args.held_out)]
-    captioned = any(dataset.captions)
-    planned = [stage for stage in STAGES if captioned or stage != "text_prior"]
-    words = {}
-    for stage in planned:
+    planned = {}
+    for stage in STAGES:
         name, *kind = stage.split()
-        words[stage] = [*getattr(args, name), *kind, *flags]  # of the same flag the last counts
-        with advising(name):
-            MODULES[name].parse(words[stage])
-    if not captioned:
-        print("text_prior: left out, the images have no captions")
-    for number, stage in enumerate(planned, 1):
-        later = ", ".join([*planned[number:], "scores"])
-        print(f"--- stage {number} of {len(planned)}: {stage}; then {later}", flush=True)
-        start, name = time.time(), stage.split()[0]
+        if name == "text_prior" and not any(dataset.captions):
+            print("text_prior: left out, the images have no captions")
+            continue
+        planned[stage] = [*getattr(args, name), *kind, *flags]  # of the same flag the last counts
+        of_stage(name, MODULES[name].parse, planned[stage])  # wrong flags are found before the first trains
+    for number, (stage, words) in enumerate(planned.items(), 1):
+        later = ", ".join([*list(planned)[number:], "scores"])
+        used = f"{(time.time() - start) / 60:.1f} minutes so far"
+        print(f"--- stage {number} of {len(planned)}: {stage}; {used}; then {later}", flush=True)
+        name = stage.split()[0]
         loaded = [] if name == "prior" else [dataset]  # a prior reads codes alone
-        with advising(name):
-            MODULES[name].main(words[stage], *loaded)
-        print(f"--- {time.time() - start:.0f} s", flush=True)
+        of_stage(name, MODULES[name].main, words, *loaded)
         stages = Stages(args, run)
         stages.dataset = dataset
-        commands = [command for command, last in COMMANDS.items() if last.format(kind=args.kind) == stage]
+        if stage == "generator" and args.dataset == "shapes":
+            write_examples(stages)
         if stage == "text_prior" and not stages.readable_captions(dataset.splits["test"]):
-            commands = []  # nothing to begin with
-        for command in commands:
-            make_pictures(command, stages, args)
+            continue  # text would have nothing to begin with
+        for command, (_, last, _) in COMMANDS.items():
+            if last.format(kind=args.kind) == stage:
+                make_pictures(command, stages, args)
+    print(f"--- scores; {(time.time() - start) / 60:.1f} minutes so far", flush=True)
+
+
+TASKS = {
+    "--train": (train_stages, "", "--train --tokenizer --generator --prior --text-prior --count --columns "
+                f"--rows --kind --keep --text-guidance {MIXING}"),
+    "--score": (Scores, "", f"--score --inception --release --count --kind --text-guidance {MIXING}")}
+of_train = dict(type=shlex.split, default=[], metavar="FLAGS")
+FLAGS = {
+    "inputs": dict(nargs="*", help="image files, or the prompts of text (default: of the test split)"),
+    "--train": dict(action="store_true", help="train what is missing, then make all pictures and scores"),
+    **{f"--{name.replace('_', '-')}": of_train | {"help": f'flags for {name}.py, as "--steps 100"'}
+       for name in MODULES},
+    "--score": dict(action="store_true", help="measure everything and write scores.json"),
+    "--inception": dict(metavar="FILE", help="FID and others by this TorchScript network instead"),
+    "--count": dict(type=data.number(4, 10 ** 9, int),
+                    help="pictures for a score, for some half (default: 2,000; with --inception 50,000)"),
+    "--prompts": dict(metavar="FILE", help="a file with a prompt in each line"),
+    "--image": dict(metavar="FILE", help="a picture whose code is kept in part, or mixed in (--weights)"),
+    "--keep": dict(type=data.fraction, default=0.5, help="share of positions kept (infill: on average)"),
+    "--weights": dict(type=data.non_negative, nargs="+",
+                      help="of each image (default: equal); text: of prompt and --image"),
+    "--positions": dict(type=data.count, nargs="+",
+                        help="take these positions from the first image; text: keep these of --image"),
+    "--inside": dict(action="store_true",
+                     help="what is inside the first image, in the surroundings of the others"),
+    "--recolour": dict(action="store_true", help="the first image, what is inside it in the colours inside "
+                       "the second (codes of tokenizer.py --colour-codes)"),
+    "--columns": dict(type=data.positive, default=8, help="pictures in a row"),
+    "--rows": dict(type=data.positive, default=4, help="rows of generated pictures; explain: test images"),
+    "--kind": dict(choices=("masked", "ar"), default="masked", help="the prior of unconditional samples"),
+    "--text-guidance": dict(type=data.number(0, 1e6), nargs="+", default=[2.0], help="w of equation (3) of "
+                            "text_prior.py; 1: none; --score measures all, pictures take the first"),
+    "--choose": dict(choices=("prior", "random"), default="prior",
+                     help="who chooses the image of each position, the masked prior or chance"),
+    "--draws": dict(type=data.positive, default=8, help="children drawn, of which one is taken"),
+    "--most": dict(type=data.fraction, default=0.8, help="largest share of the positions where its parents "
+                   "differ that a child has from one"),
+    "--rounds": dict(type=data.count, default=16, help="rounds in which the prior chooses again"),
+    "--round-share": dict(type=data.fraction, default=0.125, help="share of the positions in a round"),
+    "--release": dict(metavar="DIR", help="draw with the authors' models: the folders of their release, as "
+                      "they are named there")}
 
 
 def parse(argv):
-    """The flags of this script, checked."""
-    parser = data.make_parser(__doc__)
-    add = parser.add_argument_group("what to do").add_argument
-    add("command", nargs="?", choices=COMMANDS, help="pictures to make")
-    add("inputs", nargs="*", help="image files, or the prompts of text (default: of the test split)")
-    add("--train", action="store_true", help="train what is missing, then make all pictures and scores")
-    for name in MODULES:
-        add(f"--{name.replace('_', '-')}", type=shlex.split, default=[], metavar="FLAGS",
-            help=f'--train: more flags for {name}.py, as "--steps 100"')
-    add("--score", action="store_true", help="measure everything and write scores.json")
-    add("--inception", metavar="FILE", help="--score: FID and others by this TorchScript network instead")
-    add("--release", metavar="DIR",
-        help="draw with the authors' models: the folders of their release, as they are named there")
-    add("--count", type=data.number(4, 10 ** 9, int),
-        help="pictures for a score, for some half (default: 2,000; with --inception 50,000)")
-    add("--columns", type=data.positive, default=8, help="pictures in a row (if the inputs do not decide it)")
-    add("--rows", type=data.positive, default=4, help="rows of generated pictures; explain: test images")
-    add("--prompts", metavar="FILE", help="text: a file with a prompt in each line")
-    add("--image", metavar="FILE", help="text: a picture whose code is kept in part, or mixed in (--weights)")
-    add("--keep", type=data.fraction, default=0.5, help="share of positions kept (infill: on average)")
-    add("--positions", type=data.count, nargs="+",
-        help="compose: take these positions from the first image; text: keep these of --image")
-    add("--inside", action="store_true",
-        help="compose: what is inside the first image, in the surroundings of the others")
-    add("--recolour", action="store_true",
-        help="compose: the first image, what is inside it in the colours inside the second (codes of "
-             "tokenizer.py --colour-codes)")
-    add("--weights", type=data.non_negative, nargs="+",
-        help="compose: of each image (default: equal); text: of prompt and --image")
-    add = parser.add_argument_group("sampler").add_argument
-    add("--kind", choices=("masked", "ar"), default="masked", help="the prior of unconditional samples")
-    add("--choose", choices=("prior", "random"), default="prior",
-        help="compose: who chooses the image of each position, the masked prior or chance")
-    add("--draws", type=data.positive, default=8, help="compose: children drawn, of which one is taken")
-    add("--most", type=data.fraction, default=0.8,
-        help="compose: largest share of the positions where its parents differ that a child has from one")
-    add("--rounds", type=data.count, default=16, help="compose: rounds in which the prior chooses again")
-    add("--round-share", type=data.fraction, default=0.125, help="compose: share of the positions in a round")
-    add("--text-guidance", type=data.number(0, 1e6), nargs="+", default=[2.0],
-        help="w of equation (3) of text_prior.py; 1: none; --score measures all, pictures take the first")
-    generator.add_sampler_flags(parser)
-    prior.add_sampler_flags(parser)
+    """The flags of one command, checked: that of the first word which names one. Flags that it does not read
+    are refused, and are there with their defaults."""
     words = sys.argv[1:] if argv is None else argv
-    released = any(word.startswith("--release") for word in words)  # it has a preset of its own
-    presets = dict.fromkeys((*PRESETS, "shapes"), RELEASE) if released else PRESETS
-    args = data.parse(parser, presets, argv)
+    tasks = COMMANDS | TASKS
+    task = next((word for word in words if word in tasks), None)
+    function, last, reads = tasks.get(task, (sys.modules[__name__], "", ""))
+    parser = data.make_parser(inspect.getdoc(function))
+    parser.usage = f"sample.py {task or 'COMMAND'} [flags]"
+    add = parser.add_argument_group(task).add_argument
+    parser.set_defaults(command=None)
+    if task in COMMANDS:
+        add("command", choices=[task], help=argparse.SUPPRESS)
+    for name, how in FLAGS.items():
+        if name in reads.split():
+            add(name, **how)
+        else:
+            parser.set_defaults(**{name.lstrip("-").replace("-", "_"): how.get("default")})
+    if task is None:
+        parser.parse_known_args(words)  # which may ask for help
+        parser.error(f"say what to do: {', '.join(tasks)}")
+    parser.remedy = f"see sample.py {task} --help"
+    generator.add_sampler_flags(parser)
+    if last != "generator":
+        prior.add_sampler_flags(parser)
+    groups = parser._action_groups
+    groups += [groups.pop(2), groups.pop(2)]  # those of all scripts come last
+    released = any(word.startswith("--release") for word in words)
+    if released:
+        parser.set_defaults(**RELEASE)
+    args = data.parse(parser, {} if released else PRESETS, argv)
     args.count = args.count or (50_000 if args.inception else 2000)
-    if not (args.command or args.train or args.score):
-        parser.error(f"say what to do: {', '.join(COMMANDS)}, --train or --score")
-    if args.train and args.command:
-        parser.error("argument --train: makes all pictures; for others give a command afterwards")
-    if not args.train and any(getattr(args, name) for name in MODULES):
-        parser.error(f"arguments --{', --'.join(MODULES).replace('_', '-')}: only --train reads them")
-    if args.inception and not args.score:
-        parser.error("argument --inception: only --score reads it")
-    if args.command != "text" and (args.prompts or args.image is not None):
-        parser.error("arguments --prompts and --image: only text reads them")
-    of_stages = args.train or args.kind == "ar" or args.command in ("explain", "reveal")
-    if args.release and (of_stages or (args.score and not args.inception)):
-        parser.error("argument --release: not with --train, --kind ar, explain, reveal, or --score without "
-                     "--inception")
-    chosen = [args.positions is not None, args.inside, args.recolour]
-    if (args.inside or args.recolour) and (args.command != "compose" or sum(chosen) > 1):
-        parser.error("arguments --inside, --recolour and --positions: one of them, the first two for compose")
-    if args.command == "text" and (args.weights or args.positions):
+    if args.release and (args.kind == "ar" or args.score and not args.inception):
+        parser.error("argument --release: has no --kind ar, and --score needs --inception with it")
+    if sum([args.positions is not None, bool(args.inside), bool(args.recolour)]) > 1:
+        parser.error("arguments --positions, --inside and --recolour: one of them")
+    if task == "text" and (args.weights or args.positions):
         if args.image is None or (args.weights and args.positions):
             parser.error("arguments --weights and --positions: text takes one of them, and only with --image")
     return args
@@ -1156,19 +1208,18 @@ def main(argv=None):
     run = data.Run(args, lock="sample" if args.inception else None)
     stages = Release(args, run) if args.release else Stages(args, run)
     if args.train:
-        train_stages(args, run, stages.dataset)
+        train_stages(stages, args)
     if args.command:
         make_pictures(args.command, stages, args)
-    if args.train or args.score:
-        if args.inception:
-            scores = inception_scores(stages, args, run)
-        else:
-            scores = Scores(stages, args, run).run_all()
-        if run.main:
-            data.print_figures(scores)
-            print(f"{time.time() - start:.0f} seconds")
-            scores |= {"seconds": round(time.time() - start), "settings": vars(args)}
-            data.write_json(run.folder / ("inception.json" if args.inception else "scores.json"), scores)
+    elif args.inception:
+        scores = inception_scores(stages, args, run)
+    else:
+        scores = Scores(stages, args, run).run_all()
+    if run.main and not args.command:
+        data.print_figures(scores)
+        print(f"{time.time() - start:.0f} seconds")
+        scores |= {"seconds": round(time.time() - start), "settings": vars(args)}
+        data.write_json(run.folder / ("inception.json" if args.inception else "scores.json"), scores)
     run.wait()
 
 
