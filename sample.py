@@ -143,11 +143,9 @@ class Stages:
         """(model, Text, config) of text_prior.pt."""
         return text_prior.load_text_prior(self.args, self.stored, self.run.device)
 
-    def made_from(self, kind):
-        """What pictures of the prior `kind` follow from, as plain values."""
-        names = ("generator", f"prior-{kind}")
-        states = [data.load(self.run.folder / f"{name}.pt", name, "train it", only="ema") for name in names]
-        return [[state["id"], state["step"]] for state in states]
+    def files(self, kind):
+        """What pictures of the prior `kind` follow from."""
+        return [self.run.folder / f"{stage}.pt" for stage in ("generator", f"prior-{kind}")]
 
     def model(self, stage):
         """The model of a stage: prior-masked, prior-ar, generator or another like these."""
@@ -299,10 +297,9 @@ class Release(Stages):
         files = data.ImageFiles([self.dataset.images.paths[row] for row in rows], self.backbone.image_size)
         return self.encode(torch.stack([files[k] for k in range(len(files))]))
 
-    def made_from(self, kind):
-        """Names, sizes and times of all files of the release."""
-        files = sorted(path for path in Path(self.args.release).rglob("*") if path.is_file())
-        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    def files(self, kind):
+        """All files of the release."""
+        return sorted(Path(self.args.release).rglob("*"))
 
 
 # -------- judge ----------------------------------------------------------------------------------------
@@ -397,11 +394,8 @@ def train_judge(judge, dataset, args, run, steps=600):
 def load_judge(dataset, args, run):
     """The judge of OUT/<dataset>/judge.pt, trained and kept there on first use."""
     path = run.folder / "judge.pt"
-    made_from = {"images": dataset.id, "image size": args.image_size, "spoiled": "blended, blurred, frayed"}
-    if args.dataset == "folder":  # whose labels may change where its images do not
-        made_from["labels"] = data.checksum([dataset.factors, dataset.labels.tolist()])
-    if not args.flip:
-        made_from["flip"] = False
+    labels = data.checksum([dataset.factors, dataset.labels.tolist()])  # of a folder they may change alone
+    made_from = {"images": dataset.id, "labels": labels, "image size": args.image_size, "flip": args.flip}
     torch.manual_seed(0)  # whatever --seed is: all runs are judged alike
     judge = Judge(dataset.factors, args.image_size).to(run.device)
     if data.is_made_from(path, "judge", made_from):
@@ -743,8 +737,7 @@ class Inception:
         self.device = device
         with data.reading(f"--inception {path}", "expected the TorchScript file inception-2015-12-05.pt"):
             self.net = torch.jit.load(path, map_location=device).eval()
-            with open(path, "rb") as file:
-                self.id = hashlib.file_digest(file, "sha256").hexdigest()
+            self.id = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             found = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
         self.shapes = {name: ((values.shape[1],), torch.float32) for name, values in found.items()}
 
@@ -800,7 +793,7 @@ def inception_scores(stages, args, run):
     stages.stored = stages.load_codes(stages.dataset.id)
     stages.model("generator")  # what is missing is said now, not after hours
     stages.model(f"prior-{args.kind}")
-    made_from = [net.id, *stages.made_from(args.kind)]
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in stages.files(args.kind)]
     left_out = ("workers", "device", "out", "data_dir")
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
     dataset = stages.dataset
@@ -824,7 +817,7 @@ def inception_scores(stages, args, run):
     reference = data.fill_rows(folder, len(train), run, from_training_images, shapes)["features"]
     result = {}
     for name, work in ((f"codes of prior-{args.kind}", from_prior), ("true codes", from_true_codes)):
-        folder = run.folder / f".samples-{data.checksum([name, settings, made_from])[:16]}"
+        folder = run.folder / f".samples-{data.checksum([name, settings, net.id, files])[:16]}"
         made = data.fill_rows(folder, args.count, run, work, net.shapes, chunk=prior.BATCH)
         if run.main:
             fid = frechet_moments(*moments(made["features"]), *moments(reference))
@@ -1120,12 +1113,11 @@ TASKS = {
     "--train": (train_stages, "", "--train --tokenizer --generator --prior --text-prior --count --columns "
                 f"--rows --kind --keep --text-guidance {MIXING}"),
     "--score": (Scores, "", f"--score --inception --release --count --kind --text-guidance {MIXING}")}
-of_train = dict(type=shlex.split, default=[], metavar="FLAGS")
+OF_STAGE = dict(type=shlex.split, default=[], metavar="FLAGS", help='flags for its script, as "--steps 100"')
 FLAGS = {
     "inputs": dict(nargs="*", help="image files, or the prompts of text (default: of the test split)"),
     "--train": dict(action="store_true", help="train what is missing, then make all pictures and scores"),
-    **{f"--{name.replace('_', '-')}": of_train | {"help": f'flags for {name}.py, as "--steps 100"'}
-       for name in MODULES},
+    **{f"--{name.replace('_', '-')}": OF_STAGE for name in MODULES},
     "--score": dict(action="store_true", help="measure everything and write scores.json"),
     "--inception": dict(metavar="FILE", help="FID and others by this TorchScript network instead"),
     "--count": dict(type=data.number(4, 10 ** 9, int),
@@ -1133,12 +1125,9 @@ FLAGS = {
     "--prompts": dict(metavar="FILE", help="a file with a prompt in each line"),
     "--image": dict(metavar="FILE", help="a picture whose code is kept in part, or mixed in (--weights)"),
     "--keep": dict(type=data.fraction, default=0.5, help="share of positions kept (infill: on average)"),
-    "--weights": dict(type=data.non_negative, nargs="+",
-                      help="of each image (default: equal); text: of prompt and --image"),
-    "--positions": dict(type=data.count, nargs="+",
-                        help="take these positions from the first image; text: keep these of --image"),
-    "--inside": dict(action="store_true",
-                     help="what is inside the first image, in the surroundings of the others"),
+    "--weights": dict(type=data.non_negative, nargs="+", help="of each image; text: of prompt and --image"),
+    "--positions": dict(type=data.count, nargs="+", help="those of the first image; text: kept of --image"),
+    "--inside": dict(action="store_true", help="what is inside the first image, all else from the others"),
     "--recolour": dict(action="store_true", help="the first image, what is inside it in the colours inside "
                        "the second (codes of tokenizer.py --colour-codes)"),
     "--columns": dict(type=data.positive, default=8, help="pictures in a row"),
@@ -1146,15 +1135,13 @@ FLAGS = {
     "--kind": dict(choices=("masked", "ar"), default="masked", help="the prior of unconditional samples"),
     "--text-guidance": dict(type=data.number(0, 1e6), nargs="+", default=[2.0], help="w of equation (3) of "
                             "text_prior.py; 1: none; --score measures all, pictures take the first"),
-    "--choose": dict(choices=("prior", "random"), default="prior",
-                     help="who chooses the image of each position, the masked prior or chance"),
+    "--choose": dict(choices=("prior", "random"), default="prior", help="who chooses each position's image"),
     "--draws": dict(type=data.positive, default=8, help="children drawn, of which one is taken"),
     "--most": dict(type=data.fraction, default=0.8, help="largest share of the positions where its parents "
                    "differ that a child has from one"),
     "--rounds": dict(type=data.count, default=16, help="rounds in which the prior chooses again"),
     "--round-share": dict(type=data.fraction, default=0.125, help="share of the positions in a round"),
-    "--release": dict(metavar="DIR", help="draw with the authors' models: the folders of their release, as "
-                      "they are named there")}
+    "--release": dict(metavar="DIR", help="draw with the authors' models, the folders of their release")}
 
 
 def parse(argv):
@@ -1163,9 +1150,14 @@ def parse(argv):
     words = sys.argv[1:] if argv is None else argv
     tasks = COMMANDS | TASKS
     task = next((word for word in words if word in tasks), None)
-    function, last, reads = tasks.get(task, (sys.modules[__name__], "", ""))
+    if task is None:
+        parser = data.make_parser(__doc__)
+        parser.parse_known_args(words)  # which may ask for help
+        parser.error(f"say what to do: {', '.join(tasks)}")
+    function, last, reads = tasks[task]
     parser = data.make_parser(inspect.getdoc(function))
-    parser.usage = f"sample.py {task or 'COMMAND'} [flags]"
+    parser.usage = f"sample.py {task} [flags]"
+    parser.remedy = f"see sample.py {task} --help"
     add = parser.add_argument_group(task).add_argument
     parser.set_defaults(command=None)
     if task in COMMANDS:
@@ -1175,15 +1167,11 @@ def parse(argv):
             add(name, **how)
         else:
             parser.set_defaults(**{name.lstrip("-").replace("-", "_"): how.get("default")})
-    if task is None:
-        parser.parse_known_args(words)  # which may ask for help
-        parser.error(f"say what to do: {', '.join(tasks)}")
-    parser.remedy = f"see sample.py {task} --help"
     generator.add_sampler_flags(parser)
     if last != "generator":
         prior.add_sampler_flags(parser)
     groups = parser._action_groups
-    groups += [groups.pop(2), groups.pop(2)]  # those of all scripts come last
+    groups += [groups.pop(2), groups.pop(2)]  # data and run, which all scripts have, come last
     released = any(word.startswith("--release") for word in words)
     if released:
         parser.set_defaults(**RELEASE)
