@@ -7,18 +7,14 @@
     python sample.py explain a.png                   # its code, and what each position does to the drawing
     python sample.py reveal                          # a GIF: codes as the masked prior writes them, drawn
     python sample.py compose a.png b.png --weights 0.5 0.5      # each position of the code from one of them
-    python sample.py compose a.png b.png --positions 0 1 2 3    # these positions from the first image
     python sample.py compose a.png b.png --inside    # what is inside the first image, in the second one's rim
     python sample.py compose a.png b.png --recolour  # what is inside the first image, in the second's colours
     python sample.py infill a.png --keep 0.5         # half of the code stays, the masked prior draws the rest
-    python sample.py text "a small red ring on a dotted background in a blue frame" "a large blue bar"
-    python sample.py text "a green ring" --image a.png --keep 0.5          # half of the picture's code stays
-    python sample.py text "a green ring" --image a.png --weights 0.5 0.5   # positions from prompt and picture
+    python sample.py text "a red ring" --image a.png # prompt → code → image; half of a.png's code stays
     python sample.py caption a.png b.png             # what the codes of the images say, in words
+    python sample.py COMMAND --help                  # its flags; also of --train and --score
     python sample.py compose a.png b.png --release DIR          # most of these with the authors' models
     torchrun --nproc-per-node 8 sample.py --score --inception inception-2015-12-05.pt --dataset imagenet
-
-    python sample.py COMMAND --help                  # the flags of a command, also of --train and --score
 
 Images are files of any size; where none are named, pictures of the test split are taken. Grids go to
 OUT/<dataset>/samples/, numbered, with all settings inside (PNG: text field "settings"; GIF: comment).
@@ -539,15 +535,13 @@ class Scores:
         for split, rows in self.unseen.items():
             begin(split)
             if self.shapes:
-                pair = data.UNSEEN_PAIRS[split]
-                result[split] = self.score_unseen(rows[:self.n // 2], pair, usual[1])
-                result[f"compose, {split}"] = self.score_recombination(pair)
-                continue
-            rows = rows[:self.n]  # a folder's; the judge has not seen these combinations either
-            labels = self.dataset.labels[rows]
-            result[split] = {
-                "real": self.measure(self.judged(self.dataset.pixels(rows)), labels),
-                "from the code": self.measure(self.drawn(self.stages.codes_of(rows), 3), labels)}
+                result[split] = self.score_unseen(split, usual[1])
+                result[f"compose, {split}"] = self.score_recombination(data.UNSEEN_PAIRS[split])
+            else:  # of a folder; the judge has not seen these combinations either
+                labels = self.dataset.labels[rows[:self.n]]
+                judged = {"real": self.judged(self.dataset.pixels(rows[:self.n])),
+                          "from the code": self.drawn(self.stages.codes_of(rows[:self.n]), 3)}
+                result[split] = {name: self.measure(seen, labels) for name, seen in judged.items()}
         if self.texts:
             for guidance in self.args.text_guidance:
                 begin(f"text to image, guidance {guidance:g}")
@@ -634,26 +628,27 @@ class Scores:
         fits = data.is_unseen(mixed.flatten(0, 1), pair, self.args.held_out).view(len(mixed), -1)
         partner = (fits * torch.rand(fits.shape, generator=data.step_generator(self.args.seed, 3))).argmax(1)
         firsts = fits.any(1).nonzero()[:self.n // 4, 0]  # of those with a partner
-        rows = torch.tensor(self.rows)[torch.stack([firsts, partner[firsts]], 1)]  # (n, 2)
-        wanted = mixed[firsts, partner[firsts]]
+        chosen = torch.stack([firsts, partner[firsts]], 1)  # (n, 2)
+        wanted = mixed[chosen[:, 0], chosen[:, 1]]
         result = {}
-        for way, codes in self.children(rows).items():
+        for way, codes in self.children(torch.tensor(self.rows)[chosen]).items():
             if way in MEANT and (MEANT[way][first], MEANT[way][second]) != (0, 1):
-                continue  # it takes them from others
+                continue  # it takes these factors from others
             _, seen, clean = self.drawn(codes, 2)
             shown = (seen == wanted)[:, [first, second]].all(1)
             result[way] = {"n": len(shown), "shows the pair": mean(shown),
                            "shows it, clean": mean(shown & clean)}
         return result
 
-    def score_unseen(self, rows, pair, usual_factors):
+    def score_unseen(self, split, usual_factors):
         """Codes of images with a pair never seen in training → images: is the pair kept? Also how often the
         judge sees such a pair by mistake, in `usual_factors` (n, factors) of images of usual codes."""
+        pair, rows = data.UNSEEN_PAIRS[split], self.unseen[split][:self.n // 2]
         labels = self.dataset.labels[rows]
         guessed = next(name for name in pair if name != "colour")
-        seen_by_mistake = data.is_unseen(usual_factors, pair, self.args.held_out)
+        by_mistake = mean(data.is_unseen(usual_factors, pair, self.args.held_out))
         line = {"chance (colour right, the other factor guessed)": 1 / len(data.SHAPES[guessed]),
-                "unseen pairs among seen codes' images": mean(seen_by_mistake)}
+                "unseen pairs among seen codes' images": by_mistake}
         sources = {"from the code": (self.stages.codes_of(rows), "generator")}
         if (self.run.folder / "generator-factors.pt").exists():
             sources["from true factors"] = (labels, "generator-factors")
@@ -670,36 +665,29 @@ class Scores:
             return self.stages.readable_captions(rows)
         return {row: data.shapes_caption(self.dataset.labels[row].tolist(), said) for row in rows}
 
-    def score_prompts(self, captions, guidance, names, pair=None):
-        """{row: caption} → code → image: are the first factors, `names`, and both of `pair` to be seen?"""
-        prompts = list(captions.values())
-        codes, _ = self.stages.codes_from_prompts(prompts, guidance, self.args.seed + 4)
-        _, seen, clean = self.drawn(codes, 5)
-        line = {"n": len(seen)} | factor_accuracy(seen, self.dataset.labels[list(captions)], names, pair)
-        if self.shapes:
-            line["clean"] = mean(clean)
-        return line
-
     def score_text(self, guidance):
-        """Captions of the test split and of combinations never seen in training, for shapes also shape and
-        colour alone; and how many different codes 16 draws of one prompt give."""
-        rows = self.rows[:self.n // 4]
+        """Caption → code → image: are its factors to be seen? Of the test split and of combinations never
+        seen in training; for shapes also shape and colour alone. And how many codes 16 draws of one prompt
+        give."""
+        rows, line = self.rows[:self.n // 4], {}
         captions = self.captions_of(rows)
         if not captions:
-            return {}
+            return line
         pair = ("shape", "colour") if self.shapes else None
-        line = {}
-        if self.names:
-            line["captions of the test split"] = self.score_prompts(captions, guidance, self.names, pair)
-            for split, unseen in self.unseen.items():
-                asked = self.captions_of(unseen[:self.n // 4])
-                if asked:
-                    pair_of_split = data.UNSEEN_PAIRS.get(split)
-                    line[split] = self.score_prompts(asked, guidance, self.names, pair_of_split)
+        asked = {"captions of the test split": (captions, self.names, pair)}  # the first factors, and a pair
         if self.shapes:
-            short = self.captions_of(rows, said=(True, False, False, False))
-            line["shape and colour alone"] = self.score_prompts(short, guidance, names=pair)
-        prompts = [prompt for prompt in list(captions.values())[:32] for _ in range(16)]
+            asked["shape and colour alone"] = self.captions_of(rows, (True, False, False, False)), pair, None
+        for split, unseen in self.unseen.items():
+            captions_of_split = self.captions_of(unseen[:self.n // 4])
+            asked[split] = captions_of_split, self.names, data.UNSEEN_PAIRS.get(split)
+        for name, (prompts, names, pair) in asked.items():
+            if not prompts or not names:
+                continue
+            codes, _ = self.stages.codes_from_prompts([*prompts.values()], guidance, self.args.seed + 4)
+            _, seen, clean = self.drawn(codes, 5)
+            shares = factor_accuracy(seen, self.dataset.labels[[*prompts]], names, pair)
+            line[name] = {"n": len(seen), **shares} | ({"clean": mean(clean)} if self.shapes else {})
+        prompts = [prompt for prompt in [*captions.values()][:32] for _ in range(16)]
         codes, calls = self.stages.codes_from_prompts(prompts, guidance, self.args.seed + 6)
         distinct = [len(torch.unique(draws, dim=0)) for draws in codes.split(16)]
         line["distinct codes in 16 draws of a prompt"] = sum(distinct) / len(distinct)
@@ -715,15 +703,14 @@ class Scores:
             if not rows:
                 continue
             captions = self.stages.captions_from_codes(self.stages.codes_of(rows), self.args.seed + 7)
-            line[split] = {"n": len(rows)}
             if self.shapes:
                 named = torch.tensor([read_shapes_caption(caption) or [-1] * 5 for caption in captions])
                 pair = data.UNSEEN_PAIRS.get(split)
-                line[split] |= factor_accuracy(named, self.dataset.labels[rows], self.names, pair)
+                line[split] = factor_accuracy(named, self.dataset.labels[rows], self.names, pair)
             else:
-                same = [said.split() == self.dataset.captions[row].split()
-                        for said, row in zip(captions, rows)]
-                line[split]["equal to its own"] = sum(same) / len(same)
+                same = [a.split() == self.dataset.captions[row].split() for a, row in zip(captions, rows)]
+                line[split] = {"equal to its own": sum(same) / len(same)}
+            line[split]["n"] = len(rows)
         return line
 
 
@@ -786,9 +773,10 @@ def moments(features, batch=10_000):
     return centre, (square - n * torch.outer(centre, centre)) / (n - 1)
 
 
-def inception_scores(stages, args, run):
+def inception_scores(stages, args):
     """FID, Inception Score, precision and recall of --count samples of the prior --kind, and of as many from
     true codes, on the first process. Processes share the samples; a stopped run goes on."""
+    run = stages.run
     net = Inception(args.inception, run.device)
     stages.stored = stages.load_codes(stages.dataset.id)
     stages.model("generator")  # what is missing is said now, not after hours
@@ -1195,15 +1183,12 @@ def main(argv=None):
         data.fail("sample.py: several processes share --score --inception alone; start it without torchrun")
     run = data.Run(args, lock="sample" if args.inception else None)
     stages = Release(args, run) if args.release else Stages(args, run)
+    if args.command:
+        return make_pictures(args.command, stages, args)
     if args.train:
         train_stages(stages, args)
-    if args.command:
-        make_pictures(args.command, stages, args)
-    elif args.inception:
-        scores = inception_scores(stages, args, run)
-    else:
-        scores = Scores(stages, args, run).run_all()
-    if run.main and not args.command:
+    scores = inception_scores(stages, args) if args.inception else Scores(stages, args, run).run_all()
+    if run.main:
         data.print_figures(scores)
         print(f"{time.time() - start:.0f} seconds")
         scores |= {"seconds": round(time.time() - start), "settings": vars(args)}

@@ -31,17 +31,13 @@ def test_the_share_of_the_nearest_parent_counts_where_parents_differ_alone():
     assert torch.allclose(shares, torch.tensor([1, 2 / 3, 1 / 3]))
 
 
-def test_inner_positions_are_those_of_all_patches_off_the_rim():
-    inner = torch.zeros(4, 4, 2).long()
+def test_inner_positions_are_off_the_rim_and_recolouring_leaves_all_but_their_colours():
+    inner = torch.zeros(4, 4, 3).long()
     inner[1:3, 1:3] = 1
-    assert sample.inner_positions(32, 4).tolist() == inner.flatten().nonzero()[:, 0].tolist()
-
-
-def test_recolouring_leaves_all_but_the_colours_of_inner_patches():
-    colours = torch.zeros(4, 4, 3).long()
-    colours[1:3, 1:3, 2] = 1
-    kept = sample.all_but_inner_colours({"L": 48, "side": 4, "colour_codes": 1})
-    assert kept.tolist() == (colours == 0).flatten().nonzero()[:, 0].tolist()
+    stored = {"L": 48, "side": 4, "colour_codes": 1}
+    assert sample.inner_positions(stored).tolist() == inner.flatten().nonzero()[:, 0].tolist()
+    inner[:, :, :2] = 0
+    assert sample.all_but_inner_colours(stored).tolist() == (inner == 0).flatten().nonzero()[:, 0].tolist()
 
 
 def test_the_first_image_takes_the_colours_inside_the_second_and_nothing_else(tmp_path):
@@ -62,16 +58,24 @@ def test_the_first_image_takes_the_colours_inside_the_second_and_nothing_else(tm
     assert torch.equal(child, torch.where(exchanged, parents[:, 1], parents[:, 0])) and exchanged.sum() == 8
 
 
-def test_recombination_asks_for_pairs_that_training_never_shows():
-    """Where images are their factors: a copy never shows the pair, the two factors put together always do."""
-    scores = sample.Scores.__new__(sample.Scores)
-    scores.args = data.make_parser("").parse_args([])
-    scores.dataset = data.load_shapes(scores.args)
-    scores.names = list(data.SHAPES)
-    scores.rows = list(scores.dataset.splits["test"])
-    scores.n = len(scores.rows)
-    scores.stages = SimpleNamespace(draw=lambda codes, seed: codes)
-    scores.judged = lambda codes: (None, codes, torch.ones(len(codes), dtype=torch.bool))
+@pytest.fixture
+def scores():
+    """Scores of shapes where codes and images are the factors themselves."""
+    found = sample.Scores.__new__(sample.Scores)
+    found.args = data.make_parser("").parse_args([])
+    found.dataset = data.load_shapes(found.args)
+    found.names = list(data.SHAPES)
+    found.shapes = True
+    found.rows = list(found.dataset.splits["test"])
+    found.n = len(found.rows)
+    found.stages = SimpleNamespace(draw=lambda codes, seed: codes)
+    found.judged = lambda codes: (None, codes, torch.ones(len(codes), dtype=torch.bool))
+    found.measure = lambda judged: {}
+    return found
+
+
+def test_recombination_asks_for_pairs_that_training_never_shows(scores):
+    """A copy never shows the pair, the two factors put together always do."""
     for pair in data.UNSEEN_PAIRS.values():
         second = scores.names.index(pair[1])
 
@@ -80,11 +84,29 @@ def test_recombination_asks_for_pairs_that_training_never_shows():
             mixed = labels[:, 0].clone()
             mixed[:, second] = labels[:, 1, second]
             assert data.is_unseen(mixed, pair).all()
-            return {"copy": labels[:, 0], "mixed": mixed}
+            return {"copy": labels[:, 0], "mixed": mixed, "inner patches of the first": mixed}
 
         scores.children = children
         found = scores.score_recombination(pair)
         assert found["copy"]["shows the pair"] == 0 and found["mixed"]["shows it, clean"] == 1
+        assert ("inner patches of the first" in found) == ("frame" in pair)
+
+
+def test_composition_is_counted_factor_by_factor(scores):
+    """A copy inherits all; with the next colour, where that is the other parent's."""
+    def children(rows):
+        parents = scores.dataset.labels[rows]  # (n, 2, 5)
+        turned = parents[:, 0].clone()
+        turned[:, 1] = (turned[:, 1] + 1) % 8
+        children.share = (turned[:, 1] == parents[:, 1, 1]).double().mean().item()
+        return {"copy": parents[:, 0], "turned": turned}
+
+    scores.children = children
+    found = scores.score_composition()
+    n = scores.n // 2
+    assert found["copy"]["inherited"] == {"n": n, **dict.fromkeys(data.SHAPES, 1)}
+    assert found["turned"]["inherited"] == found["copy"]["inherited"] | {"colour": children.share}
+    assert found["turned"]["right"] == children.share and found["copy"]["right and clean"] == 1
 
 
 def test_frechet_distance_of_gaussians_with_known_distance():
@@ -154,16 +176,50 @@ def test_composing_and_infilling_keep_what_they_should_and_stored_codes_fit_thei
         assert (codes == stages.stored["codes"][:90, flip]).double().mean() > 0.98
 
 
+def test_a_command_shows_and_takes_the_flags_that_it_reads_in_any_order(capsys):
+    def shown(*words):
+        with pytest.raises(SystemExit):
+            sample.parse([*words, "--help"])
+        return capsys.readouterr().out
+
+    for command, (function, _, reads) in sample.COMMANDS.items():
+        said = shown(command)
+        assert f"sample.py {command}" in said and function.__doc__.split()[0] in said
+        for flag in sample.FLAGS:
+            assert (f"\n  {flag} " in said) == (flag in reads.split()), (command, flag)
+        assert said.index("image sampler:") < said.index("\ndata:")
+        assert f"python sample.py {command}" in shown()
+    assert "--tokenizer FLAGS" in shown("--train") and "--inside" not in shown("--score")
+    for words in ("--out x compose a.png b.png --weights .5 .5", "--weights .5 .5 --out x compose a.png b.png",
+                  "compose a.png --out x b.png --weights .5 .5"):
+        args = sample.parse(words.split())
+        assert args.command == "compose" and args.inputs == ["a.png", "b.png"] and args.out == "x"
+        assert args.weights == [0.5, 0.5] and args.keep == 0.5 and not args.train
+    for words in ("infill a.png --inside", "--train --positions 0", "reveal --rows 2", "explain --order event",
+                  "compose --score", "--score --release x", "compose --inside --positions 1", "--out text reveal"):
+        with pytest.raises(SystemExit):
+            sample.parse(words.split())
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and "; see sample.py " in said
+
+
+def test_two_test_pictures_are_there_to_try(trained, capsys):
+    args = sample.parse(["--train", "--out", str(trained)])
+    stages = sample.Stages(args, data.Run(args))
+    sample.write_examples(stages)
+    paths = capsys.readouterr().out.removeprefix("pictures to try: ").split()
+    pixels = torch.stack([data.read_image(path, 32) for path in paths])
+    assert torch.equal(pixels, stages.dataset.pixels(stages.dataset.splits["test"][:2]))
+
+
 def test_pictures_store_their_settings(trained):
-    for command, name in (("unconditional --kind ar", "unconditional-ar"), ("reconstruct", "reconstruct"),
-                          ("infill --keep 0.25", "infill"), ("compose --weights 0.8 0.2", "compose"),
-                          ("compose --positions 0 1", "compose"), ("compose --choose random", "compose"),
-                          ("compose --inside", "compose")):
+    for command in ("unconditional --kind ar", "reconstruct", "infill --keep 0.25", "compose --choose random",
+                    "compose --weights 0.8 0.2", "compose --positions 0 1", "compose --inside"):
+        name = command.split()[0]
         call("sample", *command.split(), *"--rows 2 --sample-steps 2 --out".split(), trained)
-        with Image.open(max((trained / "shapes" / "samples").glob(f"{name}-0*.png"))) as image:
+        with Image.open(max((trained / "shapes" / "samples").glob(f"{name}-*.png"))) as image:
             settings = json.loads(image.text["settings"])
-        assert settings["command"] == command.split()[0]
-        assert settings["sample_steps"] == 2
+        assert settings["command"] == name and settings["sample_steps"] == 2
 
 
 def test_the_picture_of_a_code_has_a_square_for_each_position_in_place():
@@ -212,10 +268,10 @@ def test_named_images_of_any_size_are_reconstructed_and_composed(trained, tmp_pa
     names = [tmp_path / f"{k}.png" for k in range(3)]
     for name, size in zip(names, ((100, 60), (20, 20), (32, 32))):
         Image.new("RGB", size, (80, 90, 200)).save(name)
-    flags = ["--rows", "1", "--columns", "3", "--sample-steps", "1", "--out", trained]
-    for command in ("reconstruct", "compose"):
-        call("sample", command, *flags, *names)
-        with Image.open(max((trained / "shapes" / "samples").glob(f"{command}-*.png"))) as image:
+    flags = ["--rows", "1", "--sample-steps", "1", "--out", trained]
+    for command in (["reconstruct"], ["compose", "--columns", "3"]):
+        call("sample", *command, *flags, *names)
+        with Image.open(max((trained / "shapes" / "samples").glob(f"{command[0]}-*.png"))) as image:
             assert image.width == 3 * 66 + 2
     refuse("sample", "compose", names[0], *flags, words=["at least 2"])
     refuse("sample", "compose", *names, "--weights", "1", "1", *flags, words=["--weights", "3 codes"])
@@ -239,6 +295,7 @@ def test_the_table_of_scores_is_complete_and_within_bounds(trained, tmp_path, mo
     assert masked["frechet / true codes"] == pytest.approx(ratio)
     assert 0 <= scores["compose"]["positions by random"]["right and clean"] <= 1
     assert scores["compose"]["copy of the first parent"]["right, clean, unlike both parents"] <= 1 / 2
+    assert scores["compose"]["positions by prior"]["inherited"].keys() == {"n", *data.SHAPES}
     assert 0 <= scores["unseen-colour-frame"]["from the code"]["pair kept"] <= 1
     assert "inner patches of the first" in capsys.readouterr().out
 
@@ -268,6 +325,7 @@ def test_unseen_combinations_of_a_folder_are_scored_beside_its_test_split(tmp_pa
     for line in (*found["unseen"].values(), {"factors": found["text to image, guidance 2"]["unseen"]}):
         assert line["factors"].keys() - {"n"} == {"tone", "weight", "all"}
     assert found["captions of images"]["unseen"] == {"n": 4, "equal to its own": 0}
+    assert found["compose"]["positions by random"]["inherited"].keys() == {"n", "tone", "weight"}
     assert scores() and len(judges) == 1
     (folder / "metadata.csv").write_text("\n".join([lines[0].replace("weight", "mass"), *lines[1:]]))
     (tmp_path / "folder" / "pictures" / "text_prior.pt").unlink()  # which is of other captions
