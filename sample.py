@@ -184,10 +184,9 @@ class Stages:
         """A child (n, L) of each family of k codes (n, k, L), at every position the value of a parent. choose
         "random": by the weights alone; "prior": by the masked prior times the weights, then redrawn.
 
-        No code is likelier under the prior than a parent's own. So up to --draws children of a family are
-        drawn, and the first one is taken that has no more than --most of the positions where its parents
-        differ from one of them (or than its weight says), or else the one that has least. They are drawn by
-        events, whatever --order says."""
+        No code is likelier under the prior than a parent's own. So up to --draws children are drawn (by
+        events, whatever --order says), and the first one is taken that has no more than --most, or than the
+        largest weight, of the positions where its parents differ from one of them; or who has least."""
         log_weights = mixture_weights(codes, weights, self.stored["V"], positions)  # (n, L, V)
         if positions is not None and codes.shape[1] == 2:
             choose = "random"  # nothing is left to choose
@@ -213,12 +212,6 @@ class Stages:
             children[rows[better]] = drawn[better]
             share[rows[better]] = found[better]
         return children
-
-    def infill(self, codes, keep, rng):
-        """Codes (n, L): positions `keep` (n, L) bool stay, the masked prior draws the others."""
-        model = self.model("prior-masked")
-        given = torch.where(keep, codes, model.V)
-        return prior.sample_masked(model, given, self.sampler("masked"), self.run, rng)[0]
 
     def codes_from_prompts(self, prompts, guidance, seed=0, given=None):
         """Codes (n, L) for n prompts and network calls (n,); given (n, L): positions that are not V stay.
@@ -440,14 +433,13 @@ def factor_accuracy(seen, labels, names, pair=None):
 
 
 def read_shapes_caption(text):
-    """The factors (5,) in a caption of data.shapes_caption, −1 for those it leaves out; None: it is none."""
+    """The factors (5,) in a caption of data.shapes_caption; −1: it leaves them out, or is no such caption."""
     words = {name: f"(?P<{name}>{'|'.join(values)})" for name, values in data.SHAPES.items()}
     pattern = ("an? (?:{size} )?(?:{colour} )?{shape}(?: on a {background} background)?"
                "(?: in an? {frame} frame)?")
     match = re.fullmatch(pattern.format(**words), text)
-    if not match:
-        return None
-    return [values.index(match[name]) if match[name] else -1 for name, values in data.SHAPES.items()]
+    said = match.groupdict() if match else {}
+    return [values.index(said[name]) if said.get(name) else -1 for name, values in data.SHAPES.items()]
 
 
 MEANT = {  # by the way of mixing, the parent of whom a child of shapes should have each factor
@@ -704,7 +696,7 @@ class Scores:
                 continue
             captions = self.stages.captions_from_codes(self.stages.codes_of(rows), self.args.seed + 7)
             if self.shapes:
-                named = torch.tensor([read_shapes_caption(caption) or [-1] * 5 for caption in captions])
+                named = torch.tensor([read_shapes_caption(caption) for caption in captions])
                 pair = data.UNSEEN_PAIRS.get(split)
                 line[split] = factor_accuracy(named, self.dataset.labels[rows], self.names, pair)
             else:
@@ -823,21 +815,19 @@ def inception_scores(stages, args):
 # -------- pictures -------------------------------------------------------------------------------------
 # A command's function takes the stages and the flags, and returns what data.save_grid draws.
 
-def read_images(paths, size):
-    """Images (n, 3, size, size) uint8 of files."""
-    images = []
-    for path in paths:
-        with data.reading(path, f"expected an image, one of {', '.join(data.FORMATS)}"):
-            images.append(data.read_image(path, size))
-    return torch.stack(images)
-
-
 def input_images(stages, args, paths, most=8):
     """Images (n, 3, S, S) uint8 of files, their codes (n, L) and titles; where none are named, `most` of the
     test split."""
+    def read(size):
+        images = []
+        for path in paths:
+            with data.reading(path, f"expected an image, one of {', '.join(data.FORMATS)}"):
+                images.append(data.read_image(path, size))
+        return torch.stack(images)
+
     if paths:
-        images = read_images(paths, args.image_size)
-        seen = read_images(paths, stages.backbone.image_size) if args.release else images  # cut straight
+        images = read(args.image_size)
+        seen = read(stages.backbone.image_size) if args.release else images  # cut straight to that size
         return images, stages.encode(seen), [Path(path).stem[:10] for path in paths]
     rows = stages.dataset.splits["test"][:most]
     images = stages.dataset.pixels(rows)
@@ -895,9 +885,10 @@ def compose(stages, args):
 def infill(stages, args):
     """A part of each image's code stays, the masked prior draws the rest: a row of inputs, then of these."""
     inputs, codes, titles = input_images(stages, args, args.inputs)
-    rng = data.step_generator(args.seed, 0)
-    keep = torch.rand(args.rows, *codes.shape, generator=rng) < args.keep
-    filled = stages.infill(codes.repeat(args.rows, 1), keep.flatten(0, 1), rng)
+    model, rng = stages.model("prior-masked"), data.step_generator(args.seed, 0)
+    keep = torch.rand(args.rows, *codes.shape, generator=rng) < args.keep  # (rows, n, L)
+    given = torch.where(keep, codes, model.V).flatten(0, 1)  # (rows · n, L)
+    filled, _ = prior.sample_masked(model, given, stages.sampler("masked"), stages.run, rng)
     images = torch.cat([inputs, stages.draw(filled, args.seed)])
     return {"images": images, "columns": len(inputs), "titles": titles}
 
@@ -1054,17 +1045,16 @@ def of_stage(name, function, *inputs):
 
 def write_examples(stages):
     """Two test pictures as small files, to try the commands on."""
-    paths = [stages.run.folder / "samples" / f"{name}.png" for name in "ab"]
-    rows = stages.dataset.splits["test"][:2]
-    for path, pixels in zip(paths, stages.dataset.pixels(rows)):
-        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    for name, row in zip("ab", stages.dataset.splits["test"]):
+        path = stages.run.folder / "samples" / f"{name}.png"
+        picture = Image.fromarray(stages.dataset.pixels([row])[0].permute(1, 2, 0).numpy())
         data.write_atomic(path, lambda file: picture.save(file, format="PNG"))
-    print(f"pictures to try: {paths[0]} {paths[1]}")
+    print(f"pictures to try: a.png and b.png in {path.parent}")
 
 
 def train_stages(stages, args):
     """Train what has not finished, in order, each stage as its own command with the flags that all have and
-    its own; after each the pictures that need no later one. Then all scores."""
+    its own; after each the pictures that need no later one. Then measure everything."""
     start = time.time()
     run, dataset = stages.run, stages.dataset
     shared = ("dataset", "data_dir", "out", "image_size", "seed", "device", "dtype", "workers")
@@ -1080,8 +1070,9 @@ def train_stages(stages, args):
         of_stage(name, MODULES[name].parse, planned[stage])  # wrong flags are found before the first trains
     for number, (stage, words) in enumerate(planned.items(), 1):
         later = ", ".join([*list(planned)[number:], "scores"])
-        used = f"{(time.time() - start) / 60:.1f} minutes so far"
-        print(f"--- stage {number} of {len(planned)}: {stage}; {used}; then {later}", flush=True)
+        used = (time.time() - start) / 60
+        print(f"--- stage {number} of {len(planned)}: {stage}; {used:.1f} minutes so far; then {later}",
+              flush=True)
         name = stage.split()[0]
         loaded = [] if name == "prior" else [dataset]  # a prior reads codes alone
         of_stage(name, MODULES[name].main, words, *loaded)
@@ -1094,19 +1085,16 @@ def train_stages(stages, args):
         for command, (_, last, _) in COMMANDS.items():
             if last.format(kind=args.kind) == stage:
                 make_pictures(command, stages, args)
-    print(f"--- scores; {(time.time() - start) / 60:.1f} minutes so far", flush=True)
 
 
 TASKS = {
-    "--train": (train_stages, "", "--train --tokenizer --generator --prior --text-prior --count --columns "
-                f"--rows --kind --keep --text-guidance {MIXING}"),
-    "--score": (Scores, "", f"--score --inception --release --count --kind --text-guidance {MIXING}")}
+    "--train": (train_stages, "", "--tokenizer --generator --prior --text-prior --count --columns --rows "
+                f"--kind --keep --text-guidance {MIXING}"),
+    "--score": (Scores, "", f"--inception --release --count --kind --text-guidance {MIXING}")}
 OF_STAGE = dict(type=shlex.split, default=[], metavar="FLAGS", help='flags for its script, as "--steps 100"')
 FLAGS = {
     "inputs": dict(nargs="*", help="image files, or the prompts of text (default: of the test split)"),
-    "--train": dict(action="store_true", help="train what is missing, then make all pictures and scores"),
     **{f"--{name.replace('_', '-')}": OF_STAGE for name in MODULES},
-    "--score": dict(action="store_true", help="measure everything and write scores.json"),
     "--inception": dict(metavar="FILE", help="FID and others by this TorchScript network instead"),
     "--count": dict(type=data.number(4, 10 ** 9, int),
                     help="pictures for a score, for some half (default: 2,000; with --inception 50,000)"),
@@ -1147,9 +1135,10 @@ def parse(argv):
     parser.usage = f"sample.py {task} [flags]"
     parser.remedy = f"see sample.py {task} --help"
     add = parser.add_argument_group(task).add_argument
-    parser.set_defaults(command=None)
     if task in COMMANDS:
         add("command", choices=[task], help=argparse.SUPPRESS)
+    else:
+        add(task, dest="command", action="store_const", const=task, help=argparse.SUPPRESS)
     for name, how in FLAGS.items():
         if name in reads.split():
             add(name, **how)
@@ -1165,7 +1154,7 @@ def parse(argv):
         parser.set_defaults(**RELEASE)
     args = data.parse(parser, {} if released else PRESETS, argv)
     args.count = args.count or (50_000 if args.inception else 2000)
-    if args.release and (args.kind == "ar" or args.score and not args.inception):
+    if args.release and (args.kind == "ar" or task == "--score" and not args.inception):
         parser.error("argument --release: has no --kind ar, and --score needs --inception with it")
     if sum([args.positions is not None, bool(args.inside), bool(args.recolour)]) > 1:
         parser.error("arguments --positions, --inside and --recolour: one of them")
@@ -1183,9 +1172,9 @@ def main(argv=None):
         data.fail("sample.py: several processes share --score --inception alone; start it without torchrun")
     run = data.Run(args, lock="sample" if args.inception else None)
     stages = Release(args, run) if args.release else Stages(args, run)
-    if args.command:
+    if args.command in COMMANDS:
         return make_pictures(args.command, stages, args)
-    if args.train:
+    if args.command == "--train":
         train_stages(stages, args)
     scores = inception_scores(stages, args) if args.inception else Scores(stages, args, run).run_all()
     if run.main:
