@@ -80,24 +80,20 @@ def nearest_share(children, parents):
     return equal.amax(1) / differ.sum(2)[:, 0].clamp(min=1)
 
 
-def inner_positions(stored):
-    """The positions of codes, as from data.load_codes, in all patches but the outermost."""
+def inner_positions(stored, but_colours=False):
+    """The positions of codes, as from data.load_codes, in all patches but the outermost; or all positions but
+    the colours of these."""
     L, side = stored["L"], stored["side"]
     if side < 3:
         data.fail("--inside and --recolour: need codes of --sem-read patches, at least 3 side by side")
     patch = torch.arange(L) // (L // side ** 2)
     row, column = patch // side, patch % side
-    inner = (row > 0) & (row < side - 1) & (column > 0) & (column < side - 1)
+    inner = (row > 0) & (row < side - 1) & (column > 0) & (column < side - 1)  # (L,)
+    if but_colours:
+        if not stored["colour_codes"]:
+            data.fail("--recolour: needs codes of tokenizer.py --colour-codes")
+        inner = ~(inner & data.colour_positions(stored))
     return inner.nonzero()[:, 0]
-
-
-def all_but_inner_colours(stored):
-    """The positions of codes that are not the colours of inner patches."""
-    kept = ~data.colour_positions(stored)
-    if kept.all():
-        data.fail("--recolour: needs codes of tokenizer.py --colour-codes")
-    inner = torch.isin(torch.arange(stored["L"]), inner_positions(stored))
-    return (kept | ~inner).nonzero()[:, 0]
 
 
 class Stages:
@@ -121,12 +117,9 @@ class Stages:
 
     @functools.cached_property
     def stored(self):
-        """The codes of the dataset, as data.load_codes."""
-        return self.load_codes()
-
-    def load_codes(self, images_id=None):
-        """Read the codes; images_id: of the dataset whose codes they must be."""
+        """The codes, as data.load_codes; where the dataset is loaded, they must be its own."""
         remedy = "make it with " + data.script_command("tokenizer.py", self.args)
+        images_id = self.dataset.id if "dataset" in vars(self) else None
         return data.load_codes(self.run.folder / "codes.pt", remedy, images_id)
 
     @functools.cached_property
@@ -254,7 +247,8 @@ class Release(Stages):
         """The folder of one of the models."""
         return Path(self.args.release) / f"{name}_L512"
 
-    def load_codes(self, images_id=None):
+    @functools.cached_property
+    def stored(self):
         """L and V alone, as the generator's weights tell them; codes of no grid."""
         _, sizes = generator.read_release(self.part("DLC_DiT"))
         return {"L": sizes["codes"], "V": sizes["values"], "side": 0, "colour_codes": 0}
@@ -396,17 +390,22 @@ def load_judge(dataset, args, run):
     return judge.eval()
 
 
-def frechet_moments(mean_a, cov_a, mean_b, cov_b):
-    """FD² of equation (1) from means (d,) and covariances (d, d) in float64."""
+def moments(features, batch=10_000):
+    """Mean (d,) and covariance (d, d) in float64 of features (n, d) that may not fit in memory."""
+    n = len(features)
+    centre = sum(part.double().sum(0) for part in features.split(batch)) / n
+    centred = (part.double() - centre for part in features.split(batch))
+    return centre, sum(part.T @ part for part in centred) / (n - 1)
+
+
+def frechet(a, b):
+    """FD² of equation (1) between Gaussians fitted to features a (n, d), b (m, d)."""
+    mean_a, cov_a = moments(a)
+    mean_b, cov_b = moments(b)
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # C₁^½
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
-
-
-def frechet(a, b):
-    """FD² of equation (1) between Gaussians fitted to features a (n, d), b (m, d) in float64."""
-    return frechet_moments(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
 
 
 # -------- scores ---------------------------------------------------------------------------------------
@@ -457,7 +456,6 @@ class Scores:
         self.shapes = args.dataset == "shapes"
         splits = self.dataset.splits
         self.unseen = {split: rows for split, rows in splits.items() if split.startswith("unseen")}
-        stages.stored = stages.load_codes(self.dataset.id)
         self.judge = load_judge(self.dataset, args, run) if self.names else None
         self.rows = np.random.default_rng(0).permutation(splits["test"])[:self.n].tolist()
         text_path = run.folder / "text_prior.pt"
@@ -576,7 +574,7 @@ class Scores:
         if stored["side"] > 2:
             ways["inner patches of the first"] = ("random", inner_positions(stored))
             if stored["colour_codes"]:
-                ways["in the colours of the second"] = ("random", all_but_inner_colours(stored))
+                ways["in the colours of the second"] = ("random", inner_positions(stored, True))
         codes = self.stages.codes_of(rows)  # (n, 2, L)
         found = {"copy of the first parent": codes[:, 0]}
         for way, (choose, positions) in ways.items():
@@ -753,30 +751,17 @@ def precision_recall(real, made, device, k=3, batch=1000):
     return covered(made, real), covered(real, made)
 
 
-def moments(features, batch=10_000):
-    """Mean (d,) and covariance (d, d) in float64 of features (n, d) that may not fit in memory."""
-    n = len(features)
-    total = square = 0.0
-    for part in features.split(batch):
-        part = part.double()
-        total = total + part.sum(0)
-        square = square + part.T @ part
-    centre = total / n
-    return centre, (square - n * torch.outer(centre, centre)) / (n - 1)
-
-
 def inception_scores(stages, args):
     """FID, Inception Score, precision and recall of --count samples of the prior --kind, and of as many from
     true codes, on the first process. Processes share the samples; a stopped run goes on."""
     run = stages.run
     net = Inception(args.inception, run.device)
-    stages.stored = stages.load_codes(stages.dataset.id)
+    dataset = stages.dataset
     stages.model("generator")  # what is missing is said now, not after hours
     stages.model(f"prior-{args.kind}")
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in stages.files(args.kind)]
     left_out = ("workers", "device", "out", "data_dir")
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
-    dataset = stages.dataset
     train = dataset.splits["train"]
     shuffled = np.random.default_rng(args.seed).permutation(max(len(train), args.count)) % len(train)
 
@@ -800,7 +785,7 @@ def inception_scores(stages, args):
         folder = run.folder / f".samples-{data.checksum([name, settings, net.id, files])[:16]}"
         made = data.fill_rows(folder, args.count, run, work, net.shapes, chunk=prior.BATCH)
         if run.main:
-            fid = frechet_moments(*moments(made["features"]), *moments(reference))
+            fid = frechet(made["features"], reference)
             score, deviation = inception_score(made["classes"])
             some = np.random.default_rng(0).permutation(len(train))[:10_000]
             precision, recall = precision_recall(reference[some], made["features"], run.device)
@@ -869,10 +854,8 @@ def compose(stages, args):
     k, L = codes.shape
     check_mixture(args, k, L)
     positions = args.positions
-    if args.inside:
-        positions = inner_positions(stages.stored)
-    if args.recolour:
-        positions = all_but_inner_colours(stages.stored)
+    if args.inside or args.recolour:
+        positions = inner_positions(stages.stored, but_colours=args.recolour)
     columns = max(k, args.columns)
     families = codes.expand(columns * args.rows, k, L)
     rng = data.step_generator(args.seed, 0)
@@ -1038,8 +1021,8 @@ def of_stage(name, function, *inputs):
         function(*inputs)
     except SystemExit as stopped:
         if stopped.code not in (0, 143):
-            flag = name.replace("_", "-")
-            print(f'note: flags of {name}.py: sample.py --train --{flag}="--flag value"', file=sys.stderr)
+            given = f'--{name.replace("_", "-")}="--flag value"'
+            print(f"note: sample.py --train takes flags of {name}.py as {given}", file=sys.stderr)
         raise
 
 

@@ -37,7 +37,7 @@ def test_inner_positions_are_off_the_rim_and_recolouring_leaves_all_but_their_co
     stored = {"L": 48, "side": 4, "colour_codes": 1}
     assert sample.inner_positions(stored).tolist() == inner.flatten().nonzero()[:, 0].tolist()
     inner[:, :, :2] = 0
-    assert sample.all_but_inner_colours(stored).tolist() == (inner == 0).flatten().nonzero()[:, 0].tolist()
+    assert sample.inner_positions(stored, True).tolist() == (inner == 0).flatten().nonzero()[:, 0].tolist()
 
 
 def test_the_first_image_takes_the_colours_inside_the_second_and_nothing_else(tmp_path):
@@ -51,7 +51,7 @@ def test_the_first_image_takes_the_colours_inside_the_second_and_nothing_else(tm
     stages = sample.Stages(args, data.Run(args))
     assert torch.equal(stages.encode(stages.dataset.pixels(range(40))), stages.codes_of(range(40)))
     parents = stages.codes_of([[0, 1]])  # (1, 2, L)
-    kept = sample.all_but_inner_colours(stages.stored)
+    kept = sample.inner_positions(stages.stored, True)
     child = stages.compose(parents, [1, 1], data.step_generator(0, 0), args.choose, kept)
     exchanged = torch.ones(64).bool()
     exchanged[kept] = False
