@@ -53,7 +53,7 @@ from PIL import Image
 PRESETS = {name: {**data.PRESETS.get(name, {}),
                   "sample_steps": preset["sample_steps"], "guidance": preset["guidance"]}
            for name, preset in generator.PRESETS.items()}
-RELEASE = dict(  # --release: the paper's settings
+RELEASE = dict(  # the defaults of --release: the paper's settings
     dataset="imagenet", out="out/release", image_size=256, dtype="float32", sample_steps=250, guidance=1.4,
     batch=16, choose="random", text_guidance=[1.0])
 
@@ -151,8 +151,8 @@ class Stages:
         if stage.startswith("prior-"):
             kind = stage.removeprefix("prior-")
             return prior.load_prior(self.args, kind, self.stored, self.run.device)
-        stand_ins = {"generator-uncond": "none", "generator-factors": "factors"}
-        codes_id = stand_ins.get(stage) or self.stored["id"]
+        references = {"generator-uncond": "none", "generator-factors": "factors"}
+        codes_id = references.get(stage) or self.stored["id"]
         return generator.load_generator(self.args, codes_id, self.run.device, stage)
 
     def codes_of(self, rows):
@@ -243,35 +243,31 @@ class Release(Stages):
         "masked": prior.SAMPLERS["masked"] | {"nucleus": 1.0},
         "to code": text_prior.TO_CODE | {"temperature": 0.2}}
 
-    def part(self, name):
-        """The folder of one of the models."""
-        return Path(self.args.release) / f"{name}_L512"
-
     @functools.cached_property
     def stored(self):
         """L and V alone, as the generator's weights tell them; codes of no grid."""
-        _, sizes = generator.read_release(self.part("DLC_DiT"))
+        _, sizes = generator.read_release(Path(self.args.release, "DLC_DiT_L512"))
         return {"L": sizes["codes"], "V": sizes["values"], "side": 0, "colour_codes": 0}
 
     @functools.cached_property
     def backbone(self):
         """The authors' encoder."""
-        L, V = self.stored["L"], self.stored["V"]
-        return tokenizer.load_release(self.part("SEM_dinov2"), L, V, self.run.device)
+        folder = Path(self.args.release, "SEM_dinov2_L512")
+        return tokenizer.load_release(folder, self.stored["L"], self.stored["V"], self.run.device)
 
     @functools.cached_property
     def text_model(self):
         """(model, Text, config) of the authors' fine-tuned LLaDA."""
-        return text_prior.load_release(self.part("DLC_LLADA"), self.stored, self.run.device)
+        return text_prior.load_release(Path(self.args.release, "DLC_LLADA_L512"), self.stored, self.run.device)
 
     def read(self, stage):
         """The authors' SEDD, or their DiT with its autoencoder. Pictures are drawn last: encoder and text
         model are let go then."""
         if stage == "prior-masked":
-            return prior.load_release(self.part("DLC_SEDD"), self.run.device)
+            return prior.load_release(Path(self.args.release, "DLC_SEDD_L512"), self.run.device)
         for name in ("backbone", "text_model"):
             vars(self).pop(name, None)
-        return generator.load_release(self.part("DLC_DiT"), self.run.device)
+        return generator.load_release(Path(self.args.release, "DLC_DiT_L512"), self.run.device)
 
     def codes_of(self, rows):
         """Codes (n, L) of the images `rows` of the dataset, cut straight to the encoder's size."""
@@ -446,12 +442,14 @@ MEANT = {  # by the way of mixing, the parent of whom a child of shapes should h
 
 
 class Scores:
-    """All scores, on the test split, n pictures for each line; prints them and writes scores.json."""
+    """The table of scores.json: what is measured on the test split, n pictures for each line, --seed for all
+    noise."""
 
     def __init__(self, stages, args, run):
         self.stages, self.args, self.run = stages, args, run
         self.n = args.count
         self.dataset = stages.dataset
+        self.stored = stages.stored  # codes of other images are refused now
         self.names = list(self.dataset.factors)
         self.shapes = args.dataset == "shapes"
         splits = self.dataset.splits
@@ -508,8 +506,8 @@ class Scores:
         if self.shapes:
             spoiled = torch.cat([judge_batch(self.dataset, self.args, 10 ** 6 + k)[2] for k in range(8)])
             result["blended, blurred and frayed images"] = {"clean": mean(self.judged(spoiled)[2])}
-        report = self.stages.stored["report"]
-        result["tokenizer"] = {name: value for name, value in report.items() if not name.endswith("val")}
+        report = self.stored["report"].items()
+        result["tokenizer"] = {name: value for name, value in report if not name.endswith("val")}
         begin("images from codes")
         codes = self.stages.codes_of(self.rows)
         usual = self.drawn(codes, 0)
@@ -544,7 +542,7 @@ class Scores:
         """For each trained prior bits per token, calls, how many samples are training codes, and Fréchet
         distance, also as a multiple of that `of_true_codes`, also with that `of_real` images taken off."""
         train = self.dataset.splits["train"]
-        train_codes = self.stages.stored["codes"][train.start:train.stop, :1 + self.args.flip].flatten(0, 1)
+        train_codes = self.stored["codes"][train.start:train.stop, :1 + self.args.flip].flatten(0, 1)
 
         def memorised(codes):
             distance = nearest_distance(codes, train_codes)
@@ -567,14 +565,13 @@ class Scores:
 
     def children(self, rows):
         """Children of pairs of images `rows` (n, 2) by each way of mixing codes: {way: codes (n, L)}."""
-        stored = self.stages.stored
         ways = {"positions by random": ("random", None)}
         if "masked" in self.kinds:
             ways["positions by prior"] = ("prior", None)
-        if stored["side"] > 2:
-            ways["inner patches of the first"] = ("random", inner_positions(stored))
-            if stored["colour_codes"]:
-                ways["in the colours of the second"] = ("random", inner_positions(stored, True))
+        if self.stored["side"] > 2:
+            ways["inner patches of the first"] = ("random", inner_positions(self.stored))
+            if self.stored["colour_codes"]:
+                ways["in the colours of the second"] = ("random", inner_positions(self.stored, True))
         codes = self.stages.codes_of(rows)  # (n, 2, L)
         found = {"copy of the first parent": codes[:, 0]}
         for way, (choose, positions) in ways.items():
@@ -656,9 +653,8 @@ class Scores:
         return {row: data.shapes_caption(self.dataset.labels[row].tolist(), said) for row in rows}
 
     def score_text(self, guidance):
-        """Caption → code → image: are its factors to be seen? Of the test split and of combinations never
-        seen in training; for shapes also shape and colour alone. And how many codes 16 draws of one prompt
-        give."""
+        """Caption → code → image: are its factors to be seen? Of the test split and of unseen combinations,
+        for shapes also shape and colour alone. And how many codes 16 draws of one prompt give."""
         rows, line = self.rows[:self.n // 4], {}
         captions = self.captions_of(rows)
         if not captions:
@@ -848,8 +844,8 @@ def reconstruct(stages, args):
 
 
 def compose(stages, args):
-    """Children of two or more images: a row of these, then children, of whose code each position is that of
-    one of them. Positions that are drawn apart contradict each other, so the masked prior chooses them."""
+    """A row of images, then their children: each position of a child's code is that of one of them. Drawn
+    apart, positions contradict each other, so the masked prior chooses (--choose)."""
     inputs, codes, titles = input_images(stages, args, args.inputs, 2)
     k, L = codes.shape
     check_mixture(args, k, L)
@@ -866,7 +862,7 @@ def compose(stages, args):
 
 
 def infill(stages, args):
-    """A part of each image's code stays, the masked prior draws the rest: a row of inputs, then of these."""
+    """A part of an image's code stays, the masked prior draws the rest: a row of inputs, then of these."""
     inputs, codes, titles = input_images(stages, args, args.inputs)
     model, rng = stages.model("prior-masked"), data.step_generator(args.seed, 0)
     keep = torch.rand(args.rows, *codes.shape, generator=rng) < args.keep  # (rows, n, L)
@@ -960,8 +956,8 @@ def explain(stages, args):
 
 
 def reveal(stages, args, most=32):
-    """A GIF of codes while the masked prior writes them, from all hidden to none, above the drawings from
-    them, always with the same noise. Returns about `most` frames."""
+    """A GIF: codes as the masked prior writes them, from all hidden to none, in about `most` frames, above
+    the drawings from them, always with the same noise."""
     model, side = stages.model("prior-masked"), stages.stored["side"]
     if stages.model("generator").condition != "place":
         print("note: reveal: this generator was not trained on partly hidden codes", file=sys.stderr)
@@ -1036,8 +1032,8 @@ def write_examples(stages):
 
 
 def train_stages(stages, args):
-    """Train what has not finished, in order, each stage as its own command with the flags that all have and
-    its own; after each the pictures that need no later one. Then measure everything."""
+    """Train what has not finished, each stage as its own command with the flags that all have and its own,
+    and after it make the pictures that need no later one. At the end, measure everything."""
     start = time.time()
     run, dataset = stages.run, stages.dataset
     shared = ("dataset", "data_dir", "out", "image_size", "seed", "device", "dtype", "workers")
@@ -1104,8 +1100,8 @@ FLAGS = {
 
 
 def parse(argv):
-    """The flags of one command, checked: that of the first word which names one. Flags that it does not read
-    are refused, and are there with their defaults."""
+    """The flags of a command, the first that the words name, checked. Flags that it does not read are refused
+    and have their defaults."""
     words = sys.argv[1:] if argv is None else argv
     tasks = COMMANDS | TASKS
     task = next((word for word in words if word in tasks), None)
@@ -1132,10 +1128,10 @@ def parse(argv):
         prior.add_sampler_flags(parser)
     groups = parser._action_groups
     groups += [groups.pop(2), groups.pop(2)]  # data and run, which all scripts have, come last
-    released = any(word.startswith("--release") for word in words)
-    if released:
+    args = data.parse(parser, PRESETS, argv)
+    if args.release:
         parser.set_defaults(**RELEASE)
-    args = data.parse(parser, {} if released else PRESETS, argv)
+        args = data.parse(parser, {}, argv)
     args.count = args.count or (50_000 if args.inception else 2000)
     if args.release and (args.kind == "ar" or task == "--score" and not args.inception):
         parser.error("argument --release: has no --kind ar, and --score needs --inception with it")
