@@ -258,7 +258,8 @@ class Release(Stages):
     @functools.cached_property
     def text_model(self):
         """(model, Text, config) of the authors' fine-tuned LLaDA."""
-        return text_prior.load_release(Path(self.args.release, "DLC_LLADA_L512"), self.stored, self.run.device)
+        folder = Path(self.args.release, "DLC_LLADA_L512")
+        return text_prior.load_release(folder, self.stored, self.run.device)
 
     def read(self, stage):
         """The authors' SEDD, or their DiT with its autoencoder. Pictures are drawn last: encoder and text
