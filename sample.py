@@ -215,7 +215,8 @@ class Stages:
         for prompt, ids in zip(prompts, encoded):
             if not 0 < len(ids) <= most:
                 data.fail(f"prompt {prompt[:30]!r}: {len(ids):,} tokens; write at most {most}, not empty")
-        rows, sampler = text.rows(encoded), self.sampler("to code")
+        rows = text.rows(encoded)
+        sampler = self.sampler("to code")
         return text_prior.codes_from_text(model, rows, sampler, guidance, self.run, seed, given)
 
     def readable_captions(self, rows):
@@ -631,7 +632,8 @@ class Scores:
     def score_unseen(self, split, usual_factors):
         """Codes of images with a pair never seen in training → images: is the pair kept? Also how often the
         judge sees such a pair by mistake, in `usual_factors` (n, factors) of images of usual codes."""
-        pair, rows = data.UNSEEN_PAIRS[split], self.unseen[split][:self.n // 2]
+        pair = data.UNSEEN_PAIRS[split]
+        rows = self.unseen[split][:self.n // 2]
         labels = self.dataset.labels[rows]
         guessed = next(name for name in pair if name != "colour")
         by_mistake = mean(data.is_unseen(usual_factors, pair, self.args.held_out))
@@ -656,10 +658,10 @@ class Scores:
     def score_text(self, guidance):
         """Caption → code → image: are its factors to be seen? Of the test split and of unseen combinations,
         for shapes also shape and colour alone. And how many codes 16 draws of one prompt give."""
-        rows, line = self.rows[:self.n // 4], {}
+        rows = self.rows[:self.n // 4]
         captions = self.captions_of(rows)
         if not captions:
-            return line
+            return {}
         pair = ("shape", "colour") if self.shapes else None
         asked = {"captions of the test split": (captions, self.names, pair)}  # the first factors, and a pair
         if self.shapes:
@@ -667,13 +669,16 @@ class Scores:
         for split, unseen in self.unseen.items():
             captions_of_split = self.captions_of(unseen[:self.n // 4])
             asked[split] = captions_of_split, self.names, data.UNSEEN_PAIRS.get(split)
+        line = {}
         for name, (prompts, names, pair) in asked.items():
             if not prompts or not names:
                 continue
             codes, _ = self.stages.codes_from_prompts([*prompts.values()], guidance, self.args.seed + 4)
             _, seen, clean = self.drawn(codes, 5)
             shares = factor_accuracy(seen, self.dataset.labels[[*prompts]], names, pair)
-            line[name] = {"n": len(seen), **shares} | ({"clean": mean(clean)} if self.shapes else {})
+            line[name] = {"n": len(seen), **shares}
+            if self.shapes:
+                line[name]["clean"] = mean(clean)
         prompts = [prompt for prompt in [*captions.values()][:32] for _ in range(16)]
         codes, calls = self.stages.codes_from_prompts(prompts, guidance, self.args.seed + 6)
         distinct = [len(torch.unique(draws, dim=0)) for draws in codes.split(16)]
@@ -865,7 +870,8 @@ def compose(stages, args):
 def infill(stages, args):
     """A part of an image's code stays, the masked prior draws the rest: a row of inputs, then of these."""
     inputs, codes, titles = input_images(stages, args, args.inputs)
-    model, rng = stages.model("prior-masked"), data.step_generator(args.seed, 0)
+    model = stages.model("prior-masked")
+    rng = data.step_generator(args.seed, 0)
     keep = torch.rand(args.rows, *codes.shape, generator=rng) < args.keep  # (rows, n, L)
     given = torch.where(keep, codes, model.V).flatten(0, 1)  # (rows · n, L)
     filled, _ = prior.sample_masked(model, given, stages.sampler("masked"), stages.run, rng)
@@ -964,8 +970,9 @@ def reveal(stages, args, most=32):
         print("note: reveal: this generator was not trained on partly hidden codes", file=sys.stderr)
     hidden = torch.full((args.columns, model.L), model.V)
     rng = data.step_generator(args.seed, 0)
-    states, frames = [], []
+    states = []
     codes, _ = prior.sample_masked(model, hidden, stages.sampler("masked"), stages.run, rng, states=states)
+    frames = []
     for state in [*states[::math.ceil(len(states) / most)], codes]:
         known = (state != model.V).double().mean()
         lines = [f"the codes: {known:.0%} written by the masked prior (grey: still hidden)",
