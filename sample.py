@@ -17,12 +17,12 @@
     torchrun --nproc-per-node 8 sample.py --score --inception inception-2015-12-05.pt --dataset imagenet
 
 Images are files of any size; where none are named, pictures of the test split are taken. Grids go to
-OUT/<dataset>/samples/, numbered, with all settings inside (PNG: text field "settings"; GIF: comment).
+OUT/<dataset>/samples/, numbered, with all settings inside (PNG: text "settings"; GIF: comment).
 
 Scores use a judge, a small CNN trained on all combinations of the factors (and, for shapes, to tell a clean
 drawing from a blend of two, a blurred and a frayed one); the Fréchet distance is taken in its features:
     FD² = |m₁ − m₂|² + Tr(C₁ + C₂ − 2 (C₁ C₂)^½)                                                           (1)
-With --inception they are those of the literature instead, FID, Inception Score, precision and recall, in
+With --inception they are those of the literature, FID, Inception Score, precision and recall, in
 OUT/<dataset>/inception.json.
 """
 import argparse
@@ -73,16 +73,14 @@ def mixture_weights(codes, weights, values, positions=None):
 
 
 def nearest_share(children, parents):
-    """Of the positions where k parents (n, k, L) differ, the share where a child (n, L) equals the parent
-    that it equals most: (n,)."""
+    """Of the positions where k parents (n, k, L) differ, the share (n,) that a child (n, L) has from one."""
     differ = (parents != parents[:, :1]).any(1, keepdim=True)  # (n, 1, L)
     equal = ((children[:, None] == parents) & differ).sum(2)  # (n, k)
     return equal.amax(1) / differ.sum(2)[:, 0].clamp(min=1)
 
 
 def inner_positions(stored, but_colours=False):
-    """The positions of codes, as from data.load_codes, in all patches but the outermost; or all positions but
-    the colours of these."""
+    """The positions of stored codes in all patches but the outermost; or all but the colours of these."""
     L, side = stored["L"], stored["side"]
     if side < 3:
         data.fail("--inside and --recolour: need codes of --sem-read patches, at least 3 side by side")
@@ -207,8 +205,7 @@ class Stages:
         return children
 
     def codes_from_prompts(self, prompts, guidance, seed=0, given=None):
-        """Codes (n, L) for n prompts and network calls (n,); given (n, L): positions that are not V stay.
-        Fails with one line where a prompt is empty or longer than the text prior reads."""
+        """Codes (n, L) for n prompts, and network calls (n,); given (n, L): positions that are not V stay."""
         model, text, config = self.text_model
         most = config["text_length"]
         encoded = text.encode(prompts)
@@ -263,11 +260,10 @@ class Release(Stages):
         return text_prior.load_release(folder, self.stored, self.run.device)
 
     def read(self, stage):
-        """The authors' SEDD, or their DiT with its autoencoder. Pictures are drawn last: encoder and text
-        model are let go then."""
+        """The authors' SEDD, or their DiT with its autoencoder."""
         if stage == "prior-masked":
             return prior.load_release(Path(self.args.release, "DLC_SEDD_L512"), self.run.device)
-        for name in ("backbone", "text_model"):
+        for name in ("backbone", "text_model"):  # pictures are drawn last: these are let go
             vars(self).pop(name, None)
         return generator.load_release(Path(self.args.release, "DLC_DiT_L512"), self.run.device)
 
@@ -444,8 +440,7 @@ MEANT = {  # by the way of mixing, the parent of whom a child of shapes should h
 
 
 class Scores:
-    """The table of scores.json: what is measured on the test split, n pictures for each line, --seed for all
-    noise."""
+    """The table of scores.json, of the test split: n pictures for each line, --seed for all noise."""
 
     def __init__(self, stages, args, run):
         self.stages, self.args, self.run = stages, args, run
@@ -489,8 +484,7 @@ class Scores:
         return self.judged(self.stages.draw(codes, self.args.seed + shift, **more))
 
     def measure(self, judged, labels=None):
-        """From what `judged` returns: Fréchet distance to training images, for shapes cleanness, and factors
-        where labels (n, factors) are given."""
+        """Of what `judged` returns: Fréchet distance, cleanness, and with labels (n, factors) the factors."""
         features, factors, clean = judged
         line = {"n": len(features), "frechet": frechet(features, self.reference)}
         if self.shapes:
@@ -687,8 +681,7 @@ class Scores:
         return line
 
     def score_captions(self):
-        """Image → code → caption: for shapes how often it names each factor right, else how often it is the
-        image's own."""
+        """Image → code → caption: how often it names each factor of shapes, else is the image's own."""
         line = {}
         for split, rows in {"test split": self.rows, **self.unseen}.items():
             rows = [row for row in rows[:self.n // 2] if self.dataset.captions[row]]
@@ -729,8 +722,7 @@ class Inception:
 
 
 def inception_score(classes, parts=10):
-    """Mean and deviation over `parts` parts of exp E KL(p(y | x) ‖ p(y)) (Salimans et al. 2016); classes
-    (n, K) probabilities."""
+    """exp E KL(p(y | x) ‖ p(y)) (Salimans et al. 2016) of classes (n, K): mean and deviation over parts."""
     scores = []
     for p in classes.double().chunk(parts):
         log_ratio = p.clamp(min=1e-30).log() - p.mean(0).clamp(min=1e-30).log()
@@ -803,8 +795,7 @@ def inception_scores(stages, args):
 # A command's function takes the stages and the flags, and returns what data.save_grid draws.
 
 def input_images(stages, args, paths, most=8):
-    """Images (n, 3, S, S) uint8 of files, their codes (n, L) and titles; where none are named, `most` of the
-    test split."""
+    """Images (n, 3, S, S) uint8 of files (none: `most` of the test split), codes (n, L) and titles."""
     def read(size):
         images = []
         for path in paths:
@@ -963,8 +954,7 @@ def explain(stages, args):
 
 
 def reveal(stages, args, most=32):
-    """A GIF: codes as the masked prior writes them, from all hidden to none, in about `most` frames, above
-    the drawings from them, always with the same noise."""
+    """A GIF: codes as the masked prior writes them, above the drawings from them, from the same noise."""
     model, side = stages.model("prior-masked"), stages.stored["side"]
     if stages.model("generator").condition != "place":
         print("note: reveal: this generator was not trained on partly hidden codes", file=sys.stderr)
@@ -1087,7 +1077,7 @@ FLAGS = {
                     help="pictures for a score, for some half (default: 2,000; with --inception 50,000)"),
     "--prompts": dict(metavar="FILE", help="a file with a prompt in each line"),
     "--image": dict(metavar="FILE", help="a picture whose code is kept in part, or mixed in (--weights)"),
-    "--keep": dict(type=data.fraction, default=0.5, help="share of positions kept (infill: on average)"),
+    "--keep": dict(type=data.fraction, default=0.5, help="share of positions kept"),
     "--weights": dict(type=data.non_negative, nargs="+", help="of each image; text: of prompt and --image"),
     "--positions": dict(type=data.count, nargs="+", help="those of the first image; text: kept of --image"),
     "--inside": dict(action="store_true", help="what is inside the first image, all else from the others"),
@@ -1098,7 +1088,7 @@ FLAGS = {
     "--kind": dict(choices=("masked", "ar"), default="masked", help="the prior of unconditional samples"),
     "--text-guidance": dict(type=data.number(0, 1e6), nargs="+", default=[2.0], help="w of equation (3) of "
                             "text_prior.py; 1: none; --score measures all, pictures take the first"),
-    "--choose": dict(choices=("prior", "random"), default="prior", help="who chooses each position's image"),
+    "--choose": dict(choices=("prior", "random"), default="prior", help="who chooses the positions"),
     "--draws": dict(type=data.positive, default=8, help="children drawn, of which one is taken"),
     "--most": dict(type=data.fraction, default=0.8, help="largest share of the positions where its parents "
                    "differ that a child has from one"),
@@ -1108,8 +1098,7 @@ FLAGS = {
 
 
 def parse(argv):
-    """The flags of a command, the first that the words name, checked. Flags that it does not read are refused
-    and have their defaults."""
+    """The flags of the first command in the words, checked; those that it does not read have defaults."""
     words = sys.argv[1:] if argv is None else argv
     tasks = COMMANDS | TASKS
     task = next((word for word in words if word in tasks), None)
