@@ -7,29 +7,28 @@
     python sample.py explain a.png                   # its code, and what each position does to the drawing
     python sample.py reveal                          # a GIF: codes as the masked prior writes them, drawn
     python sample.py compose a.png b.png --weights 0.5 0.5      # each position of the code from one of them
-    python sample.py compose a.png b.png --positions 0 1 2 3    # these positions from the first image
     python sample.py compose a.png b.png --inside    # what is inside the first image, in the second one's rim
     python sample.py compose a.png b.png --recolour  # what is inside the first image, in the second's colours
     python sample.py infill a.png --keep 0.5         # half of the code stays, the masked prior draws the rest
-    python sample.py text "a small red ring on a dotted background in a blue frame" "a large blue bar"
-    python sample.py text "a green ring" --image a.png --keep 0.5          # half of the picture's code stays
-    python sample.py text "a green ring" --image a.png --weights 0.5 0.5   # positions from prompt and picture
+    python sample.py text "a red ring" --image a.png # prompt → code → image; half of a.png's code stays
     python sample.py caption a.png b.png             # what the codes of the images say, in words
+    python sample.py COMMAND --help                  # its flags; also of --train and --score
     python sample.py compose a.png b.png --release DIR          # most of these with the authors' models
     torchrun --nproc-per-node 8 sample.py --score --inception inception-2015-12-05.pt --dataset imagenet
 
 Images are files of any size; where none are named, pictures of the test split are taken. Grids go to
-OUT/<dataset>/samples/, numbered, with all settings inside (PNG: text field "settings"; GIF: comment).
-Positions that are drawn apart contradict each other: for compose the masked prior chooses them (--choose).
+OUT/<dataset>/samples/, numbered, with all settings inside (PNG: text "settings"; GIF: comment).
 
 Scores use a judge, a small CNN trained on all combinations of the factors (and, for shapes, to tell a clean
 drawing from a blend of two, a blurred and a frayed one); the Fréchet distance is taken in its features:
     FD² = |m₁ − m₂|² + Tr(C₁ + C₂ − 2 (C₁ C₂)^½)                                                           (1)
-With --inception they are those of the literature instead, FID, Inception Score, precision and recall, in
+With --inception they are those of the literature, FID, Inception Score, precision and recall, in
 OUT/<dataset>/inception.json.
 """
+import argparse
 import functools
 import hashlib
+import inspect
 import itertools
 import math
 import os
@@ -38,7 +37,6 @@ import shlex
 import shutil
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import data  # first: it sets the threads' waiting policy before torch starts them
@@ -50,19 +48,14 @@ import tokenizer
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 PRESETS = {name: {**data.PRESETS.get(name, {}),
                   "sample_steps": preset["sample_steps"], "guidance": preset["guidance"]}
            for name, preset in generator.PRESETS.items()}
-RELEASE = dict(  # --release: the paper's settings
+RELEASE = dict(  # the defaults of --release: the paper's settings
     dataset="imagenet", out="out/release", image_size=256, dtype="float32", sample_steps=250, guidance=1.4,
     batch=16, choose="random", text_guidance=[1.0])
-COMMANDS = {  # pictures, with the last stage that they need
-    "unconditional": "prior --kind {kind}", "reconstruct": "generator", "compose": "prior --kind masked",
-    "infill": "prior --kind masked", "text": "text_prior", "caption": "text_prior", "explain": "generator",
-    "reveal": "prior --kind masked"}
-STAGES = ("tokenizer", "generator", "prior --kind masked", "prior --kind ar", "text_prior")  # in order
-MODULES = {module.__name__: module for module in (tokenizer, generator, prior, text_prior)}
 
 # -------- codes in, pictures out -----------------------------------------------------------------------
 
@@ -80,28 +73,25 @@ def mixture_weights(codes, weights, values, positions=None):
 
 
 def nearest_share(children, parents):
-    """Of the positions where k parents (n, k, L) differ, the share where a child (n, L) equals the parent
-    that it equals most: (n,)."""
+    """Of the positions where k parents (n, k, L) differ, the share (n,) that a child (n, L) has from one."""
     differ = (parents != parents[:, :1]).any(1, keepdim=True)  # (n, 1, L)
     equal = ((children[:, None] == parents) & differ).sum(2)  # (n, k)
     return equal.amax(1) / differ.sum(2)[:, 0].clamp(min=1)
 
 
-def inner_positions(L, side):
-    """The code positions of all patches but the outermost, on a grid of side² with L / side² each."""
+def inner_positions(stored, but_colours=False):
+    """The positions of stored codes in all patches but the outermost; or all but the colours of these."""
+    L, side = stored["L"], stored["side"]
+    if side < 3:
+        data.fail("--inside and --recolour: need codes of --sem-read patches, at least 3 side by side")
     patch = torch.arange(L) // (L // side ** 2)
     row, column = patch // side, patch % side
-    inner = (row > 0) & (row < side - 1) & (column > 0) & (column < side - 1)
+    inner = (row > 0) & (row < side - 1) & (column > 0) & (column < side - 1)  # (L,)
+    if but_colours:
+        if not stored["colour_codes"]:
+            data.fail("--recolour: needs codes of tokenizer.py --colour-codes")
+        inner = ~(inner & data.colour_positions(stored))
     return inner.nonzero()[:, 0]
-
-
-def all_but_inner_colours(stored):
-    """The positions of codes, as from data.load_codes, that are not the colours of inner patches."""
-    kept = ~data.colour_positions(stored)
-    if kept.all():
-        data.fail("--recolour: needs codes of tokenizer.py --colour-codes")
-    inner = torch.isin(torch.arange(stored["L"]), inner_positions(stored["L"], stored["side"]))
-    return (kept | ~inner).nonzero()[:, 0]
 
 
 class Stages:
@@ -114,6 +104,10 @@ class Stages:
         self.args, self.run = args, run
         self.models = {}  # priors and generators that are loaded, by stage
 
+    def sampler(self, kind):
+        """The settings of a code sampler: its own (`samplers`), and over them the flags."""
+        return prior.sampler_settings(self.args, self.samplers[kind])
+
     @functools.cached_property
     def dataset(self):
         """The dataset of the flags."""
@@ -121,12 +115,9 @@ class Stages:
 
     @functools.cached_property
     def stored(self):
-        """The codes of the dataset, as data.load_codes."""
-        return self.load_codes()
-
-    def load_codes(self, images_id=None):
-        """Read the codes; images_id: of the dataset whose codes they must be."""
+        """The codes, as data.load_codes; where the dataset is loaded, they must be its own."""
         remedy = "make it with " + data.script_command("tokenizer.py", self.args)
+        images_id = self.dataset.id if "dataset" in vars(self) else None
         return data.load_codes(self.run.folder / "codes.pt", remedy, images_id)
 
     @functools.cached_property
@@ -139,11 +130,9 @@ class Stages:
         """(model, Text, config) of text_prior.pt."""
         return text_prior.load_text_prior(self.args, self.stored, self.run.device)
 
-    def made_from(self, kind):
-        """What pictures of the prior `kind` follow from, as plain values."""
-        names = ("generator", f"prior-{kind}")
-        states = [data.load(self.run.folder / f"{name}.pt", name, "train it", only="ema") for name in names]
-        return [[state["id"], state["step"]] for state in states]
+    def files(self, kind):
+        """What pictures of the prior `kind` follow from."""
+        return [self.run.folder / f"{stage}.pt" for stage in ("generator", f"prior-{kind}")]
 
     def model(self, stage):
         """The model of a stage: prior-masked, prior-ar, generator or another like these."""
@@ -160,9 +149,7 @@ class Stages:
         if stage.startswith("prior-"):
             kind = stage.removeprefix("prior-")
             return prior.load_prior(self.args, kind, self.stored, self.run.device)
-        stand_ins = {"generator-uncond": "none", "generator-factors": "factors"}
-        codes_id = stand_ins.get(stage) or self.stored["id"]
-        return generator.load_generator(self.args, codes_id, self.run.device, stage)
+        return generator.load_generator(self.args, self.stored["id"], self.run.device, stage)
 
     def codes_of(self, rows):
         """The stored codes (n, L) of the unflipped images `rows`."""
@@ -174,22 +161,20 @@ class Stages:
 
     def draw(self, codes, seed=0, first=0, stage="generator"):
         """Images (n, 3, S, S) uint8 from codes (n, L), of which the first is number `first` of many."""
-        sampler = generator.sampler_settings(self.args)
-        return generator.generate(self.model(stage), codes, len(codes), sampler, self.run, seed, first)
+        return generator.generate(self.model(stage), codes, self.args, self.run, seed, first)
 
     def sample_codes(self, kind, count, seed=0, first=0):
         """Codes (count, L) and network calls (count,) of a prior; `first` as in `draw`."""
-        sampler = prior.sampler_settings(self.args, self.samplers[kind])
-        return prior.sample_codes(self.model(f"prior-{kind}"), count, sampler, self.run, seed, first)
+        model = self.model(f"prior-{kind}")
+        return prior.sample_codes(model, count, self.sampler(kind), self.run, seed, first)
 
     def compose(self, codes, weights, rng, choose, positions=None):
         """A child (n, L) of each family of k codes (n, k, L), at every position the value of a parent. choose
         "random": by the weights alone; "prior": by the masked prior times the weights, then redrawn.
 
-        No code is likelier under the prior than a parent's own. So up to --draws children of a family are
-        drawn, and the first one is taken that has no more than --most of the positions where its parents
-        differ from one of them (or than its weight says), or else the one that has least. They are drawn by
-        events, whatever --order says."""
+        No code is likelier under the prior than a parent's own. So up to --draws children are drawn (by
+        events, whatever --order says), and the first one is taken that has no more than --most, or than the
+        largest weight, of the positions where its parents differ from one of them; or who has least."""
         log_weights = mixture_weights(codes, weights, self.stored["V"], positions)  # (n, L, V)
         if positions is not None and codes.shape[1] == 2:
             choose = "random"  # nothing is left to choose
@@ -197,7 +182,7 @@ class Stages:
             u = torch.rand(log_weights.shape[:2], generator=rng, dtype=torch.float64)
             return prior.draw_values(log_weights, 1.0, 1.0, u)[0]
         model = self.model("prior-masked")
-        sampler = prior.sampler_settings(self.args, self.samplers["masked"])
+        sampler = self.sampler("masked")
         most = max(self.args.most, max(weights) / sum(weights))
         begin = sampler | {"order": "event", "per_step": max(1, model.L // 16)}
         children = codes[:, 0].clone()
@@ -216,23 +201,17 @@ class Stages:
             share[rows[better]] = found[better]
         return children
 
-    def infill(self, codes, keep, rng):
-        """Codes (n, L): positions `keep` (n, L) bool stay, the masked prior draws the others."""
-        model = self.model("prior-masked")
-        sampler = prior.sampler_settings(self.args, self.samplers["masked"])
-        return prior.sample_masked(model, torch.where(keep, codes, model.V), sampler, self.run, rng)[0]
-
     def codes_from_prompts(self, prompts, guidance, seed=0, given=None):
-        """Codes (n, L) for n prompts and network calls (n,); given (n, L): positions that are not V stay.
-        Fails with one line where a prompt is empty or longer than the text prior reads."""
+        """Codes (n, L) for n prompts, and network calls (n,); given (n, L): positions that are not V stay."""
         model, text, config = self.text_model
         most = config["text_length"]
         encoded = text.encode(prompts)
         for prompt, ids in zip(prompts, encoded):
             if not 0 < len(ids) <= most:
                 data.fail(f"prompt {prompt[:30]!r}: {len(ids):,} tokens; write at most {most}, not empty")
-        sampler = prior.sampler_settings(self.args, self.samplers["to code"])
-        return text_prior.codes_from_text(model, text.rows(encoded), sampler, guidance, self.run, seed, given)
+        rows = text.rows(encoded)
+        sampler = self.sampler("to code")
+        return text_prior.codes_from_text(model, rows, sampler, guidance, self.run, seed, given)
 
     def readable_captions(self, rows):
         """{row: caption} of the images `rows`, but for captions that the text prior cannot read."""
@@ -244,7 +223,7 @@ class Stages:
     def captions_from_codes(self, codes, seed=0):
         """Captions, n texts, of codes (n, L)."""
         model, text, config = self.text_model
-        sampler = prior.sampler_settings(self.args, self.samplers["to text"])
+        sampler = self.sampler("to text")
         ids = text_prior.text_from_codes(model, codes, config["window"], sampler, self.run, seed)
         return [text.decode(row) for row in ids.tolist()]
 
@@ -259,34 +238,31 @@ class Release(Stages):
         "masked": prior.SAMPLERS["masked"] | {"nucleus": 1.0},
         "to code": text_prior.TO_CODE | {"temperature": 0.2}}
 
-    def part(self, name):
-        """The folder of one of the models."""
-        return Path(self.args.release) / f"{name}_L512"
-
-    def load_codes(self, images_id=None):
+    @functools.cached_property
+    def stored(self):
         """L and V alone, as the generator's weights tell them; codes of no grid."""
-        _, sizes = generator.read_release(self.part("DLC_DiT"))
+        _, sizes = generator.read_release(Path(self.args.release, "DLC_DiT_L512"))
         return {"L": sizes["codes"], "V": sizes["values"], "side": 0, "colour_codes": 0}
 
     @functools.cached_property
     def backbone(self):
         """The authors' encoder."""
-        L, V = self.stored["L"], self.stored["V"]
-        return tokenizer.load_release(self.part("SEM_dinov2"), L, V, self.run.device)
+        folder = Path(self.args.release, "SEM_dinov2_L512")
+        return tokenizer.load_release(folder, self.stored["L"], self.stored["V"], self.run.device)
 
     @functools.cached_property
     def text_model(self):
         """(model, Text, config) of the authors' fine-tuned LLaDA."""
-        return text_prior.load_release(self.part("DLC_LLADA"), self.stored, self.run.device)
+        folder = Path(self.args.release, "DLC_LLADA_L512")
+        return text_prior.load_release(folder, self.stored, self.run.device)
 
     def read(self, stage):
-        """The authors' SEDD, or their DiT with its autoencoder. Pictures are drawn last: encoder and text
-        model are let go then."""
+        """The authors' SEDD, or their DiT with its autoencoder."""
         if stage == "prior-masked":
-            return prior.load_release(self.part("DLC_SEDD"), self.run.device)
-        for name in ("backbone", "text_model"):
+            return prior.load_release(Path(self.args.release, "DLC_SEDD_L512"), self.run.device)
+        for name in ("backbone", "text_model"):  # pictures are drawn last: these are let go
             vars(self).pop(name, None)
-        return generator.load_release(self.part("DLC_DiT"), self.run.device)
+        return generator.load_release(Path(self.args.release, "DLC_DiT_L512"), self.run.device)
 
     def codes_of(self, rows):
         """Codes (n, L) of the images `rows` of the dataset, cut straight to the encoder's size."""
@@ -295,10 +271,9 @@ class Release(Stages):
         files = data.ImageFiles([self.dataset.images.paths[row] for row in rows], self.backbone.image_size)
         return self.encode(torch.stack([files[k] for k in range(len(files))]))
 
-    def made_from(self, kind):
-        """Names, sizes and times of all files of the release."""
-        files = sorted(path for path in Path(self.args.release).rglob("*") if path.is_file())
-        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    def files(self, kind):
+        """All files of the release."""
+        return sorted(Path(self.args.release).rglob("*"))
 
 
 # -------- judge ----------------------------------------------------------------------------------------
@@ -393,11 +368,8 @@ def train_judge(judge, dataset, args, run, steps=600):
 def load_judge(dataset, args, run):
     """The judge of OUT/<dataset>/judge.pt, trained and kept there on first use."""
     path = run.folder / "judge.pt"
-    made_from = {"images": dataset.id, "image size": args.image_size, "spoiled": "blended, blurred, frayed"}
-    if args.dataset == "folder":  # whose labels may change where its images do not
-        made_from["labels"] = data.checksum([dataset.factors, dataset.labels.tolist()])
-    if not args.flip:
-        made_from["flip"] = False
+    labels = data.checksum([dataset.factors, dataset.labels.tolist()])  # of a folder they may change alone
+    made_from = {"images": dataset.id, "labels": labels, "image size": args.image_size, "flip": args.flip}
     torch.manual_seed(0)  # whatever --seed is: all runs are judged alike
     judge = Judge(dataset.factors, args.image_size).to(run.device)
     if data.is_made_from(path, "judge", made_from):
@@ -409,17 +381,22 @@ def load_judge(dataset, args, run):
     return judge.eval()
 
 
-def frechet_moments(mean_a, cov_a, mean_b, cov_b):
-    """FD² of equation (1) from means (d,) and covariances (d, d) in float64."""
+def moments(features, batch=10_000):
+    """Mean (d,) and covariance (d, d) in float64 of features (n, d) that may not fit in memory."""
+    n = len(features)
+    centre = sum(part.double().sum(0) for part in features.split(batch)) / n
+    centred = (part.double() - centre for part in features.split(batch))
+    return centre, sum(part.T @ part for part in centred) / (n - 1)
+
+
+def frechet(a, b):
+    """FD² of equation (1) between Gaussians fitted to features a (n, d), b (m, d)."""
+    mean_a, cov_a = moments(a)
+    mean_b, cov_b = moments(b)
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # C₁^½
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
-
-
-def frechet(a, b):
-    """FD² of equation (1) between Gaussians fitted to features a (n, d), b (m, d) in float64."""
-    return frechet_moments(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
 
 
 # -------- scores ---------------------------------------------------------------------------------------
@@ -446,37 +423,40 @@ def factor_accuracy(seen, labels, names, pair=None):
 
 
 def read_shapes_caption(text):
-    """The factors (5,) in a caption of data.shapes_caption, −1 for those it leaves out; None: it is none."""
+    """The factors (5,) in a caption of data.shapes_caption; −1: it leaves them out, or is no such caption."""
     words = {name: f"(?P<{name}>{'|'.join(values)})" for name, values in data.SHAPES.items()}
     pattern = ("an? (?:{size} )?(?:{colour} )?{shape}(?: on a {background} background)?"
                "(?: in an? {frame} frame)?")
     match = re.fullmatch(pattern.format(**words), text)
-    if not match:
-        return None
-    return [values.index(match[name]) if match[name] else -1 for name, values in data.SHAPES.items()]
+    said = match.groupdict() if match else {}
+    return [values.index(said[name]) if said.get(name) else -1 for name, values in data.SHAPES.items()]
+
+
+MEANT = {  # by the way of mixing, the parent of whom a child of shapes should have each factor
+    "inner patches of the first": [0, 0, 0, 1, 1], "in the colours of the second": [0, 1, 0, 0, 0]}
 
 
 class Scores:
-    """The table of what is measured, on the test split; n pictures for each line, --seed for all noise."""
+    """The table of scores.json, of the test split: n pictures for each line, --seed for all noise."""
 
     def __init__(self, stages, args, run):
         self.stages, self.args, self.run = stages, args, run
         self.n = args.count
         self.dataset = stages.dataset
+        self.stored = stages.stored  # codes of other images are refused now
         self.names = list(self.dataset.factors)
         self.shapes = args.dataset == "shapes"
         splits = self.dataset.splits
-        self.unseen = {split: splits[split] for split in splits if split.startswith("unseen")}
-        stages.stored = stages.load_codes(self.dataset.id)
+        self.unseen = {split: rows for split, rows in splits.items() if split.startswith("unseen")}
         self.judge = load_judge(self.dataset, args, run) if self.names else None
-        self.rows = np.random.default_rng(0).permutation(self.dataset.splits["test"])[:self.n].tolist()
+        self.rows = np.random.default_rng(0).permutation(splits["test"])[:self.n].tolist()
         text_path = run.folder / "text_prior.pt"
         self.texts = text_path.exists()
         self.kinds = [kind for kind in ("masked", "ar") if (run.folder / f"prior-{kind}.pt").exists()]
         if self.texts and stages.text_model[2]["captions"] != self.dataset.captions_id:
             remedy = data.script_command("text_prior.py", args) + " --restart"
             data.fail(f"{text_path}: made from other captions; bring those back, or train it with {remedy}")
-        train = np.random.default_rng(1).permutation(self.dataset.splits["train"])[:10_000]
+        train = np.random.default_rng(1).permutation(splits["train"])[:10_000]
         self.reference = self.judged(self.dataset.pixels(train))[0]
 
     @torch.no_grad()
@@ -485,20 +465,23 @@ class Scores:
         long, clean (n,) bool; without labels to train a judge on, the tokenizer's features alone."""
         parts = []
         for part in images.split(500):
+            clean = torch.ones(len(part))  # learned on shapes alone
+            factors = torch.zeros(len(part), 0).long()
             if self.judge:
-                features, logits, clean = self.judge(data.from_bytes(part.to(self.run.device)))
+                features, logits, found = self.judge(data.from_bytes(part.to(self.run.device)))
                 factors = torch.stack([values.argmax(1) for values in logits], 1)
-                clean = clean if self.shapes else torch.ones(len(part))  # learned on shapes alone
+                clean = found if self.shapes else clean
             else:
                 _, features = tokenizer.encode_images(self.stages.backbone, part, self.run)
-                factors = torch.zeros(len(part), 0).long()
-                clean = torch.ones(len(part))
             parts.append((features.cpu().double(), factors.cpu(), clean.cpu() > 0))
         return [torch.cat(tensors) for tensors in zip(*parts)]
 
+    def drawn(self, codes, shift, **more):
+        """What the judge sees in images drawn from codes (n, L), with noise of --seed + shift."""
+        return self.judged(self.stages.draw(codes, self.args.seed + shift, **more))
+
     def measure(self, judged, labels=None):
-        """From what `judged` returns: Fréchet distance to training images, for shapes cleanness, and factors
-        where labels (n, factors) are given."""
+        """Of what `judged` returns: Fréchet distance, cleanness, and with labels (n, factors) the factors."""
         features, factors, clean = judged
         line = {"n": len(features), "frechet": frechet(features, self.reference)}
         if self.shapes:
@@ -511,38 +494,35 @@ class Scores:
         """Measure all that the trained stages allow; returns the nested dict of scores.json."""
         begin = functools.partial(print, "--- scores:", flush=True)
         labels = self.dataset.labels[self.rows]
-        real = self.judged(self.dataset.pixels(self.rows))
-        result = {"real images": self.measure(real, labels)}
+        real = self.measure(self.judged(self.dataset.pixels(self.rows)), labels)
+        result = {"real images": real}
         if self.shapes:
             spoiled = torch.cat([judge_batch(self.dataset, self.args, 10 ** 6 + k)[2] for k in range(8)])
             result["blended, blurred and frayed images"] = {"clean": mean(self.judged(spoiled)[2])}
-        report = self.stages.stored["report"]
-        result["tokenizer"] = {name: value for name, value in report.items() if not name.endswith("val")}
+        report = self.stored["report"].items()
+        result["tokenizer"] = {name: value for name, value in report if not name.endswith("val")}
         begin("images from codes")
         codes = self.stages.codes_of(self.rows)
-        drawn = self.judged(self.stages.draw(codes, self.args.seed))
-        line = self.measure(drawn, labels)
-        result["reconstruct"] = line
-        if (self.run.folder / "generator-uncond.pt").exists():
-            images = self.stages.draw(codes, self.args.seed, stage="generator-uncond")  # reads no codes
-            without = self.measure(self.judged(images))
+        usual = self.drawn(codes, 0)
+        line = result["reconstruct"] = self.measure(usual, labels)
+        if (self.run.folder / "generator-uncond.pt").exists():  # which reads no codes
+            without = self.measure(self.drawn(codes, 0, stage="generator-uncond"))
             result["generator without codes"] = without
             line["frechet / without codes"] = line["frechet"] / without["frechet"]
         begin("samples of the priors")
-        result |= self.score_priors(line["frechet"], result["real images"]["frechet"])
+        result |= self.score_priors(codes, line["frechet"], real["frechet"])
         begin("children of two images")
         result["compose"] = self.score_composition()
-        if self.shapes:
-            for split, pair in data.UNSEEN_PAIRS.items():
-                begin(f"{split} and children that show such a pair")
-                result[split] = self.score_unseen(split, pair, drawn[1])
-                result[f"compose, {split}"] = self.score_recombination(pair)
-        elif self.unseen:  # a folder's, whose judge has not seen these combinations either: see the real ones
-            rows = self.unseen["unseen"][:self.n]
-            labels = self.dataset.labels[rows]
-            images = {"real": self.dataset.pixels(rows),
-                      "from the code": self.stages.draw(self.stages.codes_of(rows), self.args.seed + 3)}
-            result["unseen"] = {name: self.measure(self.judged(x), labels) for name, x in images.items()}
+        for split, rows in self.unseen.items():
+            begin(split)
+            if self.shapes:
+                result[split] = self.score_unseen(split, usual[1])
+                result[f"compose, {split}"] = self.score_recombination(data.UNSEEN_PAIRS[split])
+            else:  # of a folder; the judge has not seen these combinations either
+                labels = self.dataset.labels[rows[:self.n]]
+                judged = {"real": self.judged(self.dataset.pixels(rows[:self.n])),
+                          "from the code": self.drawn(self.stages.codes_of(rows[:self.n]), 3)}
+                result[split] = {name: self.measure(seen, labels) for name, seen in judged.items()}
         if self.texts:
             for guidance in self.args.text_guidance:
                 begin(f"text to image, guidance {guidance:g}")
@@ -551,22 +531,21 @@ class Scores:
             result["captions of images"] = self.score_captions()
         return result
 
-    def score_priors(self, of_true_codes, of_real):
+    def score_priors(self, true_codes, of_true_codes, of_real):
         """For each trained prior bits per token, calls, how many samples are training codes, and Fréchet
         distance, also as a multiple of that `of_true_codes`, also with that `of_real` images taken off."""
         train = self.dataset.splits["train"]
-        train_codes = self.stages.stored["codes"][train.start:train.stop, :1 + self.args.flip].flatten(0, 1)
+        train_codes = self.stored["codes"][train.start:train.stop, :1 + self.args.flip].flatten(0, 1)
 
         def memorised(codes):
             distance = nearest_distance(codes, train_codes)
             return {"n": len(codes), "in training set": mean(distance == 0),
                     "distance to nearest": mean(distance)}
 
-        true_codes = self.stages.codes_of(self.rows)
         result = {"held-out codes": memorised(true_codes)}
         for kind in self.kinds:
             sampled, calls = self.stages.sample_codes(kind, len(self.rows), self.args.seed)
-            line = self.measure(self.judged(self.stages.draw(sampled, self.args.seed + 1)))
+            line = self.measure(self.drawn(sampled, 1))
             line["frechet / true codes"] = line["frechet"] / of_true_codes
             line["the same, above real images"] = (line["frechet"] - of_real) / (of_true_codes - of_real)
             bits, error = prior.bits_per_token(self.stages.model(f"prior-{kind}"), true_codes, self.run)
@@ -579,18 +558,18 @@ class Scores:
 
     def children(self, rows):
         """Children of pairs of images `rows` (n, 2) by each way of mixing codes: {way: codes (n, L)}."""
+        ways = {"positions by random": ("random", None)}
+        if "masked" in self.kinds:
+            ways["positions by prior"] = ("prior", None)
+        if self.stored["side"] > 2:
+            ways["inner patches of the first"] = ("random", inner_positions(self.stored))
+            if self.stored["colour_codes"]:
+                ways["in the colours of the second"] = ("random", inner_positions(self.stored, True))
         codes = self.stages.codes_of(rows)  # (n, 2, L)
         found = {"copy of the first parent": codes[:, 0]}
-        for choose in ["random"] + ["prior"] * ("masked" in self.kinds):
+        for way, (choose, positions) in ways.items():
             rng = data.step_generator(self.args.seed, 2)
-            found[f"positions by {choose}"] = self.stages.compose(codes, [0.5, 0.5], rng, choose)
-        side = self.stages.stored["side"]
-        if side > 2:
-            inner = inner_positions(codes.shape[2], side)
-            found["inner patches of the first"] = self.stages.compose(codes, [1, 1], rng, "random", inner)
-        if self.stages.stored["colour_codes"] and side > 2:
-            kept = all_but_inner_colours(self.stages.stored)
-            found["in the colours of the second"] = self.stages.compose(codes, [1, 1], rng, "random", kept)
+            found[way] = self.stages.compose(codes, [1, 1], rng, choose, positions)
         return found
 
     def score_composition(self):
@@ -602,7 +581,7 @@ class Scores:
         if self.names:
             result["right by chance (another test image)"] = mean((others[:, None] == labels).any(1).all(1))
         for way, codes in self.children(rows).items():
-            judged = self.judged(self.stages.draw(codes, self.args.seed + 2))
+            judged = self.drawn(codes, 2)
             line = result[way] = self.measure(judged)
             if not self.names:
                 continue
@@ -612,11 +591,11 @@ class Scores:
             new = right & (seen[:, None] != labels).any(2).all(1)
             line |= {"right": mean(inherited.all(1)), "right and clean": mean(right),
                      "right, clean, unlike both parents": mean(new)}
-            parents = {"inner patches of the first": [0, 0, 0, 1, 1],  # of whom it should have each factor
-                       "in the colours of the second": [0, 1, 0, 0, 0]}.get(way)
-            if self.shapes and parents:
-                meant = (seen == labels[:, parents, range(5)]).all(1)
+            if self.shapes and way in MEANT:
+                meant = (seen == labels[:, MEANT[way], range(5)]).all(1)
                 line |= {"all five factors as meant": mean(meant), "the same, clean": mean(meant & clean)}
+            shares = {name: mean(inherited[:, k]) for k, name in enumerate(self.names)}
+            line["inherited"] = {"n": len(seen), **shares}
         return result
 
     def score_recombination(self, pair):
@@ -629,34 +608,33 @@ class Scores:
         fits = data.is_unseen(mixed.flatten(0, 1), pair, self.args.held_out).view(len(mixed), -1)
         partner = (fits * torch.rand(fits.shape, generator=data.step_generator(self.args.seed, 3))).argmax(1)
         firsts = fits.any(1).nonzero()[:self.n // 4, 0]  # of those with a partner
-        rows = torch.tensor(self.rows)[torch.stack([firsts, partner[firsts]], 1)]  # (n, 2)
-        wanted = mixed[firsts, partner[firsts]]
+        chosen = torch.stack([firsts, partner[firsts]], 1)  # (n, 2)
+        wanted = mixed[chosen[:, 0], chosen[:, 1]]
         result = {}
-        for way, codes in self.children(rows).items():
-            if way.startswith("inner") and "frame" not in pair:  # shape and colour lie in the same patches
-                continue
-            if way.startswith("in the colours") and "shape" not in pair:
-                continue
-            _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 2))
-            both = (seen == wanted)[:, [first, second]].all(1)
-            shown_clean = mean(both & clean)
-            result[way] = {"n": len(both), "shows the pair": mean(both), "shows it, clean": shown_clean}
+        for way, codes in self.children(torch.tensor(self.rows)[chosen]).items():
+            if way in MEANT and (MEANT[way][first], MEANT[way][second]) != (0, 1):
+                continue  # it takes these factors from others
+            _, seen, clean = self.drawn(codes, 2)
+            shown = (seen == wanted)[:, [first, second]].all(1)
+            result[way] = {"n": len(shown), "shows the pair": mean(shown),
+                           "shows it, clean": mean(shown & clean)}
         return result
 
-    def score_unseen(self, split, pair, usual_factors):
+    def score_unseen(self, split, usual_factors):
         """Codes of images with a pair never seen in training → images: is the pair kept? Also how often the
         judge sees such a pair by mistake, in `usual_factors` (n, factors) of images of usual codes."""
-        rows = self.dataset.splits[split][:self.n // 2]
+        pair = data.UNSEEN_PAIRS[split]
+        rows = self.unseen[split][:self.n // 2]
         labels = self.dataset.labels[rows]
         guessed = next(name for name in pair if name != "colour")
-        seen_by_mistake = data.is_unseen(usual_factors, pair, self.args.held_out)
+        by_mistake = mean(data.is_unseen(usual_factors, pair, self.args.held_out))
         line = {"chance (colour right, the other factor guessed)": 1 / len(data.SHAPES[guessed]),
-                "unseen pairs among seen codes' images": mean(seen_by_mistake)}
+                "unseen pairs among seen codes' images": by_mistake}
         sources = {"from the code": (self.stages.codes_of(rows), "generator")}
         if (self.run.folder / "generator-factors.pt").exists():
             sources["from true factors"] = (labels, "generator-factors")
         for name, (codes, stage) in sources.items():
-            _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 3, stage=stage))
+            _, seen, clean = self.drawn(codes, 3, stage=stage)
             kept = (seen == labels)[:, [self.names.index(factor) for factor in pair]].all(1)
             line[name] = {"n": len(kept), "pair kept": mean(kept), "kept and clean": mean(kept & clean),
                           "clean": mean(clean), **factor_accuracy(seen, labels, self.names)}
@@ -668,38 +646,31 @@ class Scores:
             return self.stages.readable_captions(rows)
         return {row: data.shapes_caption(self.dataset.labels[row].tolist(), said) for row in rows}
 
-    def score_prompts(self, captions, guidance, names, pair=None):
-        """{row: caption} → code → image: are the first factors, `names`, and both of `pair` to be seen?"""
-        prompts = list(captions.values())
-        codes, _ = self.stages.codes_from_prompts(prompts, guidance, self.args.seed + 4)
-        _, seen, clean = self.judged(self.stages.draw(codes, self.args.seed + 5))
-        line = {"n": len(seen)} | factor_accuracy(seen, self.dataset.labels[list(captions)], names, pair)
-        if self.shapes:
-            line["clean"] = mean(clean)
-        return line
-
     def score_text(self, guidance):
-        """Captions of the test split and, for shapes, shape and colour alone and pairs never seen in
-        training; and how many different codes 16 draws of one prompt give."""
+        """Caption → code → image: are its factors to be seen? Of the test split and of unseen combinations,
+        for shapes also shape and colour alone. And how many codes 16 draws of one prompt give."""
         rows = self.rows[:self.n // 4]
         captions = self.captions_of(rows)
         if not captions:
             return {}
-        line = {}
         pair = ("shape", "colour") if self.shapes else None
-        if self.names:
-            line["captions of the test split"] = self.score_prompts(captions, guidance, self.names, pair)
+        asked = {"captions of the test split": (captions, self.names, pair)}  # the first factors, and a pair
         if self.shapes:
-            short = self.captions_of(rows, said=(True, False, False, False))
-            line["shape and colour alone"] = self.score_prompts(short, guidance, names=pair)
-            for split, unseen in data.UNSEEN_PAIRS.items():
-                rows = self.dataset.splits[split][:self.n // 4]
-                line[split] = self.score_prompts(self.captions_of(rows), guidance, self.names, unseen)
-        elif self.unseen and self.names:
-            unseen = self.captions_of(self.unseen["unseen"][:self.n // 4])
-            if unseen:
-                line["unseen"] = self.score_prompts(unseen, guidance, self.names)
-        prompts = [prompt for prompt in list(captions.values())[:32] for _ in range(16)]
+            asked["shape and colour alone"] = self.captions_of(rows, (True, False, False, False)), pair, None
+        for split, unseen in self.unseen.items():
+            captions_of_split = self.captions_of(unseen[:self.n // 4])
+            asked[split] = captions_of_split, self.names, data.UNSEEN_PAIRS.get(split)
+        line = {}
+        for name, (prompts, names, pair) in asked.items():
+            if not prompts or not names:
+                continue
+            codes, _ = self.stages.codes_from_prompts([*prompts.values()], guidance, self.args.seed + 4)
+            _, seen, clean = self.drawn(codes, 5)
+            shares = factor_accuracy(seen, self.dataset.labels[[*prompts]], names, pair)
+            line[name] = {"n": len(seen), **shares}
+            if self.shapes:
+                line[name]["clean"] = mean(clean)
+        prompts = [prompt for prompt in [*captions.values()][:32] for _ in range(16)]
         codes, calls = self.stages.codes_from_prompts(prompts, guidance, self.args.seed + 6)
         distinct = [len(torch.unique(draws, dim=0)) for draws in codes.split(16)]
         line["distinct codes in 16 draws of a prompt"] = sum(distinct) / len(distinct)
@@ -707,8 +678,7 @@ class Scores:
         return line
 
     def score_captions(self):
-        """Image → code → caption: for shapes how often it names each factor right, else how often it is the
-        image's own."""
+        """Image → code → caption: how often it names each factor of shapes, else is the image's own."""
         line = {}
         for split, rows in {"test split": self.rows, **self.unseen}.items():
             rows = [row for row in rows[:self.n // 2] if self.dataset.captions[row]]
@@ -716,14 +686,13 @@ class Scores:
                 continue
             captions = self.stages.captions_from_codes(self.stages.codes_of(rows), self.args.seed + 7)
             if self.shapes:
-                named = torch.tensor([read_shapes_caption(caption) or [-1] * 5 for caption in captions])
+                named = torch.tensor([read_shapes_caption(caption) for caption in captions])
                 pair = data.UNSEEN_PAIRS.get(split)
                 line[split] = factor_accuracy(named, self.dataset.labels[rows], self.names, pair)
-                line[split]["n"] = len(rows)
             else:
-                own = [self.dataset.captions[row].split() for row in rows]
-                same = [caption.split() == words for caption, words in zip(captions, own)]
-                line[split] = {"n": len(same), "equal to its own": sum(same) / len(same)}
+                same = [a.split() == self.dataset.captions[row].split() for a, row in zip(captions, rows)]
+                line[split] = {"equal to its own": sum(same) / len(same)}
+            line[split]["n"] = len(rows)
         return line
 
 
@@ -737,8 +706,7 @@ class Inception:
         self.device = device
         with data.reading(f"--inception {path}", "expected the TorchScript file inception-2015-12-05.pt"):
             self.net = torch.jit.load(path, map_location=device).eval()
-            with open(path, "rb") as file:
-                self.id = hashlib.file_digest(file, "sha256").hexdigest()
+            self.id = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             found = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
         self.shapes = {name: ((values.shape[1],), torch.float32) for name, values in found.items()}
 
@@ -751,8 +719,7 @@ class Inception:
 
 
 def inception_score(classes, parts=10):
-    """Mean and deviation over `parts` parts of exp E KL(p(y | x) ‖ p(y)) (Salimans et al. 2016); classes
-    (n, K) probabilities."""
+    """exp E KL(p(y | x) ‖ p(y)) (Salimans et al. 2016) of classes (n, K): mean and deviation over parts."""
     scores = []
     for p in classes.double().chunk(parts):
         log_ratio = p.clamp(min=1e-30).log() - p.mean(0).clamp(min=1e-30).log()
@@ -775,29 +742,17 @@ def precision_recall(real, made, device, k=3, batch=1000):
     return covered(made, real), covered(real, made)
 
 
-def moments(features, batch=10_000):
-    """Mean (d,) and covariance (d, d) in float64 of features (n, d) that may not fit in memory."""
-    n = len(features)
-    total = square = 0.0
-    for part in features.split(batch):
-        part = part.double()
-        total = total + part.sum(0)
-        square = square + part.T @ part
-    centre = total / n
-    return centre, (square - n * torch.outer(centre, centre)) / (n - 1)
-
-
-def inception_scores(stages, args, run):
+def inception_scores(stages, args):
     """FID, Inception Score, precision and recall of --count samples of the prior --kind, and of as many from
     true codes, on the first process. Processes share the samples; a stopped run goes on."""
+    run = stages.run
     net = Inception(args.inception, run.device)
-    stages.stored = stages.load_codes(stages.dataset.id)
+    dataset = stages.dataset
     stages.model("generator")  # what is missing is said now, not after hours
     stages.model(f"prior-{args.kind}")
-    made_from = [net.id, *stages.made_from(args.kind)]
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in stages.files(args.kind)]
     left_out = ("workers", "device", "out", "data_dir")
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
-    dataset = stages.dataset
     train = dataset.splits["train"]
     shuffled = np.random.default_rng(args.seed).permutation(max(len(train), args.count)) % len(train)
 
@@ -818,10 +773,10 @@ def inception_scores(stages, args, run):
     reference = data.fill_rows(folder, len(train), run, from_training_images, shapes)["features"]
     result = {}
     for name, work in ((f"codes of prior-{args.kind}", from_prior), ("true codes", from_true_codes)):
-        folder = run.folder / f".samples-{data.checksum([name, settings, made_from])[:16]}"
+        folder = run.folder / f".samples-{data.checksum([name, settings, net.id, files])[:16]}"
         made = data.fill_rows(folder, args.count, run, work, net.shapes, chunk=prior.BATCH)
         if run.main:
-            fid = frechet_moments(*moments(made["features"]), *moments(reference))
+            fid = frechet(made["features"], reference)
             score, deviation = inception_score(made["classes"])
             some = np.random.default_rng(0).permutation(len(train))[:10_000]
             precision, recall = precision_recall(reference[some], made["features"], run.device)
@@ -833,17 +788,11 @@ def inception_scores(stages, args, run):
     return result
 
 
-# -------- commands -------------------------------------------------------------------------------------
+# -------- pictures -------------------------------------------------------------------------------------
+# A command's function takes the stages and the flags, and returns what data.save_grid draws.
 
-def input_images(paths, stages, args, most=8):
-    """Images (n, 3, S, S) uint8 of files, their codes (n, L) and titles; where none are named, `most` of the
-    test split."""
-    if not paths:
-        rows = stages.dataset.splits["test"][:most]
-        images, titles = stages.dataset.pixels(rows), [f"test {k}" for k in range(len(rows))]
-        codes = stages.codes_of(rows) if args.release else stages.encode(images)
-        return images, codes, titles
-
+def input_images(stages, args, paths, most=8):
+    """Images (n, 3, S, S) uint8 of files (none: `most` of the test split), codes (n, L) and titles."""
     def read(size):
         images = []
         for path in paths:
@@ -851,23 +800,14 @@ def input_images(paths, stages, args, most=8):
                 images.append(data.read_image(path, size))
         return torch.stack(images)
 
-    images = read(args.image_size)
-    seen = read(stages.backbone.image_size) if args.release else images  # the release's codes: cut straight
-    return images, stages.encode(seen), [Path(path).stem[:10] for path in paths]
-
-
-def read_prompts(args, stages):
-    """The prompts of the command line and of --prompts, else four captions of the test split."""
-    prompts = [prompt.strip() for prompt in args.inputs]
-    if args.prompts:
-        with data.reading(f"--prompts {args.prompts}", "expected a file with a prompt in each line"):
-            lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
-        prompts += [line.strip() for line in lines if line.strip()]
-    elif not prompts:
-        prompts = list(stages.readable_captions(stages.dataset.splits["test"]).values())[:4]
-    if not prompts:
-        data.fail("text: no prompts; give some, or --prompts FILE with one in each line")
-    return prompts
+    if paths:
+        images = read(args.image_size)
+        seen = read(stages.backbone.image_size) if args.release else images  # cut straight to that size
+        return images, stages.encode(seen), [Path(path).stem[:10] for path in paths]
+    rows = stages.dataset.splits["test"][:most]
+    images = stages.dataset.pixels(rows)
+    codes = stages.codes_of(rows) if args.release else stages.encode(images)
+    return images, codes, [f"test {k}" for k in range(len(rows))]
 
 
 def check_mixture(args, k, L):
@@ -884,9 +824,66 @@ def check_mixture(args, k, L):
         data.fail(f"--positions: expected numbers from 0 to {L - 1}")
 
 
-def text_pictures(stages, args):
-    """A row of pictures for each prompt; with --image that picture first, and its code kept in part or mixed
-    with the prompt's. Returns images (n, 3, S, S) uint8, columns, and the prompts."""
+def unconditional(stages, args):
+    """Prior → code → image."""
+    codes, _ = stages.sample_codes(args.kind, args.columns * args.rows, args.seed)
+    return {"images": stages.draw(codes, args.seed), "columns": args.columns}
+
+
+def reconstruct(stages, args):
+    """Image → code → images: a row of inputs, then rows drawn from their codes, a new noise each."""
+    inputs, codes, titles = input_images(stages, args, args.inputs)
+    rows = [stages.draw(codes, data.mix_seed(args.seed, row)) for row in range(args.rows)]
+    return {"images": torch.cat([inputs, *rows]), "columns": len(inputs), "titles": titles}
+
+
+def compose(stages, args):
+    """A row of images, then their children: each position of a child's code is that of one of them. Drawn
+    apart, positions contradict each other, so the masked prior chooses (--choose)."""
+    inputs, codes, titles = input_images(stages, args, args.inputs, 2)
+    k, L = codes.shape
+    check_mixture(args, k, L)
+    positions = args.positions
+    if args.inside or args.recolour:
+        positions = inner_positions(stages.stored, but_colours=args.recolour)
+    columns = max(k, args.columns)
+    families = codes.expand(columns * args.rows, k, L)
+    rng = data.step_generator(args.seed, 0)
+    children = stages.compose(families, args.weights or [1 / k] * k, rng, args.choose, positions)
+    blank = torch.full((columns - k, *inputs.shape[1:]), 255, dtype=torch.uint8)
+    images = torch.cat([inputs, blank, stages.draw(children, args.seed)])
+    return {"images": images, "columns": columns, "titles": titles}
+
+
+def infill(stages, args):
+    """A part of an image's code stays, the masked prior draws the rest: a row of inputs, then of these."""
+    inputs, codes, titles = input_images(stages, args, args.inputs)
+    model = stages.model("prior-masked")
+    rng = data.step_generator(args.seed, 0)
+    keep = torch.rand(args.rows, *codes.shape, generator=rng) < args.keep  # (rows, n, L)
+    given = torch.where(keep, codes, model.V).flatten(0, 1)  # (rows · n, L)
+    filled, _ = prior.sample_masked(model, given, stages.sampler("masked"), stages.run, rng)
+    images = torch.cat([inputs, stages.draw(filled, args.seed)])
+    return {"images": images, "columns": len(inputs), "titles": titles}
+
+
+def read_prompts(args, stages):
+    """The prompts of the command line and of --prompts, else four captions of the test split."""
+    prompts = [prompt.strip() for prompt in args.inputs or []]
+    if args.prompts:
+        with data.reading(f"--prompts {args.prompts}", "expected a file with a prompt in each line"):
+            lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
+        prompts += [line.strip() for line in lines if line.strip()]
+    elif not prompts:
+        prompts = list(stages.readable_captions(stages.dataset.splits["test"]).values())[:4]
+    if not prompts:
+        data.fail("text: no prompts; give some, or --prompts FILE with one in each line")
+    return prompts
+
+
+def text(stages, args):
+    """A row of pictures for each prompt; with --image that picture first, and its code kept in part (--keep,
+    --positions) or mixed with the prompt's (--weights)."""
     L, V = stages.stored["L"], stages.stored["V"]
     check_mixture(args, 2, L)
     prompts = read_prompts(args, stages)
@@ -894,7 +891,7 @@ def text_pictures(stages, args):
     rng = data.step_generator(args.seed, 1)
     given = None
     if args.image is not None:
-        image, code, _ = input_images([args.image], stages, args)
+        image, code, _ = input_images(stages, args, [args.image])
         code = code.expand(len(repeated), L)
         if args.positions:
             keep = torch.isin(torch.arange(L), torch.tensor(args.positions))  # (L,)
@@ -906,42 +903,32 @@ def text_pictures(stages, args):
     unknown = ", ".join(dict.fromkeys(stages.text_model[1].unknown(" ".join(prompts))))
     if unknown:
         print(f"note: no training caption has {unknown}; expect the model to guess there", file=sys.stderr)
-    if args.image is not None and args.weights:
+    if args.weights:
         codes = stages.compose(torch.stack([codes, code], 1), args.weights, rng, args.choose)
     images = stages.draw(codes, args.seed)
     if args.image is None:
-        return images, args.columns, prompts
+        return {"images": images, "columns": args.columns, "lines": prompts}
     rows = [torch.cat([image, row]) for row in images.split(args.columns)]
-    return torch.cat(rows), args.columns + 1, prompts
+    return {"images": torch.cat(rows), "columns": args.columns + 1, "lines": prompts}
 
 
-def compose_pictures(stages, args, inputs, codes):
-    """A row of the k parents, `inputs` with their codes (k, L), then children. Returns images (n, 3, S, S)
-    uint8 and columns."""
-    k, L = codes.shape
-    check_mixture(args, k, L)
-    columns = max(k, args.columns)
-    families = codes.expand(columns * args.rows, k, L)
-    rng = data.step_generator(args.seed, 0)
-    positions = args.positions
-    if args.inside or args.recolour:
-        side = stages.stored["side"]
-        if side < 3:
-            data.fail("--inside and --recolour: need codes of --sem-read patches, at least 3 side by side")
-        positions = inner_positions(L, side)
-    if args.recolour:
-        positions = all_but_inner_colours(stages.stored)
-    children = stages.compose(families, args.weights or [1 / k] * k, rng, args.choose, positions)
-    blank = torch.full((columns - k, *inputs.shape[1:]), 255, dtype=torch.uint8)
-    return torch.cat([inputs, blank, stages.draw(children, args.seed)]), columns
+def caption(stages, args):
+    """Image → code → caption; in each row an image and the one drawn from its code."""
+    inputs, codes, titles = input_images(stages, args, args.inputs)
+    captions = stages.captions_from_codes(codes, args.seed)
+    for source, said in zip(args.inputs or titles, captions):
+        print(f"{source}: {' '.join(said.split())}")
+    images = torch.stack([inputs, stages.draw(codes, args.seed)], 1).flatten(0, 1)
+    return {"images": images, "columns": 2, "lines": captions}
 
 
-def explain_pictures(stages, args, inputs, codes, names):
-    """For each of n images a row: itself, its code (L,), the drawing from it, how much that changes where one
-    position takes the value of another image, the drawings that change most. Returns pictures (3, S, S)
-    uint8, columns and titles."""
+def explain(stages, args):
+    """A row for each image: itself, its code, the drawing from it, how much that changes where one position
+    takes the value of another image, and the drawings that change most."""
+    inputs, codes, names = input_images(stages, args, args.inputs, args.rows)
     L, V, side = (stages.stored[name] for name in ("L", "V", "side"))
-    columns, size = 4 + min(L, max(1, args.columns - 4)), max(128, args.image_size)
+    columns = 4 + min(L, max(1, args.columns - 4))
+    size = max(128, args.image_size)
     others = stages.codes_of(stages.stored["splits"]["train"][:500])  # (m, L)
     values = others.gather(0, (others[:, None] != codes).int().argmax(0))  # (n, L): the first that differ
     drawn = stages.draw(codes, args.seed)  # (n, 3, S, S)
@@ -960,188 +947,191 @@ def explain_pictures(stages, args, inputs, codes, names):
         titles += [f"image: {name}", f"its code: {L} values", "drawn from its code", "red: matters most"]
         titles += [f"square {rank}: value {codes[k, position]} to {values[k, position]}"
                    for rank, position in enumerate(most, 1)]
-    return pictures, columns, titles
+    return {"images": pictures, "columns": columns, "titles": titles}
 
 
-def write_reveal(stages, args, path, settings, most=32):
-    """The masked prior writes --columns codes: a GIF of about `most` states from all hidden to none, above
-    the drawings from them, always with the same noise."""
+def reveal(stages, args, most=32):
+    """A GIF: codes as the masked prior writes them, above the drawings from them, from the same noise."""
     model, side = stages.model("prior-masked"), stages.stored["side"]
     if stages.model("generator").condition != "place":
         print("note: reveal: this generator was not trained on partly hidden codes", file=sys.stderr)
-    sampler = prior.sampler_settings(args, stages.samplers["masked"])
     hidden = torch.full((args.columns, model.L), model.V)
-    rng, states = data.step_generator(args.seed, 0), []
-    codes, _ = prior.sample_masked(model, hidden, sampler, stages.run, rng, states=states)
-    colours, size, frames = data.code_colours(model.V), max(128, args.image_size), []
+    rng = data.step_generator(args.seed, 0)
+    states = []
+    codes, _ = prior.sample_masked(model, hidden, stages.sampler("masked"), stages.run, rng, states=states)
+    frames = []
     for state in [*states[::math.ceil(len(states) / most)], codes]:
         known = (state != model.V).double().mean()
         lines = [f"the codes: {known:.0%} written by the masked prior (grey: still hidden)",
                  "drawn from what is written so far, always from the same noise"]
-        pictures = [data.draw_code(code, colours, side, size) for code in state]
+        pictures = [data.draw_code(code, data.code_colours(model.V), side, max(128, args.image_size))
+                    for code in state]
         pictures += stages.draw(state, args.seed)
         frames.append(data.draw_grid(pictures, args.columns, lines=lines))
-    data.save_animation(path, frames, settings)
+    return frames
+
+
+MIXING = "--choose --draws --most --rounds --round-share"
+COMMANDS = {  # the function of each picture, the last stage that it needs, the flags that it reads
+    "unconditional": (unconditional, "prior --kind {kind}", "--kind --columns --rows --release"),
+    "reconstruct": (reconstruct, "generator", "inputs --rows --release"),
+    "compose": (compose, "prior --kind masked", "inputs --weights --positions --inside --recolour --columns "
+                f"--rows {MIXING} --release"),
+    "infill": (infill, "prior --kind masked", "inputs --keep --rows --release"),
+    "text": (text, "text_prior", "inputs --prompts --columns --text-guidance --image --keep --positions "
+             f"--weights {MIXING} --release"),
+    "caption": (caption, "text_prior", "inputs --release"),
+    "explain": (explain, "generator", "inputs --columns --rows"),
+    "reveal": (reveal, "prior --kind masked", "--columns")}
 
 
 def make_pictures(command, stages, args):
-    """Write the picture of a command."""
+    """Write the picture of a command as OUT/<dataset>/samples/<name>-001.png, or the next free number."""
     name = f"{command}-{args.kind}" if command == "unconditional" else command
     end = "gif" if command == "reveal" else "png"
     numbered = (stages.run.folder / "samples" / f"{name}-{k:03d}.{end}" for k in itertools.count(1))
     path = next(path for path in numbered if not path.exists())  # earlier ones stay
     settings = {**vars(args), "command": command}
-    titles = lines = ()
-    if command == "unconditional":
-        columns = args.columns
-        codes, _ = stages.sample_codes(args.kind, columns * args.rows, args.seed)
-        images = stages.draw(codes, args.seed)
-    elif command == "text":
-        images, columns, lines = text_pictures(stages, args)
-    elif command != "reveal":
-        most = {"compose": 2, "explain": args.rows}.get(command, 8)
-        inputs, codes, titles = input_images(args.inputs, stages, args, most)
-        columns = len(inputs)
-    if command == "reconstruct":  # a row of inputs, then rows drawn from their codes with different noise
-        rows = [stages.draw(codes, data.mix_seed(args.seed, row)) for row in range(args.rows)]
-        images = torch.cat([inputs, *rows])
-    elif command == "infill":
-        rng = data.step_generator(args.seed, 0)
-        keep = torch.rand(args.rows, *codes.shape, generator=rng) < args.keep
-        filled = stages.infill(codes.repeat(args.rows, 1), keep.flatten(0, 1), rng)
-        images = torch.cat([inputs, stages.draw(filled, args.seed)])
-    elif command == "caption":  # in each row an image and the one drawn from its code
-        lines = stages.captions_from_codes(codes, args.seed)
-        for source, caption in zip(args.inputs or titles, lines):
-            print(f"{source}: {' '.join(caption.split())}")
-        images = torch.stack([inputs, stages.draw(codes, args.seed)], 1).flatten(0, 1)
-        columns = 2
-        titles = ()
-    elif command == "compose":
-        images, columns = compose_pictures(stages, args, inputs, codes)
-    elif command == "explain":
-        images, columns, titles = explain_pictures(stages, args, inputs, codes, titles)
+    drawn = COMMANDS[command][0](stages, args)
     if command == "reveal":
-        write_reveal(stages, args, path, settings)
+        data.save_animation(path, drawn, settings)
     else:
-        data.save_grid(path, images, columns, titles, lines, settings)
+        data.save_grid(path, **drawn, settings=settings)
     print(f"{command}: {path}")
 
 
-@contextmanager
-def advising(name):
-    """Inside, what the stage `name` says about its flags ends in how --train takes them."""
-    flag = name.replace("_", "-")
-    how = f'in sample.py --train, flags of {name}.py are given as --{flag}="--flag value"'
-    usual, data.Parser.remedy = data.Parser.remedy, how
+# -------- all of it ------------------------------------------------------------------------------------
+
+STAGES = ("tokenizer", "generator", "prior --kind masked", "prior --kind ar", "text_prior")  # in order
+MODULES = {module.__name__: module for module in (tokenizer, generator, prior, text_prior)}
+
+
+def of_stage(name, function, *inputs):
+    """Call the function of a stage; an error in it is followed by how --train takes that stage's flags."""
     try:
-        yield
+        function(*inputs)
     except SystemExit as stopped:
-        names_flags = isinstance(stopped.code, str) and "--" in stopped.code
-        raise SystemExit(f"{stopped.code} ({how})" if names_flags else stopped.code) from None
-    finally:
-        data.Parser.remedy = usual
+        if stopped.code not in (0, 143):
+            given = f'--{name.replace("_", "-")}="--flag value"'
+            print(f"note: sample.py --train takes flags of {name}.py as {given}", file=sys.stderr)
+        raise
 
 
-def train_stages(args, run, dataset):
-    """Train what has not finished, in order, each stage as its own command with the flags that all have and
-    its own; then make the pictures that need no later one. Wrong flags are found before the first trains."""
-    names = ("dataset", "data_dir", "out", "image_size", "seed", "device", "dtype", "workers")
-    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
+def write_examples(stages):
+    """Two test pictures as small files, to try the commands on."""
+    for name, row in zip("ab", stages.dataset.splits["test"]):
+        path = stages.run.folder / "samples" / f"{name}.png"
+        picture = Image.fromarray(stages.dataset.pixels([row])[0].permute(1, 2, 0).numpy())
+        data.write_atomic(path, lambda file: picture.save(file, format="PNG"))
+    print(f"pictures to try: a.png and b.png in {path.parent}")
+
+
+def train_stages(stages, args):
+    """Train what has not finished, each stage as its own command with the flags that all have and its own,
+    and after it make the pictures that need no later one. At the end, measure everything."""
+    start = time.time()
+    run, dataset = stages.run, stages.dataset
+    shared = ("dataset", "data_dir", "out", "image_size", "seed", "device", "dtype", "workers")
+    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in shared]
     flags += ["--flip" if args.flip else "--no-flip", "--held-out", *map(str, args.held_out)]
-    captioned = any(dataset.captions)
-    planned = [stage for stage in STAGES if captioned or stage != "text_prior"]
-    words = {}
-    for stage in planned:
+    planned = {}
+    for stage in STAGES:
         name, *kind = stage.split()
-        words[stage] = [*getattr(args, name), *kind, *flags]  # of the same flag the last counts
-        with advising(name):
-            MODULES[name].parse(words[stage])
-    if not captioned:
-        print("text_prior: left out, the images have no captions")
-    for number, stage in enumerate(planned, 1):
-        later = ", ".join([*planned[number:], "scores"])
-        print(f"--- stage {number} of {len(planned)}: {stage}; then {later}", flush=True)
-        start, name = time.time(), stage.split()[0]
+        if name == "text_prior" and not any(dataset.captions):
+            print("text_prior: left out, the images have no captions")
+            continue
+        planned[stage] = [*getattr(args, name), *kind, *flags]  # of the same flag the last counts
+        of_stage(name, MODULES[name].parse, planned[stage])  # wrong flags are found before the first trains
+    for number, (stage, words) in enumerate(planned.items(), 1):
+        later = ", ".join([*list(planned)[number:], "scores"])
+        used = (time.time() - start) / 60
+        print(f"--- stage {number} of {len(planned)}: {stage}; {used:.1f} minutes so far; then {later}",
+              flush=True)
+        name = stage.split()[0]
         loaded = [] if name == "prior" else [dataset]  # a prior reads codes alone
-        with advising(name):
-            MODULES[name].main(words[stage], *loaded)
-        print(f"--- {time.time() - start:.0f} s", flush=True)
+        of_stage(name, MODULES[name].main, words, *loaded)
         stages = Stages(args, run)
         stages.dataset = dataset
-        commands = [command for command, last in COMMANDS.items() if last.format(kind=args.kind) == stage]
+        if stage == "generator" and args.dataset == "shapes":
+            write_examples(stages)
         if stage == "text_prior" and not stages.readable_captions(dataset.splits["test"]):
-            commands = []  # nothing to begin with
-        for command in commands:
-            make_pictures(command, stages, args)
+            continue  # text would have nothing to begin with
+        for command, (_, last, _) in COMMANDS.items():
+            if last.format(kind=args.kind) == stage:
+                make_pictures(command, stages, args)
+
+
+TASKS = {
+    "--train": (train_stages, "", "--tokenizer --generator --prior --text-prior --count --columns --rows "
+                f"--kind --keep --text-guidance {MIXING}"),
+    "--score": (Scores, "", f"--inception --release --count --kind --text-guidance {MIXING}")}
+OF_STAGE = dict(type=shlex.split, default=[], metavar="FLAGS", help='flags for its script, as "--steps 100"')
+FLAGS = {
+    "inputs": dict(nargs="*", help="image files, or the prompts of text (default: of the test split)"),
+    **{f"--{name.replace('_', '-')}": OF_STAGE for name in MODULES},
+    "--inception": dict(metavar="FILE", help="FID and others by this TorchScript network instead"),
+    "--count": dict(type=data.number(4, 10 ** 9, int),
+                    help="pictures for a score, for some half (default: 2,000; with --inception 50,000)"),
+    "--prompts": dict(metavar="FILE", help="a file with a prompt in each line"),
+    "--image": dict(metavar="FILE", help="a picture whose code is kept in part, or mixed in (--weights)"),
+    "--keep": dict(type=data.fraction, default=0.5, help="share of positions kept"),
+    "--weights": dict(type=data.non_negative, nargs="+", help="of each image; text: of prompt and --image"),
+    "--positions": dict(type=data.count, nargs="+", help="those of the first image; text: kept of --image"),
+    "--inside": dict(action="store_true", help="what is inside the first image, all else from the others"),
+    "--recolour": dict(action="store_true", help="the first image, what is inside it in the colours inside "
+                       "the second (codes of tokenizer.py --colour-codes)"),
+    "--columns": dict(type=data.positive, default=8, help="pictures in a row"),
+    "--rows": dict(type=data.positive, default=4, help="rows of generated pictures; explain: test images"),
+    "--kind": dict(choices=("masked", "ar"), default="masked", help="the prior of unconditional samples"),
+    "--text-guidance": dict(type=data.number(0, 1e6), nargs="+", default=[2.0], help="w of equation (3) of "
+                            "text_prior.py; 1: none; --score measures all, pictures take the first"),
+    "--choose": dict(choices=("prior", "random"), default="prior", help="who chooses the positions"),
+    "--draws": dict(type=data.positive, default=8, help="children drawn, of which one is taken"),
+    "--most": dict(type=data.fraction, default=0.8, help="largest share of the positions where its parents "
+                   "differ that a child has from one"),
+    "--rounds": dict(type=data.count, default=16, help="rounds in which the prior chooses again"),
+    "--round-share": dict(type=data.fraction, default=0.125, help="share of the positions in a round"),
+    "--release": dict(metavar="DIR", help="draw with the authors' models, the folders of their release")}
 
 
 def parse(argv):
-    """The flags of this script, checked."""
-    parser = data.make_parser(__doc__)
-    add = parser.add_argument_group("what to do").add_argument
-    add("command", nargs="?", choices=COMMANDS, help="pictures to make")
-    add("inputs", nargs="*", help="image files, or the prompts of text (default: of the test split)")
-    add("--train", action="store_true", help="train what is missing, then make all pictures and scores")
-    for name in MODULES:
-        add(f"--{name.replace('_', '-')}", type=shlex.split, default=[], metavar="FLAGS",
-            help=f'--train: more flags for {name}.py, as "--steps 100"')
-    add("--score", action="store_true", help="measure everything and write scores.json")
-    add("--inception", metavar="FILE", help="--score: FID and others by this TorchScript network instead")
-    add("--release", metavar="DIR",
-        help="draw with the authors' models: the folders of their release, as they are named there")
-    add("--count", type=data.number(4, 10 ** 9, int),
-        help="pictures for a score, for some half (default: 2,000; with --inception 50,000)")
-    add("--columns", type=data.positive, default=8, help="pictures in a row (if the inputs do not decide it)")
-    add("--rows", type=data.positive, default=4, help="rows of generated pictures; explain: test images")
-    add("--prompts", metavar="FILE", help="text: a file with a prompt in each line")
-    add("--image", metavar="FILE", help="text: a picture whose code is kept in part, or mixed in (--weights)")
-    add("--keep", type=data.fraction, default=0.5, help="share of positions kept (infill: on average)")
-    add("--positions", type=data.count, nargs="+",
-        help="compose: take these positions from the first image; text: keep these of --image")
-    add("--inside", action="store_true",
-        help="compose: what is inside the first image, in the surroundings of the others")
-    add("--recolour", action="store_true",
-        help="compose: the first image, what is inside it in the colours inside the second (codes of "
-             "tokenizer.py --colour-codes)")
-    add("--weights", type=data.non_negative, nargs="+",
-        help="compose: of each image (default: equal); text: of prompt and --image")
-    add = parser.add_argument_group("sampler").add_argument
-    add("--kind", choices=("masked", "ar"), default="masked", help="the prior of unconditional samples")
-    add("--choose", choices=("prior", "random"), default="prior",
-        help="compose: who chooses the image of each position, the masked prior or chance")
-    add("--draws", type=data.positive, default=8, help="compose: children drawn, of which one is taken")
-    add("--most", type=data.fraction, default=0.8,
-        help="compose: largest share of the positions where its parents differ that a child has from one")
-    add("--rounds", type=data.count, default=16, help="compose: rounds in which the prior chooses again")
-    add("--round-share", type=data.fraction, default=0.125, help="compose: share of the positions in a round")
-    add("--text-guidance", type=data.number(0, 1e6), nargs="+", default=[2.0],
-        help="w of equation (3) of text_prior.py; 1: none; --score measures all, pictures take the first")
-    generator.add_sampler_flags(parser)
-    prior.add_sampler_flags(parser)
+    """The flags of the first command in the words, checked; those that it does not read have defaults."""
     words = sys.argv[1:] if argv is None else argv
-    released = any(word.startswith("--release") for word in words)  # it has a preset of its own
-    presets = dict.fromkeys((*PRESETS, "shapes"), RELEASE) if released else PRESETS
-    args = data.parse(parser, presets, argv)
+    tasks = COMMANDS | TASKS
+    task = next((word for word in words if word in tasks), None)
+    if task is None:
+        parser = data.make_parser(__doc__)
+        parser.parse_known_args(words)  # which may ask for help
+        parser.error(f"say what to do: {', '.join(tasks)}")
+    function, last, reads = tasks[task]
+    parser = data.make_parser(inspect.getdoc(function))
+    parser.usage = f"sample.py {task} [flags]"
+    parser.remedy = f"see sample.py {task} --help"
+    add = parser.add_argument_group(task).add_argument
+    if task in COMMANDS:
+        add("command", choices=[task], help=argparse.SUPPRESS)
+    else:
+        add(task, dest="command", action="store_const", const=task, help=argparse.SUPPRESS)
+    for name, how in FLAGS.items():
+        if name in reads.split():
+            add(name, **how)
+        else:
+            parser.set_defaults(**{name.lstrip("-").replace("-", "_"): how.get("default")})
+    generator.add_sampler_flags(parser)
+    if last != "generator":
+        prior.add_sampler_flags(parser)
+    groups = parser._action_groups
+    groups += [groups.pop(2), groups.pop(2)]  # data and run, which all scripts have, come last
+    args = data.parse(parser, PRESETS, argv)
+    if args.release:
+        parser.set_defaults(**RELEASE)
+        args = data.parse(parser, {}, argv)
     args.count = args.count or (50_000 if args.inception else 2000)
-    if not (args.command or args.train or args.score):
-        parser.error(f"say what to do: {', '.join(COMMANDS)}, --train or --score")
-    if args.train and args.command:
-        parser.error("argument --train: makes all pictures; for others give a command afterwards")
-    if not args.train and any(getattr(args, name) for name in MODULES):
-        parser.error(f"arguments --{', --'.join(MODULES).replace('_', '-')}: only --train reads them")
-    if args.inception and not args.score:
-        parser.error("argument --inception: only --score reads it")
-    if args.command != "text" and (args.prompts or args.image is not None):
-        parser.error("arguments --prompts and --image: only text reads them")
-    of_stages = args.train or args.kind == "ar" or args.command in ("explain", "reveal")
-    if args.release and (of_stages or (args.score and not args.inception)):
-        parser.error("argument --release: not with --train, --kind ar, explain, reveal, or --score without "
-                     "--inception")
-    chosen = [args.positions is not None, args.inside, args.recolour]
-    if (args.inside or args.recolour) and (args.command != "compose" or sum(chosen) > 1):
-        parser.error("arguments --inside, --recolour and --positions: one of them, the first two for compose")
-    if args.command == "text" and (args.weights or args.positions):
+    if args.release and (args.kind == "ar" or task == "--score" and not args.inception):
+        parser.error("argument --release: has no --kind ar, and --score needs --inception with it")
+    if sum([args.positions is not None, bool(args.inside), bool(args.recolour)]) > 1:
+        parser.error("arguments --positions, --inside and --recolour: one of them")
+    if task == "text" and (args.weights or args.positions):
         if args.image is None or (args.weights and args.positions):
             parser.error("arguments --weights and --positions: text takes one of them, and only with --image")
     return args
@@ -1155,20 +1145,16 @@ def main(argv=None):
         data.fail("sample.py: several processes share --score --inception alone; start it without torchrun")
     run = data.Run(args, lock="sample" if args.inception else None)
     stages = Release(args, run) if args.release else Stages(args, run)
-    if args.train:
-        train_stages(args, run, stages.dataset)
-    if args.command:
-        make_pictures(args.command, stages, args)
-    if args.train or args.score:
-        if args.inception:
-            scores = inception_scores(stages, args, run)
-        else:
-            scores = Scores(stages, args, run).run_all()
-        if run.main:
-            data.print_figures(scores)
-            print(f"{time.time() - start:.0f} seconds")
-            scores |= {"seconds": round(time.time() - start), "settings": vars(args)}
-            data.write_json(run.folder / ("inception.json" if args.inception else "scores.json"), scores)
+    if args.command in COMMANDS:
+        return make_pictures(args.command, stages, args)
+    if args.command == "--train":
+        train_stages(stages, args)
+    scores = inception_scores(stages, args) if args.inception else Scores(stages, args, run).run_all()
+    if run.main:
+        data.print_figures(scores)
+        print(f"{time.time() - start:.0f} seconds")
+        scores |= {"seconds": round(time.time() - start), "settings": vars(args)}
+        data.write_json(run.folder / ("inception.json" if args.inception else "scores.json"), scores)
     run.wait()
 
 

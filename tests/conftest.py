@@ -19,6 +19,7 @@ import data  # noqa: E402
 import launch  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import sample  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from launch import SMALL, stop_after  # noqa: E402
@@ -37,7 +38,6 @@ TINY = {
 }
 STAGES = ("tokenizer", "generator", "prior-masked", "prior-ar", "text_prior")
 SMALL_IMAGES = "--patch 8 --global-size 32 --local-size 16 --sem-read patches --image-size 32".split()
-ONE_PICTURE = "--rows 1 --columns 1 --sample-steps 1".split()
 
 
 def pytest_addoption(parser):
@@ -49,6 +49,13 @@ def pytest_addoption(parser):
 
 
 # --- scripts ----------------------------------------------------------------------------------------------
+
+def least(command):
+    """Flags with which a command of sample.py draws least."""
+    reads = sample.COMMANDS[command][2].split()
+    few = [flag for flag in ("--rows", "--columns", "--rounds") if flag in reads]
+    return [word for flag in (*few, "--sample-steps") for word in (flag, "1")]
+
 
 def call(name, *flags):
     """Run one of the scripts in this process. Raises SystemExit where it stops with an error."""

@@ -13,8 +13,8 @@ import sample
 import text_prior
 import tokenizer
 import torch
-from conftest import (ONE_PICTURE, SMALL_IMAGES, STAGES, TINY, FakeRun, call, contents, link_codes, prepare,
-                      refuse, results, run_pair, same, stopped_after, weights)
+from conftest import (SMALL_IMAGES, STAGES, TINY, FakeRun, call, contents, least, link_codes, prepare, refuse,
+                      results, run_pair, same, stopped_after, weights)
 from PIL import Image
 
 PICTURES = {f"{name}-001" for name in ("unconditional-masked", *list(sample.COMMANDS)[1:])}
@@ -46,7 +46,7 @@ def test_every_script_runs_on_every_dataset(places, tmp_path, dataset):
     call("prior", *TINY["prior"], *where, "--kind", "ar")
     call("text_prior", *TINY["text_prior"], *where)
     for command in sample.COMMANDS:
-        call("sample", command, *where, *ONE_PICTURE, "--rounds", "1")
+        call("sample", command, *where, *least(command))
     folder = out / "folder" / "pictures" if dataset == "folder" else out / dataset
     assert {path.stem for path in folder.glob("*.pt")} == {*STAGES, "codes"}
     pictures = {path.stem for path in (folder / "samples").iterdir()}
@@ -260,15 +260,15 @@ def test_one_command_trains_draws_and_scores_and_a_second_trains_nothing(tmp_pat
     pictures = tmp_path / "shapes" / "samples"
     with shown_to(data, "draw_shapes") as drawn:
         first = results()
-    steps = r"--- stage (\d of 5: [a-z_]+)|^([a-z]+): .*(?:png|gif)"
+    steps = r"--- stage (\d of 5: [a-z_]+).* minutes so far|^([a-z]+): .*(?:png|gif)"
     said = ["".join(found) for found in re.findall(steps, capsys.readouterr().out, re.MULTILINE)]
     assert said == ["1 of 5: tokenizer", "2 of 5: generator", "reconstruct", "explain", "3 of 5: prior",
                     "unconditional", "compose", "infill", "reveal", "4 of 5: prior", "5 of 5: text_prior",
                     "text", "caption"]
     assert sum(len(labels) == sum(data.SHAPES_COUNTS.values()) for labels, *_ in drawn) == 1
-    assert {path.stem for path in pictures.iterdir()} == {"generator-000006", *PICTURES}
+    assert {path.stem for path in pictures.iterdir()} == {"generator-000006", "a", "b", *PICTURES}
     assert results() == first and capsys.readouterr().out.count("is finished") == 5
-    assert len(list(pictures.iterdir())) == 1 + 2 * len(PICTURES)  # none is written over
+    assert len(list(pictures.iterdir())) == 3 + 2 * len(PICTURES)  # none is written over
 
 
 def test_flags_that_do_not_fit_are_found_before_the_first_stage_trains(tmp_path, capsys):
@@ -277,10 +277,13 @@ def test_flags_that_do_not_fit_are_found_before_the_first_stage_trains(tmp_path,
         with pytest.raises(SystemExit):
             call("sample", "--train", size, "--out", tmp_path)
         said = capsys.readouterr()
-        assert "sample.py --train, flags of" in said.err and said.err.count("\n") == 1 and not said.out
+        error, note = said.err.splitlines()
+        assert error.startswith("error: ") and note.startswith("note: sample.py --train takes flags of ")
+        assert not said.out
     words = ["sample", "--train", "--image-size", "64", "--out", tmp_path]
     refuse(*words, f"--tokenizer={' '.join(TINY['tokenizer'])} --codes 64 --batch-size 500",
-           words=["lower it (in sample.py --train, flags of tokenizer.py are given as --tokenizer="])
+           words=["--batch-size 500", "lower it"])
+    assert 'flags of tokenizer.py as --tokenizer="--flag value"' in capsys.readouterr().err
     assert not list((tmp_path / "shapes").glob("*.pt"))
 
 

@@ -31,17 +31,13 @@ def test_the_share_of_the_nearest_parent_counts_where_parents_differ_alone():
     assert torch.allclose(shares, torch.tensor([1, 2 / 3, 1 / 3]))
 
 
-def test_inner_positions_are_those_of_all_patches_off_the_rim():
-    inner = torch.zeros(4, 4, 2).long()
+def test_inner_positions_are_off_the_rim_and_recolouring_leaves_all_but_their_colours():
+    inner = torch.zeros(4, 4, 3).long()
     inner[1:3, 1:3] = 1
-    assert sample.inner_positions(32, 4).tolist() == inner.flatten().nonzero()[:, 0].tolist()
-
-
-def test_recolouring_leaves_all_but_the_colours_of_inner_patches():
-    colours = torch.zeros(4, 4, 3).long()
-    colours[1:3, 1:3, 2] = 1
-    kept = sample.all_but_inner_colours({"L": 48, "side": 4, "colour_codes": 1})
-    assert kept.tolist() == (colours == 0).flatten().nonzero()[:, 0].tolist()
+    stored = {"L": 48, "side": 4, "colour_codes": 1}
+    assert sample.inner_positions(stored).tolist() == inner.flatten().nonzero()[:, 0].tolist()
+    inner[:, :, :2] = 0
+    assert sample.inner_positions(stored, True).tolist() == (inner == 0).flatten().nonzero()[:, 0].tolist()
 
 
 def test_the_first_image_takes_the_colours_inside_the_second_and_nothing_else(tmp_path):
@@ -53,25 +49,32 @@ def test_the_first_image_takes_the_colours_inside_the_second_and_nothing_else(tm
     assert (out / "shapes" / "samples" / "compose-001.png").exists()
     args = sample.parse(["compose", "--recolour", "--out", str(out)])
     stages = sample.Stages(args, data.Run(args))
-    assert torch.equal(stages.encode(stages.dataset.pixels(range(40))), stages.codes_of(range(40)))
     parents = stages.codes_of([[0, 1]])  # (1, 2, L)
-    kept = sample.all_but_inner_colours(stages.stored)
+    kept = sample.inner_positions(stages.stored, True)
     child = stages.compose(parents, [1, 1], data.step_generator(0, 0), args.choose, kept)
     exchanged = torch.ones(64).bool()
     exchanged[kept] = False
     assert torch.equal(child, torch.where(exchanged, parents[:, 1], parents[:, 0])) and exchanged.sum() == 8
 
 
-def test_recombination_asks_for_pairs_that_training_never_shows():
-    """Where images are their factors: a copy never shows the pair, the two factors put together always do."""
-    scores = sample.Scores.__new__(sample.Scores)
-    scores.args = data.make_parser("").parse_args([])
-    scores.dataset = data.load_shapes(scores.args)
-    scores.names = list(data.SHAPES)
-    scores.rows = list(scores.dataset.splits["test"])
-    scores.n = len(scores.rows)
-    scores.stages = SimpleNamespace(draw=lambda codes, seed: codes)
-    scores.judged = lambda codes: (None, codes, torch.ones(len(codes), dtype=torch.bool))
+@pytest.fixture
+def scores():
+    """Scores of shapes where codes and images are the factors themselves."""
+    found = sample.Scores.__new__(sample.Scores)
+    found.args = data.make_parser("").parse_args([])
+    found.dataset = data.load_shapes(found.args)
+    found.names = list(data.SHAPES)
+    found.shapes = True
+    found.rows = list(found.dataset.splits["test"])
+    found.n = len(found.rows)
+    found.stages = SimpleNamespace(draw=lambda codes, seed: codes)
+    found.judged = lambda codes: (None, codes, torch.ones(len(codes), dtype=torch.bool))
+    found.measure = lambda judged: {}
+    return found
+
+
+def test_recombination_asks_for_pairs_that_training_never_shows(scores):
+    """A copy never shows the pair, the two factors put together always do."""
     for pair in data.UNSEEN_PAIRS.values():
         second = scores.names.index(pair[1])
 
@@ -80,11 +83,29 @@ def test_recombination_asks_for_pairs_that_training_never_shows():
             mixed = labels[:, 0].clone()
             mixed[:, second] = labels[:, 1, second]
             assert data.is_unseen(mixed, pair).all()
-            return {"copy": labels[:, 0], "mixed": mixed}
+            return {"copy": labels[:, 0], "mixed": mixed, "inner patches of the first": mixed}
 
         scores.children = children
         found = scores.score_recombination(pair)
         assert found["copy"]["shows the pair"] == 0 and found["mixed"]["shows it, clean"] == 1
+        assert ("inner patches of the first" in found) == ("frame" in pair)
+
+
+def test_composition_is_counted_factor_by_factor(scores):
+    """A copy inherits all; with the next colour, where that is the other parent's."""
+    def children(rows):
+        parents = scores.dataset.labels[rows]  # (n, 2, 5)
+        turned = parents[:, 0].clone()
+        turned[:, 1] = (turned[:, 1] + 1) % 8
+        children.share = (turned[:, 1] == parents[:, 1, 1]).double().mean().item()
+        return {"copy": parents[:, 0], "turned": turned}
+
+    scores.children = children
+    found = scores.score_composition()
+    n = scores.n // 2
+    assert found["copy"]["inherited"] == {"n": n, **dict.fromkeys(data.SHAPES, 1)}
+    assert found["turned"]["inherited"] == found["copy"]["inherited"] | {"colour": children.share}
+    assert found["turned"]["right"] == children.share and found["copy"]["right and clean"] == 1
 
 
 def test_frechet_distance_of_gaussians_with_known_distance():
@@ -112,7 +133,7 @@ def test_captions_of_shapes_can_be_read_back():
     for row, spoken in zip(labels.tolist(), said.tolist()):
         expected = [value if k == 0 or spoken[k - 1] else -1 for k, value in enumerate(row)]
         assert sample.read_shapes_caption(data.shapes_caption(row, spoken)) == expected
-    assert sample.read_shapes_caption("a red") is None
+    assert sample.read_shapes_caption("a red") == [-1] * 5
 
 
 def test_a_batch_of_the_judge_has_blends_and_follows_from_the_step():
@@ -131,10 +152,9 @@ def test_composing_and_infilling_keep_what_they_should_and_stored_codes_fit_thei
     either flip, but for rounding."""
     args = sample.parse(["compose", "--rounds", "2", "--out", str(trained)])
     stages = sample.Stages(args, data.Run(args))
-    rng = torch.Generator().manual_seed(0)
     parents = stages.codes_of(range(90)).view(30, 3, -1)
     for choose in ("prior", "random"):
-        children = stages.compose(parents, [0.5, 0.5, 0], rng, choose)
+        children = stages.compose(parents, [0.5, 0.5, 0], data.step_generator(0, 0), choose)
         first = children == parents[:, 0]
         second = children == parents[:, 1]
         assert (first | second).all() and not first.all() and not second.all()
@@ -145,25 +165,64 @@ def test_composing_and_infilling_keep_what_they_should_and_stored_codes_fit_thei
         children = stages.compose(parents[:, :2], [0.5, 0.5], data.step_generator(0, 0), "prior")
         shares[draws] = sample.nearest_share(children, parents[:, :2])
     assert (shares[8] <= shares[1]).all() and (shares[8] < shares[1]).any()
-    codes = parents.flatten(0, 1)
-    keep = torch.rand(codes.shape, generator=rng) < 0.5
-    filled = stages.infill(codes, keep, rng)
-    assert torch.equal(filled[keep], codes[keep]) and not torch.equal(filled, codes) and filled.max() < 4
     for flip in (0, 1):
         codes = stages.encode(stages.dataset.pixels(range(90), torch.full((90,), flip == 1)))
         assert (codes == stages.stored["codes"][:90, flip]).double().mean() > 0.98
+    drawn = []
+    stages.draw = lambda codes, seed: drawn.append(codes) or torch.zeros(len(codes), 3, 32, 32).byte()
+    codes = stages.encode(stages.dataset.pixels(stages.dataset.splits["test"][:8]))
+    for args.keep in (1, 0.5):
+        sample.infill(stages, args)
+        kept = drawn[-1].view(args.rows, *codes.shape) == codes
+        assert kept.all() if args.keep == 1 else 0.5 < kept.double().mean() < 0.95
+    assert drawn[-1].max() < 4
+
+
+def test_a_command_shows_and_takes_the_flags_that_it_reads_in_any_order(capsys):
+    def shown(*words):
+        with pytest.raises(SystemExit):
+            sample.parse([*words, "--help"])
+        return capsys.readouterr().out
+
+    for command, (function, _, reads) in sample.COMMANDS.items():
+        said = shown(command)
+        assert f"sample.py {command}" in said and function.__doc__.split()[0] in said
+        for flag in sample.FLAGS:
+            assert (f"\n  {flag} " in said) == (flag in reads.split()), (command, flag)
+        assert said.index("image sampler:") < said.index("\ndata:")
+        assert f"python sample.py {command}" in shown()
+    assert "--tokenizer FLAGS" in shown("--train") and "--inside" not in shown("--score")
+    for words in ("--out x compose a.png b.png --weights .5 .5",
+                  "--weights .5 .5 --out x compose a.png b.png"):
+        args = sample.parse(words.split())
+        assert args.command == "compose" and args.inputs == ["a.png", "b.png"] and args.out == "x"
+        assert args.weights == [0.5, 0.5] and args.keep == 0.5 and args.text_guidance == [2.0]
+    for words in ("infill a.png --inside", "--train --positions 0", "reveal --rows 2", "compose --score",
+                  "explain --order event", "--score --release x", "compose --inside --positions 1",
+                  "--out text reveal"):
+        with pytest.raises(SystemExit):
+            sample.parse(words.split())
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and "; see sample.py " in said
+
+
+def test_two_test_pictures_are_there_to_try(trained, capsys):
+    args = sample.parse(["--train", "--out", str(trained)])
+    stages = sample.Stages(args, data.Run(args))
+    sample.write_examples(stages)
+    assert "pictures to try: a.png and b.png in" in capsys.readouterr().out
+    pixels = torch.stack([data.read_image(trained / "shapes" / "samples" / f"{x}.png", 32) for x in "ab"])
+    assert torch.equal(pixels, stages.dataset.pixels(stages.dataset.splits["test"][:2]))
 
 
 def test_pictures_store_their_settings(trained):
-    for command, name in (("unconditional --kind ar", "unconditional-ar"), ("reconstruct", "reconstruct"),
-                          ("infill --keep 0.25", "infill"), ("compose --weights 0.8 0.2", "compose"),
-                          ("compose --positions 0 1", "compose"), ("compose --choose random", "compose"),
-                          ("compose --inside", "compose")):
+    for command in ("unconditional --kind ar", "reconstruct", "infill --keep 0.25", "compose --choose random",
+                    "compose --weights 0.8 0.2", "compose --positions 0 1", "compose --inside"):
+        name = command.split()[0]
         call("sample", *command.split(), *"--rows 2 --sample-steps 2 --out".split(), trained)
-        with Image.open(max((trained / "shapes" / "samples").glob(f"{name}-0*.png"))) as image:
+        with Image.open(max((trained / "shapes" / "samples").glob(f"{name}-*.png"))) as image:
             settings = json.loads(image.text["settings"])
-        assert settings["command"] == command.split()[0]
-        assert settings["sample_steps"] == 2
+        assert settings["command"] == name and settings["sample_steps"] == 2
 
 
 def test_the_picture_of_a_code_has_a_square_for_each_position_in_place():
@@ -212,10 +271,10 @@ def test_named_images_of_any_size_are_reconstructed_and_composed(trained, tmp_pa
     names = [tmp_path / f"{k}.png" for k in range(3)]
     for name, size in zip(names, ((100, 60), (20, 20), (32, 32))):
         Image.new("RGB", size, (80, 90, 200)).save(name)
-    flags = ["--rows", "1", "--columns", "3", "--sample-steps", "1", "--out", trained]
-    for command in ("reconstruct", "compose"):
-        call("sample", command, *flags, *names)
-        with Image.open(max((trained / "shapes" / "samples").glob(f"{command}-*.png"))) as image:
+    flags = ["--rows", "1", "--sample-steps", "1", "--out", trained]
+    for command in (["reconstruct"], ["compose", "--columns", "3"]):
+        call("sample", *command, *flags, *names)
+        with Image.open(max((trained / "shapes" / "samples").glob(f"{command[0]}-*.png"))) as image:
             assert image.width == 3 * 66 + 2
     refuse("sample", "compose", names[0], *flags, words=["at least 2"])
     refuse("sample", "compose", *names, "--weights", "1", "1", *flags, words=["--weights", "3 codes"])
@@ -239,6 +298,7 @@ def test_the_table_of_scores_is_complete_and_within_bounds(trained, tmp_path, mo
     assert masked["frechet / true codes"] == pytest.approx(ratio)
     assert 0 <= scores["compose"]["positions by random"]["right and clean"] <= 1
     assert scores["compose"]["copy of the first parent"]["right, clean, unlike both parents"] <= 1 / 2
+    assert scores["compose"]["positions by prior"]["inherited"].keys() == {"n", *data.SHAPES}
     assert 0 <= scores["unseen-colour-frame"]["from the code"]["pair kept"] <= 1
     assert "inner patches of the first" in capsys.readouterr().out
 
@@ -268,6 +328,7 @@ def test_unseen_combinations_of_a_folder_are_scored_beside_its_test_split(tmp_pa
     for line in (*found["unseen"].values(), {"factors": found["text to image, guidance 2"]["unseen"]}):
         assert line["factors"].keys() - {"n"} == {"tone", "weight", "all"}
     assert found["captions of images"]["unseen"] == {"n": 4, "equal to its own": 0}
+    assert found["compose"]["positions by random"]["inherited"].keys() == {"n", "tone", "weight"}
     assert scores() and len(judges) == 1
     (folder / "metadata.csv").write_text("\n".join([lines[0].replace("weight", "mass"), *lines[1:]]))
     (tmp_path / "folder" / "pictures" / "text_prior.pt").unlink()  # which is of other captions
@@ -288,15 +349,6 @@ def numpy_scores(real, made, classes):
         return (distances(points) <= radii).any(1).mean()
 
     return [fid, np.mean(score), inside(made, real), inside(real, made)]
-
-
-def test_precision_and_recall_equal_numpy():
-    rng = torch.Generator().manual_seed(0)
-    real = torch.randn(90, 3, generator=rng)
-    made = torch.randn(70, 3, generator=rng) * 0.8 + 1
-    found = sample.precision_recall(real, made, "cpu", batch=20)
-    assert np.allclose(found, numpy_scores(real.numpy(), made.numpy(), np.ones((10, 1)))[2:])
-    assert max(found) < 0.9
 
 
 def test_scores_by_inception_equal_numpy(trained, inception, monkeypatch):
