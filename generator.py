@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -406,7 +407,9 @@ def generate(model, codes, args, run, seed=0, first=0):
 
         x = solve(model, c, draw, args, run)  # (b, C, S, S)
         if not x.isfinite().all():
-            data.fail("an image that is not finite was drawn; lower --guidance, or try --dtype float32")
+            print("note: what was drawn is not finite everywhere, and grey there; lower --guidance, try "
+                  "--dtype float32, or more --sample-steps with --predict noise", file=sys.stderr)
+            x = x.nan_to_num(0.0, 0.0, 0.0)
         pixels = model.vae.decode(x) if model.vae else x  # (b, 3, S, S)
         images.append(data.to_bytes(pixels.clamp(-1, 1)).cpu())
     return torch.cat(images)

@@ -25,8 +25,8 @@ import pytest
 import sample
 import tokenizer
 import torch
-from conftest import (ENVIRONMENT, SMALL_IMAGES, STAGES, TINY, call, contents, end, finish, least, make_folder,
-                      prepare, refuse, results, same, start, start_pair, stopped_after, weights)
+from conftest import (ENVIRONMENT, SMALL_IMAGES, STAGES, TINY, call, contents, end, finish, least,
+                      make_folder, prepare, refuse, results, same, start, start_pair, stopped_after, weights)
 from PIL import Image
 
 SCRIPTS = {"data": [], "tokenizer": TINY["tokenizer"], "generator": TINY["generator"],
