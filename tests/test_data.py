@@ -254,9 +254,9 @@ def test_broken_images_are_named_and_skipped_in_every_run(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("line, words", [
-    ("{broken", "metadata.jsonl line 2"), ('{"text": "a"}', "line 2.*file_name"), ("[1]", "line 2"),
-    ('{"file_name": "cats/3.png", "text": 5}', "line 2.*text"),
-    ('{"file_name": "./cats/1.png", "text": "again"}', "line 2.*already")])
+    ("{broken", "metadata.jsonl row 2"), ('{"text": "a"}', "row 2.*file_name"), ("[1]", "row 2"),
+    ('{"file_name": "cats/3.png", "text": 5}', "row 2.*text"),
+    ('{"file_name": "./cats/1.png", "text": "again"}', "row 2.*already")])
 def test_broken_captions_are_refused_with_their_line(tmp_path, line, words):
     folder = make_folder(tmp_path / "in", 4)
     (folder / "metadata.jsonl").write_text('{"file_name": "cats/1.png", "text": "one"}\n' + line)
@@ -494,7 +494,7 @@ def test_batches_of_files_depend_neither_on_workers_nor_on_processes(places, tmp
         for views, expected in zip(others, whole[start:]):
             assert all(torch.equal(a, b) for a, b in zip(views, expected))
     assert torch.equal(batches(read=None)[5], batches(read=None, workers=2)[5])
-    items = data.StepImages(dataset.images, dataset.splits["train"], slice(0, 16), args, read_corner, (1,))
+    items = data.StepImages(dataset, slice(0, 16), args, read_corner, (1,))
     sent = pickle.loads(pickle.dumps(items))  # to workers that are started afresh, as on macOS
     assert torch.equal(sent[3][1], whole[3][1]) and pickle.dumps(data.ignore_signals)
 

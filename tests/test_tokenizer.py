@@ -204,8 +204,8 @@ def test_parity_with_transformers(tmp_path, size):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"norm.weight": None}, "lacks norm.weight"), ({"extra": torch.zeros(1)}, "has extra"),
-    ({"cls_token": torch.zeros(1, 1, 7)}, r"cls_token is \(1, 1, 7\), expected \(1, 1, 32\)"),
+    ({"norm.weight": None}, "norm.weight"), ({"extra": torch.zeros(1)}, "extra"),
+    ({"cls_token": torch.zeros(1, 1, 7)}, "cls_token.*1, 1, 7.*1, 1, 32"),
     ({"norm.bias": 3}, "tensors by name"), (None, "not readable")])
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, words):
     path = tmp_path / "weights.pth"
