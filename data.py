@@ -1,10 +1,7 @@
 """What all stages must agree on. Nothing of the method is in here: no model, no loss, no sampler.
 
-Four parts, each built on those above it:
-    flags and run          arguments, devices and processes, Ctrl-C, how a script ends
-    data sets and batches  shapes, CIFAR-10, folders of images; rows and randomness of a training step
-    files                  one way to write and to read; codes; grids of pictures
-    optimiser and log      Muon and AdamW, averaged weights, checkpoints, the steps of a training run
+In this order: flags, devices, how a script ends; data sets and batches; files, grids of pictures; optimiser,
+checkpoints, log.
 
 A dataset is images (N, 3, S, S) as bytes, labels (N, factors), captions, and splits train / val (for
 choosing) / test (for reporting). Rows and randomness of a step follow from (seed, step): a stopped run goes
@@ -99,11 +96,10 @@ def print_figures(figures, indent="", digits=3):
         if any(isinstance(figure, dict) for figure in values.values()):
             print(f"{indent}{name}")
             print_figures(values, indent + "  ", own)
-            continue
-        shown = []
-        for key, figure in values.items():
-            shown.append(f"{key} {figure:.{own}f}" if isinstance(figure, float) else f"{key} {figure}")
-        print(f"{indent}{name:44} {', '.join(shown).strip()}")
+        else:
+            shown = (f"{key} {figure:.{own}f}" if isinstance(figure, float) else f"{key} {figure}"
+                     for key, figure in values.items())
+            print(f"{indent}{name:44} {', '.join(shown).strip()}")
 
 
 class Unfit(Exception):
@@ -228,7 +224,6 @@ def parse(parser, presets, argv=None, sizes=None):
     del parser.settings["help"]
     args = parser.parse_intermixed_args(argv)  # for --dataset and --size; image names may follow flags
     preset = presets.get(args.dataset, {}) | (sizes[args.size] if sizes and args.size else {})
-    assert set(preset) <= set(vars(args)), f"preset of {args.dataset} names a flag that is not there"
     parser.set_defaults(**preset)
     args = parser.parse_intermixed_args(argv)
     args.data_dir = args.data_dir or f"data/{args.dataset}"
@@ -267,11 +262,11 @@ def run_folder(args):
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         if args.dataset == "folder" and os.environ.get("RANK", "0") == "0":
-            note, now = folder / "data-dir.txt", os.path.realpath(args.data_dir)
-            before = os.fsdecode(note.read_bytes()) if note.exists() else now
+            origin, now = folder / "data-dir.txt", os.path.realpath(args.data_dir)
+            before = os.fsdecode(origin.read_bytes()) if origin.exists() else now
             if before != now and os.path.isdir(before):  # else it was moved, or this is another machine
                 fail(f"{folder}: holds the results of {before}, which is not {now}; choose another --out")
-            note.write_bytes(os.fsencode(now))
+            origin.write_bytes(os.fsencode(now))
     except OSError as problem:
         fail(f"cannot write to {folder} ({problem.strerror}); choose another --out")
     return folder
@@ -351,11 +346,18 @@ class Run:
         if self.world > 1:
             dist.barrier()
 
+    def average(self, value):
+        """Mean of a tensor over all processes; the tensor itself is used up."""
+        if self.world > 1:
+            dist.all_reduce(value)
+            value = value / self.world
+        return value
+
     @contextmanager
     def noting_signals(self):
         """Inside, Ctrl-C, SIGTERM and a closed terminal (SIGHUP) are noted for `stopping`, so that the step
         at hand is finished and saved. A second Ctrl-C ends the process at once."""
-        def note(number, frame):
+        def remember(number, frame):
             if self.stop_asked and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stop_asked = True
@@ -363,7 +365,7 @@ class Run:
         usual = {}
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # ignored, as under nohup: stays so
-                usual[number] = signal.signal(number, note)
+                usual[number] = signal.signal(number, remember)
         try:
             yield
         finally:
@@ -374,9 +376,7 @@ class Run:
         """Whether any process was asked to stop; all processes get the same answer."""
         if self.world == 1:
             return self.stop_asked
-        flag = torch.tensor(float(self.stop_asked), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        return bool(self.average(torch.tensor(float(self.stop_asked), device=self.device)))
 
     def own_slice(self, size):
         """The slice of a global batch of `size` that belongs to this process."""
@@ -386,13 +386,6 @@ class Run:
     def autocast(self):
         """bfloat16 arithmetic where the run uses it, float32 weights always."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-
-    def average(self, value):
-        """Mean of a tensor over all processes; the tensor itself is used up."""
-        if self.world > 1:
-            dist.all_reduce(value)
-            value = value / self.world
-        return value
 
     def wrap(self, model, args):
         """The module to call in training: with activations computed twice and compiled where asked (in place,
@@ -483,10 +476,9 @@ class Dataset:
 
     images: (N, 3, S, S) uint8, a function that makes them when they are first asked for, or ImageFiles where
     they do not fit in memory; labels (N, factors) long; factors {name: values} in the order of the label
-    columns; splits {name: range of rows}; captions (N,) texts, "" where there is none, the first of an image
-    where a list of several was given, which all_captions {row: texts} holds; source: plain values that say
-    which images these are, in which order. `id` follows from source and splits: codes hold for no other
-    images. """
+    columns; splits {name: range of rows}; captions: the texts of each image, [""] where there are none, kept
+    as the first, captions (N,), and where there are more all_captions {row: texts}; source: plain values that
+    say which images these are, in which order. `id` follows from it and splits: codes hold for no others. """
 
     def __init__(self, name, images, labels, factors, splits, captions, source):
         self._images, self.labels, self.factors = images, labels, factors
@@ -503,12 +495,10 @@ class Dataset:
         """What follows from all captions."""
         return checksum([self.captions, self.all_captions] if self.all_captions else self.captions)
 
-    @property
+    @functools.cached_property
     def images(self):
         """(N, 3, S, S) uint8 tensor, or ImageFiles."""
-        if callable(self._images):
-            self._images = self._images()
-        return self._images
+        return self._images() if callable(self._images) else self._images
 
     def pixels(self, rows, flip=None):
         """Images `rows` as (B, 3, S, S) uint8 on the CPU; `flip` (B,) bool mirrors left and right."""
@@ -941,10 +931,10 @@ def read_captions(folder, files, pictures, notes):
     known = {folded(picture.name): picture for picture in pictures if tables}
     known |= {picture.name: picture for picture in pictures if tables}
     for table in tables:
-        path = folder / table
-        sources.add("metadata" + files.pop(table))
+        path, kind = folder / table, files.pop(table)
+        sources.add("metadata" + kind)
         rows = [line for line in read_text(path).split("\n") if line.strip()]
-        if path.suffix.lower() == ".csv":
+        if kind == ".csv":
             with reading(path, METADATA_ROW):
                 rows = list(csv.DictReader(io.StringIO(read_text(path))))
         for number, row in enumerate(rows, 1):
@@ -1034,8 +1024,8 @@ def find_splits(folder, pictures):
     for picture in pictures:
         picture.folders = picture.name.split(os.sep)[:-1]
     for level in range(max(len(picture.folders) for picture in pictures)):
-        here = ["".join(picture.folders[level:level + 1]).lower() for picture in pictures]
-        here = [SPLIT_NAMES.get(name, "") for name in here]
+        names = ["".join(picture.folders[level:level + 1]).lower() for picture in pictures]
+        here = [SPLIT_NAMES.get(name, "") for name in names]
         kinds = set(here)
         if kinds == {"train"} or "unseen" in kinds or "train" in kinds and kinds & {"val", "test"}:
             for picture, split in zip(pictures, here):
@@ -1227,9 +1217,8 @@ class Part:
 
     def stratified(self):
         """Uniform in [0, 1) for each row, spread evenly over the batch: (b,)."""
-        order = torch.arange(self.batch_size, device=self.device)
-        u = torch.rand(self.batch_size, generator=self.generator, device=self.device)
-        return ((order + u) / self.batch_size)[self.whole]
+        order = torch.arange(self.whole.start, self.whole.stop, device=self.device)
+        return (order + self.uniform()) / self.batch_size
 
     def flips(self):
         """Which rows show the mirrored image: (b,) bool."""
@@ -1312,10 +1301,14 @@ def to_bytes(images):
 WEIGHT_FILES = ("*.index.json", "*.safetensors", "*.bin", "*.pth", "*.pt")  # the first kind found counts
 
 
-def cannot_write(path, problem):
-    """Stop where a file cannot be written."""
-    fail(f"cannot write {path}: {problem}; what was there is as it was. Make room, or see to who may write "
-         "there, and run the same command again")
+@contextmanager
+def writing(path):
+    """Inside, whatever keeps `path` from being written ends in one line."""
+    try:
+        yield
+    except (OSError, RuntimeError) as problem:  # torch.save turns a full disk into a RuntimeError
+        fail(f"cannot write {path}: {problem}; what was there is as it was. Make room, or see to who may "
+             "write there, and run the same command again")
 
 
 def write_atomic(path, write):
@@ -1324,14 +1317,14 @@ def write_atomic(path, write):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb+") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as problem:  # torch.save turns a full disk into a RuntimeError
+        with writing(path):
+            with open(temporary, "wb+") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        cannot_write(path, problem)
     with suppress(OSError):  # Windows opens no folder, some file systems flush none: the file itself is safe
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -1484,15 +1477,13 @@ def fill_rows(folder, size, run, work, shapes, chunk=2000):
             continue
         for name, rows in work(range(start, min(size, start + chunk))).items():
             rows = rows.to(shapes[name][1]).numpy()
-            try:
+            with writing(folder / name):
                 (folder / name).touch()
                 with open(folder / name, "r+b") as file:
                     file.seek(start * rows[0].nbytes)
                     file.write(rows.tobytes())
                     file.flush()
                     os.fsync(file.fileno())
-            except OSError as problem:
-                cannot_write(folder / name, problem)
         done.touch()
     run.wait()
     filled = {}
@@ -1611,12 +1602,11 @@ class Optimizers:
                 matrices.append(p)
             else:
                 decays = p.ndim >= 2
-                others.setdefault((decays, scale(name)), []).append(p)
-        groups = []
-        for (decays, factor), params in others.items():
-            decay = args.weight_decay if decays else 0.0
-            peak = args.lr * factor
-            groups.append({"params": params, "peak": peak, "weight_decay": decay, "decays": decays})
+                peak = args.lr * scale(name)
+                decay = args.weight_decay * decays
+                group = {"params": [], "peak": peak, "weight_decay": decay, "decays": decays}
+                others.setdefault((decays, peak), group)["params"].append(p)
+        groups = list(others.values())
         self.optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)]
         if matrices:
             group = {"params": matrices, "peak": args.lr_matrix, "decays": True}
@@ -1740,20 +1730,16 @@ class Checkpoint:
                  "files")
         if state:
             with reading(self.path, f"it is of another version of these scripts; {remedy}"):
-                self.restore(state)
+                self.id = state["id"]
+                self.average.n_averaged.fill_(step + 1)
+                if self.run.sharded:
+                    split_states(state if self.run.main else None, **self.parts)
+                else:
+                    for name, part in self.parts.items():
+                        part.load_state_dict(state[name])
         if step >= args.steps and self.run.main:
             print(f"{self.path} is finished ({step} steps); --restart trains it again ({Parser.remedy})")
         return step
-
-    def restore(self, state):
-        """Load the states of all parts."""
-        self.id = state["id"]
-        self.average.n_averaged.fill_(state["step"] + 1)
-        if self.run.sharded:
-            split_states(state if self.run.main else None, **self.parts)
-        else:
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
 
     def save(self, step):
         """Write all of it, whole or not at all (by the first process)."""
@@ -1788,12 +1774,11 @@ class Log:
     `start`, lines of later steps, which a killed run left, are dropped: they will come again."""
 
     def __init__(self, run, stage, start=0):
-        self.path, self.file = run.folder / f"{stage}.jsonl", None
-        if run.main:
+        self.path, self.main = run.folder / f"{stage}.jsonl", run.main
+        if self.main:
             lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
             kept = [line for line in lines if self.is_before(start, line)]
             write_atomic(self.path, lambda file: file.writelines(line + b"\n" for line in kept))
-            self.file = open(self.path, "ab", buffering=0)
 
     @staticmethod
     def is_before(start, line):
@@ -1806,12 +1791,10 @@ class Log:
 
     def write(self, step, **values):
         """Append one line of numbers."""
-        if self.file:
+        if self.main:
             line = json.dumps({"step": step, **values, "time": round(time.time(), 1)})
-            try:
-                self.file.write(f"{line}\n".encode())
-            except OSError as problem:
-                cannot_write(self.path, problem)
+            with writing(self.path), open(self.path, "ab", buffering=0) as file:
+                file.write(f"{line}\n".encode())
 
 
 # FLOP/s of dense products in bfloat16, from the makers' data sheets.
@@ -1852,7 +1835,7 @@ class Steps:
                     self.checkpoint.save(self.step + 1)
                 if stop:
                     again = "the same command" + " without --restart" * args.restart
-                    note(f"stopped at step {self.step + 1} of {args.steps}, saved; {again} goes on from there")
+                    note(f"stopped at step {self.step + 1} of {args.steps}, saved; {again} goes on from it")
                     run.wait()
                     raise SystemExit(143)  # so that nobody takes it for finished
                 if args.dry_run and self.step in (self.start + 1, args.steps - 1):
