@@ -308,6 +308,8 @@ class Run:
     The same on a CPU, one GPU, or under torchrun. lock: the stage at which no second run may be at work in
     that folder."""
 
+    stop_asked = None  # in the steps of a training: whether it was asked to stop
+
     def __init__(self, args, lock=None):
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -318,7 +320,7 @@ class Run:
         if args.dtype != "auto":
             self.dtype = getattr(torch, args.dtype)
         self.folder, self.lock = run_folder(args), None
-        self.sharded = self.stop_asked = False
+        self.sharded = False
         if "batch_size" in args and args.batch_size % (self.world * args.accumulate):
             parts = self.world * args.accumulate
             fail(f"--batch-size {args.batch_size}: not divisible by processes × --accumulate = {parts}")
@@ -352,25 +354,6 @@ class Run:
             dist.all_reduce(value)
             value = value / self.world
         return value
-
-    @contextmanager
-    def noting_signals(self):
-        """Inside, Ctrl-C, SIGTERM and a closed terminal (SIGHUP) are noted for `stopping`, so that the step
-        at hand is finished and saved. A second Ctrl-C ends the process at once."""
-        def remember(number, frame):
-            if self.stop_asked and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stop_asked = True
-
-        usual = {}
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # ignored, as under nohup: stays so
-                usual[number] = signal.signal(number, remember)
-        try:
-            yield
-        finally:
-            for number, handler in usual.items():
-                signal.signal(number, handler)
 
     def stopping(self):
         """Whether any process was asked to stop; all processes get the same answer."""
@@ -419,12 +402,22 @@ class Unreadable(Exception):
     """An image that opened before and does not any more."""
 
 
+def ask_to_stop(number, frame):
+    """Ctrl-C, SIGTERM and a closed terminal (SIGHUP): in training the step at hand is finished and saved;
+    elsewhere, and at a second Ctrl-C, the process ends at once."""
+    if Run.stop_asked is None or Run.stop_asked and number == signal.SIGINT:
+        raise KeyboardInterrupt
+    Run.stop_asked = True
+
+
 def run_script(main):
     """Run a script's main function. What people and systems do to it ends it with one line: exit code 143
     where it was asked to stop, else 1."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # captions and paths that the terminal cannot print
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored, as SIGHUP under nohup: stays so
+            signal.signal(number, ask_to_stop)
     try:
         main()
         if dist.is_initialized():
@@ -1041,10 +1034,10 @@ def find_splits(folder, pictures):
             picture.split = SPLIT_NAMES.get(value, "train")
 
 
-def split_pictures(folder, pictures):
+def split_pictures(folder, pictures, notes):
     """{split: pictures}. With train beside test or val those are the splits (where there is one of the two,
-    it is for reporting, and a slice of train is for choosing), else a fixed 90/5/5 % of all that are not
-    unseen."""
+    it is for reporting, and a slice of train is for choosing; what is in none is counted in `notes`), else a
+    fixed 90/5/5 % of all that are not unseen."""
     said = np.array([picture.split for picture in pictures])
     train, val, test, unseen = (np.flatnonzero(said == name) for name in ("train", "val", "test", "unseen"))
     rng = np.random.default_rng(0)
@@ -1060,6 +1053,9 @@ def split_pictures(folder, pictures):
         fail(f"{folder}: {known} images, {len(test)} of them to report on, are too few; "
              "bring at least 20 in all, 2 in each of train/, val/ and test/")
     rows = {"train": train, "val": val, "test": test} | ({"unseen": unseen} if len(unseen) else {})
+    in_none = len(pictures) - sum(map(len, rows.values()))
+    if in_none:
+        notes.append(f"left out {in_none:,} pictures in none of its splits")
     return {split: [pictures[k] for k in np.sort(rows[split])] for split in rows}
 
 
@@ -1136,10 +1132,8 @@ def load_folder(args):
         notes.append(f"left out {count_kinds(files)}")
     pictures = leave_broken_out(folder, pictures, args, notes)
     find_splits(folder, pictures)
-    parts, count = split_pictures(folder, pictures), len(pictures)
+    parts = split_pictures(folder, pictures, notes)
     pictures = list(itertools.chain(*parts.values()))
-    if len(pictures) < count:
-        notes.append(f"left out {count - len(pictures):,} pictures in none of its splits")
     labels, factors = find_factors(pictures, notes)
     captions = [picture.texts for picture in pictures]
     if not any(first for first, *_ in captions):
@@ -1410,11 +1404,9 @@ def fill_as_flags_say(model, state, sizes, args):
 
 
 def released_config(folder):
-    """The config.json in a folder of released weights, {} where there is none: for what shapes do not
-    tell."""
+    """The config.json of released weights, {} where there is none: for what shapes do not tell."""
     path = Path(folder) / "config.json"
-    with reading(path, "bring the folder back as it was released"):
-        return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def is_made_from(path, kind, made_from):
@@ -1826,22 +1818,23 @@ class Steps:
         self.bar = tqdm(total=args.steps, initial=self.start, disable=not run.shows_bars, dynamic_ncols=True)
         self.began = self.said = time.perf_counter()
         self.last = self.start, self.began
-        with run.noting_signals():
-            for self.step in range(self.start, args.steps):
-                with self.counting_flops() if self.counts_flops else nullcontext():
-                    yield self.step
-                stop = run.stopping()
-                if (stop or self.at_checkpoint) and not args.dry_run:
-                    self.checkpoint.save(self.step + 1)
-                if stop:
-                    again = "the same command" + " without --restart" * args.restart
-                    note(f"stopped at step {self.step + 1} of {args.steps}, saved; {again} goes on from it")
-                    run.wait()
-                    raise SystemExit(143)  # so that nobody takes it for finished
-                if args.dry_run and self.step in (self.start + 1, args.steps - 1):
-                    memory = torch.cuda.max_memory_allocated() / 2 ** 30
-                    print(f"{self.flops / 1e12:.3f} TFLOP and {memory:.2f} GiB a step, in each process")
-                    raise SystemExit(0)
+        Run.stop_asked = False
+        for self.step in range(self.start, args.steps):
+            with self.counting_flops() if self.counts_flops else nullcontext():
+                yield self.step
+            stop = run.stopping()
+            if (stop or self.at_checkpoint) and not args.dry_run:
+                self.checkpoint.save(self.step + 1)
+            if stop:
+                again = "the same command" + " without --restart" * args.restart
+                note(f"stopped at step {self.step + 1} of {args.steps}, saved; {again} goes on from it")
+                run.wait()
+                raise SystemExit(143)  # so that nobody takes it for finished
+            if args.dry_run and self.step in (self.start + 1, args.steps - 1):
+                memory = torch.cuda.max_memory_allocated() / 2 ** 30
+                print(f"{self.flops / 1e12:.3f} TFLOP and {memory:.2f} GiB a step, in each process")
+                raise SystemExit(0)
+        Run.stop_asked = None
         self.bar.close()
         if self.summary:
             print(self.summary)

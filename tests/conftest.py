@@ -147,7 +147,6 @@ class FakeRun:
     autocast = data.Run.autocast
     average = data.Run.average
     stopping = data.Run.stopping
-    noting_signals = data.Run.noting_signals
 
     def __init__(self, rank=0, world=1):
         self.rank = rank
