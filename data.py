@@ -1527,7 +1527,7 @@ def draw_code(code, colours, side, size, texts=None):
         draw.rectangle((x, y, x + max(0, width - 2), y + max(0, height - 2)), fill=tuple(colour))
         if has_room:
             draw.text((x + width / 2 - 1, y + height / 2 - 1), texts[k], fill="black", anchor="mm")
-    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+    return to_tensor(canvas)
 
 
 def draw_grid(images, columns, titles=(), lines=()):
@@ -1712,10 +1712,10 @@ class Checkpoint:
                 what = ", ".join(differ)
                 fail(f"{self.path}: trained with other settings ({what}); use those, or: {remedy}")
             names = " and ".join(others)
-            if others and not (finished_on_others and step >= args.steps):
-                fail(f"{self.path}: made from other {names} than now; bring those back, or: {remedy}")
-            if others:
+            if others and finished_on_others and step >= args.steps:
                 note(f"note: {self.path}: made from other {names} than those that it will encode; {remedy}")
+            elif others:
+                fail(f"{self.path}: made from other {names} than now; bring those back, or: {remedy}")
         mine = [now, self.made_from, step]
         if any(other != mine for other in gather(mine)):
             fail("the processes of this run differ in settings, data or step; give all the same command and "
@@ -1767,19 +1767,15 @@ class Log:
 
     def __init__(self, run, stage, start=0):
         self.path, self.main = run.folder / f"{stage}.jsonl", run.main
+        lines = self.path.read_bytes().split(b"\n") if self.main and self.path.exists() else []
+        kept = []
+        for line in lines:
+            with suppress(ValueError, KeyError, TypeError):  # cut where the run was killed
+                record = json.loads(line)
+                if record["step"] < start + ("loss" in record):  # what is measured at the end comes again
+                    kept.append(line + b"\n")
         if self.main:
-            lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
-            kept = [line for line in lines if self.is_before(start, line)]
-            write_atomic(self.path, lambda file: file.writelines(line + b"\n" for line in kept))
-
-    @staticmethod
-    def is_before(start, line):
-        """Whether a run that goes on from step `start` has written a line. What is measured at the end,
-        without a loss, comes again."""
-        with suppress(ValueError, KeyError, TypeError):  # cut where the run was killed
-            record = json.loads(line)
-            return record["step"] < start + ("loss" in record)
-        return False
+            write_atomic(self.path, lambda file: file.writelines(kept))
 
     def write(self, step, **values):
         """Append one line of numbers."""
@@ -1789,8 +1785,7 @@ class Log:
                 file.write(f"{line}\n".encode())
 
 
-# FLOP/s of dense products in bfloat16, from the makers' data sheets.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, from the makers' data sheets
 
 
 class Steps:
@@ -1911,8 +1906,7 @@ def main(argv=None):
     print(f"{args.dataset}: {len(dataset):,} images of {args.image_size}×{args.image_size}; {splits}")
     for k, (name, values) in enumerate(dataset.factors.items()):
         counts = torch.bincount(dataset.labels[:, k], minlength=len(values)).tolist()
-        shown = ", ".join(f"{value} {n:,}" for value, n in list(zip(values, counts))[:12])
-        print(f"  {name}: {shown}" + ", ..." * (len(values) > 12))
+        print(f"  {name}: " + listed([f"{value} {n:,}" for value, n in zip(values, counts)], 12))
     rows = [row for split in dataset.splits.values() for row in list(split)[:16]]
     path = folder / "samples" / "data.png"
     save_grid(path, dataset.pixels(rows), 16, settings=vars(args))
