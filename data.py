@@ -231,8 +231,7 @@ def parse(parser, presets, argv=None, sizes=None):
 
 
 def fit_batch(parser, args, rows):
-    """Lower the preset's --batch-size to the number of images `rows` that are trained on; one that was given
-    stays."""
+    """Lower the preset's --batch-size to the number of images that are trained on; a given one stays."""
     parts = int(os.environ.get("WORLD_SIZE", "1")) * args.accumulate
     if args.batch_size == parser.get_default("batch_size") and args.batch_size > len(rows) >= parts:
         args.batch_size = len(rows) // parts * parts
@@ -653,8 +652,7 @@ def shapes_caption(labels, said=(True,) * 4):
 
 
 def load_shapes(args):
-    """The generated dataset: every image follows from (split, index); --seed changes training, not the
-    data."""
+    """The generated dataset: every image follows from (split, index), whatever --seed is."""
     if not 0 < args.held_out[0] < 8:
         fail(f"--held-out {args.held_out[0]}: expected 1 to 7 of the 8 colours")
     parts = [shapes_labels(split, size, args.held_out) for split, size in SHAPES_COUNTS.items()]
@@ -1094,8 +1092,7 @@ def factors_caption(labels, factors):
 
 
 def census(dataset, pictures, source):
-    """What to know of own pictures, whose captions are from `source`, before anything is made of them: a list
-    of texts."""
+    """What to know of own pictures, whose captions are from `source`: a list of texts."""
     train, captioned = dataset.splits["train"], len(dataset) - dataset.captions.count("")
     shares = []
     for picture in pictures[::len(pictures) // 1000 + 1]:  # a thousand tell enough
@@ -1219,8 +1216,7 @@ class Part:
         return (self.uniform() < 0.5) & self.flip
 
     def backward(self, loss):
-        """Add the gradient of the mean `loss` of this part; returns its contribution to the loss of the
-        batch."""
+        """Add the gradient of the mean `loss` of this part; returns its share of the batch's loss."""
         loss = loss / self.parts
         loss.backward()
         return loss.detach()
@@ -1242,8 +1238,7 @@ def batch_parts(step, rows, args, run, model):
 
 
 class StepImages(torch.utils.data.Dataset):
-    """Item `step` is what this process reads in that step, so that loader workers decode whole batches
-    ahead."""
+    """Item `step` is what this process reads in that step: loader workers decode whole batches ahead."""
 
     def __init__(self, dataset, own, args, read_file, numbers):
         self.dataset, self.own, self.args = dataset, own, args
@@ -1262,11 +1257,8 @@ class StepImages(torch.utils.data.Dataset):
 
 def image_batches(dataset, run, args, start, read_file=None, numbers=()):
     """Yield the images of this process, (B / world, 3, S, S) uint8 on the device, for each step from `start`
-    to --steps.
-
-    read_file(path, u) → several tensors: where the images lie in files, workers read them so, with u uniform
-    random numbers of shape `numbers`, and a list of batches of these tensors is yielded instead. All follow
-    from (seed, step), whatever the number of workers. """
+    to --steps; or, where they lie in files and read_file(path, u) → several tensors is given, a list of
+    batches of these, with u uniform random numbers of shape `numbers`. All follow from (seed, step)."""
     workers = 0 if torch.is_tensor(dataset.images) else args.workers
     own = run.own_slice(args.batch_size)
     items = StepImages(dataset, own, args, read_file, numbers)
@@ -1410,8 +1402,7 @@ def released_config(folder):
 
 
 def is_made_from(path, kind, made_from):
-    """Whether a whole file of `save` is there, made from these (ids by name). Its first part has the name of
-    its kind."""
+    """Whether a whole file of `save` is there, made from these ids; its first part is named as its kind."""
     with suppress(Exception):
         return read(path, kind, only=kind)["made_from"] == made_from
     return False
@@ -1425,19 +1416,17 @@ def code_type(values):
 def save_codes(path, codes, values, side, dataset, report, made_from, colour_codes=0):
     """Write codes (N, 2 flips, L) with all that later stages need to know of them, for load_codes. side: of
     the grid of patches, where each has positions of its own, else 0; colour_codes: how many of these, the
-    last ones, read its colours. Made again from the same tokenizer and images (ids by name), they have
-    the same id."""
+    last ones, read its colours; made_from: the ids of tokenizer and images, by name."""
     codes = codes.to(code_type(values))
     splits = {name: [rows.start, rows.stop] for name, rows in dataset.splits.items()}
-    id = checksum(made_from)[:16]
+    id = checksum(made_from)[:16]  # the same when they are made again
     save(path, "codes", codes=codes, V=values, side=side, colour_codes=colour_codes, splits=splits,
          report=report, id=id, made_from=made_from)
 
 
 def load_codes(path, remedy, images_id=None):
-    """A dict with codes (N, 2 flips, L) unsigned, memory-mapped; L, V, side, colour_codes, splits {name:
-    range of rows}, the tokenizer's report and their id. images_id: of the dataset whose codes they must
-    be."""
+    """What save_codes wrote: a dict with codes (N, 2 flips, L) unsigned, memory-mapped; L, splits {name:
+    range of rows}; V, side, colour_codes, report, id. images_id: of the dataset whose codes they must be."""
     lacking = {"side": 0, "colour_codes": 0}  # in codes of an earlier version
     state = lacking | load(path, "codes", remedy, only="codes")
     with reading(path, remedy):
@@ -1455,10 +1444,9 @@ def colour_positions(stored):
 
 
 def fill_rows(folder, size, run, work, shapes, chunk=2000):
-    """Large tensors of `size` rows, made in chunks: work(range of rows) → {name: (n, ...)}, shapes {name:
-    (the rest of the shape, dtype)}. Processes divide the chunks among them and write rows in place, into
-    files in `folder`; finished chunks are noted, so that a stopped run goes on. Returns {name: (size, ...)},
-    memory-mapped; whoever has used them removes the folder."""
+    """Large tensors {name: (size, ...)}, memory-mapped, made in chunks: work(range of rows) → {name: (n,
+    ...)}, shapes {name: (the rest of the shape, dtype)}. Processes divide the chunks among them and write
+    into files in `folder`; a stopped run goes on. Whoever has used them removes the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     intact = all((folder / name).exists() for name in shapes)  # not stopped while they were removed
     run.wait()  # all processes have looked
@@ -1657,8 +1645,7 @@ def averaged(model, decay):
 
 
 def whole_states(ema, model, optimizers):
-    """The states of a sharded model, its averages and optimizers, whole, in the memory of the first
-    process."""
+    """The states of a sharded model, its averages and optimizers, whole, in the first process."""
     from torch.distributed.checkpoint import state_dict as api
     options = api.StateDictOptions(full_state_dict=True, cpu_offload=True)
     parts = [api.get_optimizer_state_dict(model, part, options=options) for part in optimizers.optimizers]
@@ -1667,8 +1654,7 @@ def whole_states(ema, model, optimizers):
 
 
 def split_states(state, ema, model, optimizers):
-    """Inverse of whole_states, on any number of processes; state: what the first process has, None in
-    others."""
+    """Inverse of whole_states, on any number of processes; state: None in all but the first."""
     from torch.distributed.checkpoint import state_dict as api
     options = api.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     state = state or {"ema": {}, "model": {}, "optimizers": [{} for _ in optimizers.optimizers]}
@@ -1680,10 +1666,8 @@ def split_states(state, ema, model, optimizers):
 
 class Checkpoint:
     """OUT/<dataset>/<stage>.pt: what a training run goes on from, and what others use of it (its averaged
-    weights).
-
-    It holds config (all settings), step, the run's id, the ids of what the run was made from, `more` plain
-    values, and the states of model, averages, optimizers and `others` (modules by name). """
+    weights). It holds config (all settings), step, the run's id, the ids of what the run was made from,
+    `more` plain values, and the states of averages, model, optimizers and `others` (modules by name)."""
 
     def __init__(self, stage, args, settings, run, made_from, model, average, optimizers,
                  others=None, **more):
