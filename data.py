@@ -1,10 +1,7 @@
 """What all stages must agree on. Nothing of the method is in here: no model, no loss, no sampler.
 
-Four parts, each built on those above it:
-    flags and run          arguments, devices and processes, Ctrl-C, how a script ends
-    data sets and batches  shapes, CIFAR-10, folders of images; rows and randomness of a training step
-    files                  one way to write and to read; codes; grids of pictures
-    optimiser and log      Muon and AdamW, averaged weights, checkpoints, the steps of a training run
+In this order: flags, devices, how a script ends; data sets and batches; files, grids of pictures; optimiser,
+checkpoints, log.
 
 A dataset is images (N, 3, S, S) as bytes, labels (N, factors), captions, and splits train / val (for
 choosing) / test (for reporting). Rows and randomness of a step follow from (seed, step): a stopped run goes
@@ -46,7 +43,6 @@ import multiprocessing
 import re
 import secrets
 import shlex
-import shutil
 import signal
 import tarfile
 import tempfile
@@ -78,12 +74,18 @@ except ImportError:  # Windows has no such locks
 PATIENCE = 10  # seconds for an answer from the network
 SILENCE = 30  # seconds without a word, where no bar shows that a run is alive
 TIMEOUT = 1800  # seconds that processes wait for one of them that does not answer, before they stop
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def fail(message):
     """Stop with one clear line on stderr and exit code 1."""
-    line = " ".join(str(message).split())
-    raise SystemExit("error: " + (line if len(line) < 2000 else f"{line[:1200]} ... {line[-600:]}"))
+    raise SystemExit("error: " + " ".join(str(message).split())[:2000])
+
+
+def note(text):
+    """One line on stderr, by the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(" ".join(text.split()), file=sys.stderr)  # a name may hold the end of a line
 
 
 def print_figures(figures, indent="", digits=3):
@@ -94,11 +96,10 @@ def print_figures(figures, indent="", digits=3):
         if any(isinstance(figure, dict) for figure in values.values()):
             print(f"{indent}{name}")
             print_figures(values, indent + "  ", own)
-            continue
-        shown = []
-        for key, figure in values.items():
-            shown.append(f"{key} {figure:.{own}f}" if isinstance(figure, float) else f"{key} {figure}")
-        print(f"{indent}{name:44} {', '.join(shown).strip()}")
+        else:
+            shown = (f"{key} {figure:.{own}f}" if isinstance(figure, float) else f"{key} {figure}"
+                     for key, figure in values.items())
+            print(f"{indent}{name:44} {', '.join(shown).strip()}")
 
 
 class Unfit(Exception):
@@ -142,8 +143,8 @@ def number(low=-math.inf, high=math.inf, kind=float):
     """An argparse type: a finite number of `kind` from `low` to `high`."""
     def convert(text):
         with suppress(ValueError):
-            value = kind(text) if len(text) < 30 else math.nan  # int() of thousands of digits is slow
-            if math.isfinite(value) and low <= value <= high:
+            value = kind(text)
+            if low <= value <= high and math.isfinite(value):
                 return value
         what = "whole number" if kind is int else "number"
         raise argparse.ArgumentTypeError(f"expected a {what} from {low:,} to {high:,}, got {text[:40]!r}")
@@ -160,13 +161,6 @@ positive = number(1, 10 ** 9, int)
 non_negative = number(0)
 above_zero = number(1e-30)
 fraction = number(0, 1)
-
-
-def default_device():
-    """cuda where there is one, then mps, then cpu."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def make_parser(doc):
@@ -188,7 +182,8 @@ def make_parser(doc):
     add("--data-dir", help="where the images are (default: data/<dataset>)")
     add("--out", default="out",
         help="results go to OUT/<dataset>, those of --dataset folder to OUT/folder/<its name> (default: out)")
-    add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps (default: the best that is there)")
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    add("--device", default=best, help="cpu, cuda, cuda:1, mps (default: the best that is there)")
     add("--workers", type=count, default=2, help="processes that decode images of folders")
     return parser
 
@@ -215,7 +210,6 @@ def add_training_flags(parser, steps, batch_size, lr, lr_matrix, warmup, ema=Non
     add("--save-every", type=positive, default=1000, help="steps between checkpoints")
     add("--grad-checkpoint", action="store_true", help="compute activations twice to save memory")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA only)")
-    add("--tensorboard", action="store_true", help="also log for TensorBoard")
     add("--dry-run", action="store_true", help="show settings and size (on CUDA the cost of a step) and stop")
     add("--restart", action="store_true", help="begin anew even where a checkpoint lies")
 
@@ -230,7 +224,6 @@ def parse(parser, presets, argv=None, sizes=None):
     del parser.settings["help"]
     args = parser.parse_intermixed_args(argv)  # for --dataset and --size; image names may follow flags
     preset = presets.get(args.dataset, {}) | (sizes[args.size] if sizes and args.size else {})
-    assert set(preset) <= set(vars(args)), f"preset of {args.dataset} names a flag that is not there"
     parser.set_defaults(**preset)
     args = parser.parse_intermixed_args(argv)
     args.data_dir = args.data_dir or f"data/{args.dataset}"
@@ -238,18 +231,15 @@ def parse(parser, presets, argv=None, sizes=None):
 
 
 def fit_batch(parser, args, rows):
-    """Lower the preset's --batch-size to the number of images `rows` that are trained on; one that was given
-    stays."""
+    """Lower the preset's --batch-size to the number of images that are trained on; a given one stays."""
     parts = int(os.environ.get("WORLD_SIZE", "1")) * args.accumulate
     if args.batch_size == parser.get_default("batch_size") and args.batch_size > len(rows) >= parts:
         args.batch_size = len(rows) // parts * parts
-        if os.environ.get("RANK", "0") == "0":
-            print(f"--batch-size {args.batch_size}: there are {len(rows):,} training images", file=sys.stderr)
+        note(f"--batch-size {args.batch_size}: there are {len(rows):,} training images")
 
 
 def script_command(words, args):
-    """The command line that runs a script with its own flags, `words`, on the dataset and folders of
-    `args`."""
+    """The command that runs a script with its own flags, `words`, on the dataset and folders of `args`."""
     flags = ["--dataset", args.dataset, "--out", args.out]
     if args.held_out != HELD_OUT:
         flags += ["--held-out", *map(str, args.held_out)]
@@ -271,24 +261,14 @@ def run_folder(args):
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         if args.dataset == "folder" and os.environ.get("RANK", "0") == "0":
-            note, now = folder / "data-dir.txt", os.path.realpath(args.data_dir)
-            before = os.fsdecode(note.read_bytes()) if note.exists() else now
+            origin, now = folder / "data-dir.txt", os.path.realpath(args.data_dir)
+            before = os.fsdecode(origin.read_bytes()) if origin.exists() else now
             if before != now and os.path.isdir(before):  # else it was moved, or this is another machine
                 fail(f"{folder}: holds the results of {before}, which is not {now}; choose another --out")
-            note.write_bytes(os.fsencode(now))
+            origin.write_bytes(os.fsencode(now))
     except OSError as problem:
         fail(f"cannot write to {folder} ({problem.strerror}); choose another --out")
     return folder
-
-
-def bfloat16_is_faster(device):
-    """Whether a step in bfloat16 takes less time than one in float32: on CUDA, and on a CPU with AMX, or
-    AVX512-BF16 by AMD. (Intel's AVX512-BF16, where a virtual machine hides AMX, takes longer.)"""
-    if device.type != "cpu":
-        return device.type == "cuda"
-    about = Path("/proc/cpuinfo")
-    amd = about.exists() and "AuthenticAMD" in about.read_text()
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() and amd
 
 
 def find_device(name):
@@ -327,15 +307,19 @@ class Run:
     The same on a CPU, one GPU, or under torchrun. lock: the stage at which no second run may be at work in
     that folder."""
 
+    stop_asked = None  # in the steps of a training: whether it was asked to stop
+
     def __init__(self, args, lock=None):
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.main = self.rank == 0
         self.shows_bars = self.main and sys.stderr.isatty()  # progress bars only for people
         self.device = find_device(args.device)
-        fast = args.dtype == "auto" and bfloat16_is_faster(self.device)
-        self.dtype = torch.bfloat16 if fast or args.dtype == "bfloat16" else torch.float32
+        self.dtype = torch.bfloat16 if self.is_faster_in_bfloat16() else torch.float32
+        if args.dtype != "auto":
+            self.dtype = getattr(torch, args.dtype)
         self.folder, self.lock = run_folder(args), None
-        self.sharded = self.stop_asked = False
+        self.sharded = False
         if "batch_size" in args and args.batch_size % (self.world * args.accumulate):
             parts = self.world * args.accumulate
             fail(f"--batch-size {args.batch_size}: not divisible by processes × --accumulate = {parts}")
@@ -343,46 +327,38 @@ class Run:
             self.lock = open(self.folder / f".{lock}.lock", "w")  # the system frees it when the process ends
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fail(f"{self.folder}: another run is at work on {lock}; wait for it or choose another --out")
-            except OSError:
-                pass  # a file system without locks
+            except OSError as problem:
+                if isinstance(problem, BlockingIOError):  # else a file system without locks
+                    fail(f"{self.folder}: another run is at work on {lock}; wait or choose another --out")
         if self.world > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT))
+
+    def is_faster_in_bfloat16(self):
+        """Whether bfloat16 makes a step faster: on CUDA, and on a CPU with AMX, or AVX512-BF16 by AMD.
+        (Intel's AVX512-BF16, where a virtual machine hides AMX, takes longer.)"""
+        about = Path("/proc/cpuinfo")
+        amd = about.exists() and "AuthenticAMD" in about.read_text()
+        on_cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() and amd
+        return on_cpu if self.device.type == "cpu" else self.device.type == "cuda"
 
     def wait(self):
         """Until all processes are here."""
         if self.world > 1:
             dist.barrier()
 
-    @contextmanager
-    def noting_signals(self):
-        """Inside, Ctrl-C, SIGTERM and a closed terminal (SIGHUP) are noted for `stopping`, so that the step
-        at hand is finished and saved. A second Ctrl-C ends the process at once."""
-        def note(number, frame):
-            if self.stop_asked and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stop_asked = True
-
-        usual = {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # ignored, as under nohup: stays so
-                usual[number] = signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in usual.items():
-                signal.signal(number, handler)
+    def average(self, value):
+        """Mean of a tensor over all processes; the tensor itself is used up."""
+        if self.world > 1:
+            dist.all_reduce(value)
+            value = value / self.world
+        return value
 
     def stopping(self):
         """Whether any process was asked to stop; all processes get the same answer."""
         if self.world == 1:
             return self.stop_asked
-        flag = torch.tensor(float(self.stop_asked), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        return bool(self.average(torch.tensor(float(self.stop_asked), device=self.device)))
 
     def own_slice(self, size):
         """The slice of a global batch of `size` that belongs to this process."""
@@ -393,13 +369,6 @@ class Run:
         """bfloat16 arithmetic where the run uses it, float32 weights always."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def average(self, value):
-        """Mean of a tensor over all processes; the tensor itself is used up."""
-        if self.world > 1:
-            dist.all_reduce(value)
-            value = value / self.world
-        return value
-
     def wrap(self, model, args):
         """The module to call in training: with activations computed twice and compiled where asked (in place,
         so that the state dict keeps its keys), under DDP with several processes."""
@@ -408,10 +377,7 @@ class Run:
             twice = torch.utils.checkpoint.checkpoint
             for block in blocks:
                 block.forward = functools.partial(twice, block.forward, use_reentrant=False)
-        compilers = [shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++", "clang++", "cl")]
-        if args.compile and self.device.type == "cpu" and not any(compilers):
-            print("no C++ compiler found: --compile is ignored, training runs eagerly", file=sys.stderr)
-        elif args.compile or args.compile is None and self.device.type == "cuda":
+        if args.compile or args.compile is None and self.device.type == "cuda":
             model.compile()
         if self.world == 1 or self.sharded:
             return model
@@ -432,11 +398,15 @@ class Run:
 
 
 class Unreadable(Exception):
-    """An image that opened before and does not any more. (From a loader's worker it comes with the worker's
-    traceback as its text, of which the last line counts.)"""
+    """An image that opened before and does not any more."""
 
-    def __init__(self, text):
-        super().__init__(text.strip().rsplit("Unreadable: ")[-1])
+
+def ask_to_stop(number, frame):
+    """Ctrl-C, SIGTERM and a closed terminal (SIGHUP): in training the step at hand is finished and saved;
+    elsewhere, and at a second Ctrl-C, the process ends at once."""
+    if Run.stop_asked is None or Run.stop_asked and number == signal.SIGINT:
+        raise KeyboardInterrupt
+    Run.stop_asked = True
 
 
 def run_script(main):
@@ -444,7 +414,9 @@ def run_script(main):
     where it was asked to stop, else 1."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # captions and paths that the terminal cannot print
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored, as SIGHUP under nohup: stays so
+            signal.signal(number, ask_to_stop)
     try:
         main()
         if dist.is_initialized():
@@ -452,8 +424,8 @@ def run_script(main):
     except KeyboardInterrupt:
         print("stopped; what was saved before is kept", file=sys.stderr)
         raise SystemExit(143)
-    except Unreadable as problem:
-        fail(problem)
+    except Unreadable as problem:  # from a loader's worker it comes with the worker's traceback before it
+        fail(str(problem).strip().rsplit("Unreadable: ")[-1])
     except OSError as problem:
         where, what = problem.filename or "the output", problem.strerror or problem
         fail(f"{where}: {what}; see to it and run the same command again")
@@ -479,11 +451,16 @@ def checksum(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def consecutive(sizes):
+    """{split: its range of rows} of splits that follow each other, {split: size}."""
+    ends = itertools.accumulate(sizes.values())
+    return {split: range(end - sizes[split], end) for split, end in zip(sizes, ends)}
+
+
 def ignore_signals(worker=0):
     """For a process that decodes images: be deaf to what is for the process that it serves."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Dataset:
@@ -491,17 +468,15 @@ class Dataset:
 
     images: (N, 3, S, S) uint8, a function that makes them when they are first asked for, or ImageFiles where
     they do not fit in memory; labels (N, factors) long; factors {name: values} in the order of the label
-    columns; splits {name: range of rows}; captions (N,) texts, "" where there is none, the first of an image
-    where a list of several was given, which all_captions {row: texts} holds; source: plain values that say
-    which images these are, in which order. `id` follows from source and splits: codes hold for no other
-    images. """
+    columns; splits {name: range of rows}; captions: the texts of each image, [""] where there are none, kept
+    as the first, captions (N,), and where there are more all_captions {row: texts}; source: plain values that
+    say which images these are, in which order. `id` follows from it and splits: codes hold for no others. """
 
     def __init__(self, name, images, labels, factors, splits, captions, source):
         self._images, self.labels, self.factors = images, labels, factors
         self.splits = splits
-        self.captions = [texts if isinstance(texts, str) else texts[0] for texts in captions]
-        self.all_captions = {row: texts for row, texts in enumerate(captions)
-                             if not isinstance(texts, str) and len(texts) > 1}
+        self.captions = [texts[0] for texts in captions]
+        self.all_captions = {row: texts for row, texts in enumerate(captions) if len(texts) > 1}
         self.id = checksum([name, source, {split: [rows.start, rows.stop] for split, rows in splits.items()}])
 
     def __len__(self):
@@ -512,12 +487,10 @@ class Dataset:
         """What follows from all captions."""
         return checksum([self.captions, self.all_captions] if self.all_captions else self.captions)
 
-    @property
+    @functools.cached_property
     def images(self):
         """(N, 3, S, S) uint8 tensor, or ImageFiles."""
-        if callable(self._images):
-            self._images = self._images()
-        return self._images
+        return self._images() if callable(self._images) else self._images
 
     def pixels(self, rows, flip=None):
         """Images `rows` as (B, 3, S, S) uint8 on the CPU; `flip` (B,) bool mirrors left and right."""
@@ -558,24 +531,25 @@ SHAPES_COUNTS = {"train": 32_000, "val": 2_000, "test": 4_000,
 
 
 def held_out(pair, number, choice):
-    """For each value of the first of a `pair` of factors, the n values of the second in an order (k, n) of
-    which it never meets the first few, and how many these are: of (shape, colour) `number`, else 1. Choice 0:
-    from value i on those of its own number, i, i + 1, ..; others: at random."""
+    """For each value of the first of a `pair` of factors, the values of the second that it never meets, (k,
+    n), and those that it meets: of (shape, colour) it never meets `number`, else 1. Choice 0: from value i on
+    its own number, i, i + 1, ..; others: at random."""
     first, second = (len(SHAPES[name]) for name in pair)
     if pair != UNSEEN_PAIRS["unseen-shape-colour"]:
         number, choice = 1, 0
-    if choice == 0:
-        return (torch.arange(first)[:, None] + torch.arange(second)) % second, number
-    rng = np.random.default_rng(choice)
-    return torch.from_numpy(np.stack([rng.permutation(second) for _ in range(first)])), number
+    order = (torch.arange(first)[:, None] + torch.arange(second)) % second
+    if choice:
+        rng = np.random.default_rng(choice)
+        order = torch.from_numpy(np.stack([rng.permutation(second) for _ in range(first)]))
+    return order.split([number, second - number], 1)
 
 
 def is_unseen(labels, pair, held=HELD_OUT):
     """Which rows of `labels` (N, factors) show a combination of `pair` (two factor names) that training never
     shows, with --held-out as `held`: (N,) bool."""
-    first, second = (list(SHAPES).index(name) for name in pair)
-    order, number = held_out(pair, *held)
-    return (order[labels[:, first], :number] == labels[:, second:second + 1]).any(1)
+    first, second = (labels[:, list(SHAPES).index(name)] for name in pair)
+    unseen, _ = held_out(pair, *held)
+    return (unseen[first] == second[:, None]).any(1)
 
 
 def signed_distance(shape, x, y):
@@ -651,15 +625,11 @@ def shapes_labels(split, size, held=HELD_OUT):
     uniform = np.random.Generator(np.random.Philox(key=key)).random((size, 29), dtype=np.float64)
     uniform = torch.from_numpy(uniform).float()  # 20 columns are used; another width gives other images
     labels = (uniform[:, :5] * torch.tensor([len(values) for values in SHAPES.values()])).long()
-    for k, (unseen, (first, second)) in enumerate(UNSEEN_PAIRS.items()):
-        a, b = (labels[:, list(SHAPES).index(name)] for name in (first, second))
-        order, number = held_out((first, second), *held)
-        u = uniform[:, 13 + k]
-        if unseen == split:
-            place = (u * number).long()
-        else:  # one of the others
-            place = number + (u * (order.shape[1] - number)).long()
-        b.copy_(order[a, place])
+    for k, (name, pair) in enumerate(UNSEEN_PAIRS.items()):
+        first, second = (labels[:, list(SHAPES).index(factor)] for factor in pair)
+        unseen, seen = held_out(pair, *held)
+        allowed = unseen if split == name else seen
+        second.copy_(allowed[first, (uniform[:, 13 + k] * allowed.shape[1]).long()])
     said = (uniform[:, 15:16] < 2 / 3) | (uniform[:, 16:20] < 0.5)
     return labels, uniform[:, 5:13], said
 
@@ -682,18 +652,12 @@ def shapes_caption(labels, said=(True,) * 4):
 
 
 def load_shapes(args):
-    """The generated dataset: every image follows from (split, index); --seed changes training, not the
-    data."""
+    """The generated dataset: every image follows from (split, index), whatever --seed is."""
     if not 0 < args.held_out[0] < 8:
         fail(f"--held-out {args.held_out[0]}: expected 1 to 7 of the 8 colours")
-    parts, captions, splits, start = [], [], {}, 0
-    for split, size in SHAPES_COUNTS.items():
-        labels, nuisance, said = shapes_labels(split, size, args.held_out)
-        parts.append((labels, nuisance))
-        captions += map(shapes_caption, labels.tolist(), said.tolist())
-        splits[split] = range(start, start + size)
-        start += size
-    labels, nuisance = (torch.cat(tensors) for tensors in zip(*parts))
+    parts = [shapes_labels(split, size, args.held_out) for split, size in SHAPES_COUNTS.items()]
+    labels, nuisance, said = (torch.cat(tensors) for tensors in zip(*parts))
+    captions = [[shapes_caption(*both)] for both in zip(labels.tolist(), said.tolist())]
 
     def draw():
         drawn = map(draw_shapes, labels.split(512), nuisance.split(512), itertools.repeat(args.image_size))
@@ -702,7 +666,7 @@ def load_shapes(args):
     source = SHAPES_COUNTS
     if args.held_out != HELD_OUT:  # the default keeps the id that it always had
         source = source | {"held out": args.held_out}
-    return Dataset("shapes", draw, labels, SHAPES, splits, captions, source)
+    return Dataset("shapes", draw, labels, SHAPES, consecutive(SHAPES_COUNTS), captions, source)
 
 
 # --- cifar10: the official binary archive ---
@@ -747,7 +711,7 @@ def load_cifar10(args):
             raise Unfit(f"a file in it is not of {CIFAR_BYTES:,} bytes")
         records = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8).view(-1, 3073)
         labels = records[:, :1].long()
-        captions = [f"a photo of {with_article(CIFAR_CLASSES[k])}" for k in labels[:, 0].tolist()]
+        captions = [[f"a photo of {with_article(CIFAR_CLASSES[k])}"] for k in labels[:, 0].tolist()]
 
     def resized():
         images, size = records[:, 1:].reshape(-1, 3, 32, 32), (args.image_size, args.image_size)
@@ -756,8 +720,8 @@ def load_cifar10(args):
         parts = (F.interpolate(x.float(), size, mode="bicubic", antialias=True) for x in images.split(1000))
         return torch.cat([x.round().clamp(0, 255).byte() for x in parts])
 
-    n = len(records)  # 60,000: 45,000 to train, 5,000 to choose, and the test file
-    splits = {"train": range(n * 3 // 4), "val": range(n * 3 // 4, n * 5 // 6), "test": range(n * 5 // 6, n)}
+    tenth = len(records) // 12  # 5,000: nine to train and one to choose, and the test file
+    splits = consecutive({"train": 9 * tenth, "val": tenth, "test": 2 * tenth})
     return Dataset("cifar10", resized, labels, {"class": CIFAR_CLASSES}, splits, captions, source=CIFAR_MD5)
 
 
@@ -865,33 +829,43 @@ class ImageFiles(torch.utils.data.Dataset):
                              "or delete files.json beside the results to check all files again") from None
 
 
-def decode(folder, names, args):
-    """Yield (name, image (3, S, S) uint8, or None where it does not open) for each file."""
-    files = ImageFiles([folder / name for name in names], args.image_size, none_if_broken=True)
-    loader = torch.utils.data.DataLoader(files, batch_size=64, num_workers=args.workers, collate_fn=list,
-                                         worker_init_fn=ignore_signals)
-    images = (image for batch in loader for image in batch)
-    yield from zip(names, tqdm(images, "check images", len(names), disable=not sys.stderr.isatty()))
+class Picture:
+    """What is known of a picture of a folder; what follows here holds until something else is found."""
+
+    texts = [""]  # its captions
+    columns = {}  # {name: text} of its metadata
+    split = ""
+    folders = []  # that it lies in, below that of its split
+    image = None  # (3, S, S) uint8, where all fit in memory
+
+    def __init__(self, folder, name):
+        self.name = name
+        self.path = os.path.join(folder, name)
+        self.bytes = os.path.getsize(self.path)
 
 
-def find_broken(folder, names, args):
-    """The names of the files that do not open. All are decoded in the first run alone, shared by its
-    processes, and again when names or sizes change: files.json beside the results remembers."""
-    index = run_folder(args) / "files.json"
-    tree = checksum([(name, os.path.getsize(folder / name)) for name in names])
-    known = {}
-    with suppress(OSError, ValueError):  # none yet, or not whole
-        known = json.loads(index.read_text())
-    known = gather(known)[0]
-    with suppress(KeyError, TypeError):
-        if known["tree"] == tree:
-            return sorted(set(known["broken"]) & set(names))
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = [name for name, image in decode(folder, names[rank::world], args) if image is None]
-    broken = sorted(itertools.chain(*gather(mine)))
-    if rank == 0:
-        index.write_text(json.dumps({"tree": tree, "broken": broken}))
-    return broken
+def kind_of(name):
+    """The suffix of a file; "hidden" of what systems and tools leave beside pictures: ._a.png, @eaDir/."""
+    *folders, file = name.split(os.sep)
+    if file.startswith(".") or any(part[0] in ".@" or part == "__MACOSX" for part in folders):
+        return "hidden"
+    return os.path.splitext(file)[1].lower() or "without a suffix"
+
+
+def list_files(folder, out):
+    """{path below `folder`: kind} of all files, sorted, but for those below `out`; linked folders are walked
+    too, unless they hold the link."""
+    names, out = [], Path(out).resolve()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        here = Path(parent).resolve()
+        for name in folders[:]:
+            target = (here / name).resolve()
+            if target == out or here.is_relative_to(target):
+                folders.remove(name)
+        inside = os.path.relpath(parent, folder)
+        paths = (os.path.normpath(os.path.join(inside, name)) for name in files)
+        names += [path for path in paths if os.path.isfile(os.path.join(folder, path))]
+    return {name: kind_of(name) for name in sorted(names)}
 
 
 def listed(texts, most):
@@ -899,24 +873,37 @@ def listed(texts, most):
     return ", ".join(texts[:most]) + ", ..." * (len(texts) > most)
 
 
+def count_kinds(files):
+    """How many files {path: kind} there are of each kind: "3 .heic, 1 .zip"."""
+    return listed([f"{count:,} {kind}" for kind, count in sorted(Counter(files.values()).items())], 10)
+
+
+def take_pictures(folder, files, args):
+    """The pictures among `files`, from which they are taken out; of imagenet those in train/ and val/
+    (test/ has no classes)."""
+    names = [name for name, kind in files.items() if kind in IMAGE_SUFFIXES]
+    if not names:
+        fail(f"{folder}: no images found ({', '.join(sorted(IMAGE_SUFFIXES))}), but "
+             f"{count_kinds(files) or 'nothing'}; put or unpack some there, or name another --data-dir")
+    for name in names:
+        del files[name]
+    if args.dataset == "imagenet":
+        top = {name.split(os.sep)[0] for name in names}
+        if not {"train", "val"} <= top:
+            fail(f"{folder}: expected train/ and val/, each with a sub-folder of images for each class, "
+                 f"found {', '.join(sorted(top)[:5])}; link or move the parts there")
+        names = [name for name in names if name.split(os.sep)[0] in ("train", "val")]
+    return [Picture(folder, name) for name in names]
+
+
 METADATA_ROW = ('expected {"file_name": "a.png", "text": "what it shows"}, or in a .csv file_name,text in the'
                 " first line and a.png,what it shows in others")
 
 
-def metadata_rows(path):
-    """[(number of the line, {column: value}), ...] of a metadata.csv or metadata.jsonl."""
+def read_text(path):
+    """The text of a file of captions."""
     with reading(path, "save it as UTF-8"):
-        text = path.read_text(encoding="utf-8-sig")
-    if path.suffix.lower() == ".csv":
-        with reading(path, METADATA_ROW):
-            reader = csv.DictReader(io.StringIO(text))
-            return [(reader.line_num, row) for row in reader]
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            with reading(f"{path} line {number}", METADATA_ROW):
-                rows.append((number, json.loads(line)))
-    return rows
+        return path.read_text(encoding="utf-8-sig")
 
 
 def folded(path):
@@ -924,142 +911,175 @@ def folded(path):
     return unicodedata.normalize("NFC", path.replace("\\", "/")).casefold()
 
 
-def read_captions(folder, files, names, notes):
-    """What each metadata.csv, metadata.jsonl and, beside a.png, a.txt among `files` says of the pictures
-    `names`: captions {name: texts}, other columns {name: {column: text}}, and what was read, {file: kind}.
-    Paths in metadata start where it lies, or at `folder`. Rows that name no picture are said in `notes`; it
-    fails where all are so."""
-    captions, columns, missing = {}, {}, []
-    kinds = {name: os.path.basename(name).lower() for name in files}
-    sources = {name: kind for name, kind in kinds.items() if kind in ("metadata.csv", "metadata.jsonl")}
-    if sources:
-        known = {folded(name): name for name in names} | {name: name for name in names}
-    for path in (folder / name for name in sources):
-        for number, row in metadata_rows(path):
-            with reading(f"{path} line {number}", METADATA_ROW):
+def read_captions(folder, files, pictures, notes):
+    """Give the pictures what metadata.csv and metadata.jsonl say of them, and a.png, where that is nothing,
+    the text of a.txt; what was read is taken out of `files`. Paths in metadata start where it lies, or at
+    `folder`; rows that name no picture are said in `notes`, and it fails where all are so. Returns in words
+    where captions are from."""
+    sources, described, missing = set(), set(), []
+    tables = [name for name, kind in files.items()
+              if kind in (".csv", ".jsonl") and os.path.basename(name).lower() == "metadata" + kind]
+    known = {folded(picture.name): picture for picture in pictures if tables}
+    known |= {picture.name: picture for picture in pictures if tables}
+    for table in tables:
+        path, kind = folder / table, files.pop(table)
+        sources.add("metadata" + kind)
+        rows = [line for line in read_text(path).split("\n") if line.strip()]
+        if kind == ".csv":
+            with reading(path, METADATA_ROW):
+                rows = list(csv.DictReader(io.StringIO(read_text(path))))
+        for number, row in enumerate(rows, 1):
+            with reading(f"{path} row {number}", METADATA_ROW):
+                row = json.loads(row) if isinstance(row, str) else row
                 file_name = row.pop("file_name", None)
                 texts = row.pop("text", None) or row.pop("caption", None) or []
                 texts = texts if isinstance(texts, list) else [texts]
-                texts = [text.strip() for text in texts if text.strip()]
                 if not file_name or None in row:  # csv puts what has no column under None
                     raise Unfit("no file_name, or more values than columns")
-                places = [os.path.relpath(path.parent / file_name, folder), os.path.normpath(file_name)]
-                found = [known[key] for place in places for key in (place, folded(place)) if key in known]
+                names = [os.path.relpath(path.parent / file_name, folder), os.path.normpath(file_name)]
+                found = [known[key] for name in names for key in (name, folded(name)) if key in known]
                 if not found:
                     missing.append(file_name)
                     continue
-                if found[0] in columns:
-                    raise Unfit(f"{found[0]} has a row already")
-                columns[found[0]] = {key: "" if value is None else str(value) for key, value in row.items()}
-                if texts:
-                    captions[found[0]] = texts
-    if missing and not columns:
+                picture = found[0]
+                if picture in described:
+                    raise Unfit(f"{picture.name} has a row already")
+                described.add(picture)
+                picture.columns = {key: "" if value is None else str(value) for key, value in row.items()}
+                picture.texts = [text.strip() for text in texts if text.strip()] or [""]
+    if missing and not described:
         fail(f"{folder}: no row of its metadata names a picture that is there, {missing[0]!r} for one; write "
-             f"paths from where the metadata lies, here they are like {names[0]}")
+             f"paths from where the metadata lies, here they are like {pictures[0].name}")
     if missing:
         notes.append(f"{len(missing):,} rows of metadata name no picture that is there: {listed(missing, 3)}")
-    beside = {os.path.splitext(name)[0]: name for name, kind in kinds.items() if kind.endswith(".txt")}
-    for name in names if beside else ():
-        text = beside.get(os.path.splitext(name)[0])
-        if text:
-            sources[text] = ".txt files"
-            with reading(folder / text, "save it as UTF-8"):
-                words = (folder / text).read_text(encoding="utf-8-sig").strip()
-            if words:
-                captions.setdefault(name, [words])
-    return captions, columns, sources
+    beside = {os.path.splitext(name)[0]: name for name, kind in files.items() if kind == ".txt"}
+    for picture in pictures if beside else ():
+        name = beside.get(os.path.splitext(picture.name)[0])
+        if name:
+            sources.add(".txt files")
+            files.pop(name, None)  # of a.png and a.jpg it is the same
+            if picture.texts == [""]:
+                picture.texts = [read_text(folder / name).strip()]
+    return " and ".join(sorted(sources))
 
 
-def is_hidden(name):
-    """Whether a path is what systems and tools leave beside pictures: ._a.png, .thumbnails/, @eaDir/."""
-    *folders, file = name.split(os.sep)
-    return file.startswith(".") or any(part[0] in ".@" or part == "__MACOSX" for part in folders)
+def decode(pictures, args):
+    """Yield (picture, image (3, S, S) uint8, or None where it does not open)."""
+    files = ImageFiles([picture.path for picture in pictures], args.image_size, none_if_broken=True)
+    loader = torch.utils.data.DataLoader(files, batch_size=64, num_workers=args.workers, collate_fn=list,
+                                         worker_init_fn=ignore_signals)
+    bar = tqdm(pictures, "check images", disable=not sys.stderr.isatty())
+    yield from zip(bar, itertools.chain.from_iterable(loader))
 
 
-def list_files(folder, out):
-    """Paths below `folder` of all files, sorted, but for those below `out`; linked folders are walked too,
-    unless they hold the link."""
-    paths, out = [], os.path.realpath(out)
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        here = os.path.realpath(parent)
-        targets = [os.path.realpath(os.path.join(parent, name)) for name in folders]
-        ends = [target == out or Path(here).is_relative_to(target) for target in targets]
-        folders[:] = [name for name, end in zip(folders, ends) if not end]
-        paths += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
-    return sorted(path for path in paths if os.path.isfile(folder / path))
+def find_broken(pictures, args):
+    """The names of the pictures that do not open. All are decoded in the first run alone, shared by its
+    processes, and again when names or sizes change: files.json beside the results remembers."""
+    index, broken = run_folder(args) / "files.json", None
+    tree = checksum([(picture.name, picture.bytes) for picture in pictures])
+    with suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or not whole
+        known = json.loads(index.read_text())
+        if known["tree"] == tree:
+            broken = set(known["broken"])
+    broken = gather(broken)[0]
+    if broken is None:
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = [picture.name for picture, image in decode(pictures[rank::world], args) if image is None]
+        broken = set(itertools.chain(*gather(mine)))
+        if rank == 0:
+            index.write_text(json.dumps({"tree": tree, "broken": sorted(broken)}))
+    return broken
 
 
-def find_splits(folder, names, columns):
-    """For each picture its split, "" where none is said, and the folders below that of the split (or, where
+def leave_broken_out(folder, pictures, args, notes):
+    """The pictures that open, with their images where these fit in memory; the others are said in `notes`."""
+    if args.dataset == "folder" and len(pictures) * 3 * args.image_size ** 2 <= IN_MEMORY_BYTES:
+        for picture, image in decode(pictures, args):
+            picture.image = image
+        broken = {picture.name for picture in pictures if picture.image is None}
+    else:
+        broken = find_broken(pictures, args)
+    whole = [picture for picture in pictures if picture.name not in broken]
+    if len(whole) < len(pictures):
+        notes.append(f"{len(broken):,} of {len(pictures):,} files do not open as images and are skipped: "
+                     f"{listed(sorted(broken), 10)}")
+    if not whole:
+        fail(f"{folder}: none of its files opens as an image; expected {', '.join(FORMATS)}")
+    return whole
+
+
+def find_splits(folder, pictures):
+    """Give each picture its split, where one is said, and the folders below that of the split (or, where
     there are none, above). Splits are the first level of folders with train beside val or test, with unseen,
     or with train alone; a column `split` goes over them, where it is empty for train."""
-    folders = [name.split(os.sep)[:-1] for name in names]
-    splits, below = [""] * len(names), folders
-    for level in range(max(map(len, folders))):
-        at_level = [path[level] if len(path) > level else "" for path in folders]
-        here = [SPLIT_NAMES.get(name.lower(), "") for name in at_level]
+    for picture in pictures:
+        picture.folders = picture.name.split(os.sep)[:-1]
+    for level in range(max(len(picture.folders) for picture in pictures)):
+        names = ["".join(picture.folders[level:level + 1]).lower() for picture in pictures]
+        here = [SPLIT_NAMES.get(name, "") for name in names]
         kinds = set(here)
         if kinds == {"train"} or "unseen" in kinds or "train" in kinds and kinds & {"val", "test"}:
-            splits = here
-            below = [path[level + bool(split):] or path[:level] for path, split in zip(folders, splits)]
+            for picture, split in zip(pictures, here):
+                picture.split = split
+                picture.folders = picture.folders[level + bool(split):] or picture.folders[:level]
             break
-    given = [columns.get(name, {}).get("split", "").strip().lower() for name in names]
+    given = [picture.columns.get("split", "").strip().lower() for picture in pictures]
+    unknown = sorted(set(given) - {"", *SPLIT_NAMES})
+    if unknown:
+        fail(f"{folder}: {unknown[0]!r} in a column `split`; expected train, val, test or unseen")
     if any(given):
-        unknown = sorted(set(given) - {"", *SPLIT_NAMES})
-        if unknown:
-            fail(f"{folder}: {unknown[0]!r} in a column `split`; expected train, val, test or unseen")
-        splits = [SPLIT_NAMES.get(value, "train") for value in given]
-    return splits, below
+        for picture, value in zip(pictures, given):
+            picture.split = SPLIT_NAMES.get(value, "train")
 
 
-def split_folder(folder, splits):
-    """{split: sorted rows} of pictures whose split is known, or "". With train beside test or val those are
-    the splits (where there is one of the two, it is for reporting, and a slice of train is for choosing),
-    else a fixed 90/5/5 % of all that are not unseen."""
-    splits = np.array(splits)
-    rows = {split: np.flatnonzero(splits == split) for split in ("train", "val", "test", "unseen")}
-    train, unseen = rows["train"], rows["unseen"]
-    held_out = [rows[split] for split in ("test", "val") if len(rows[split])]
+def split_pictures(folder, pictures, notes):
+    """{split: pictures}. With train beside test or val those are the splits (where there is one of the two,
+    it is for reporting, and a slice of train is for choosing; what is in none is counted in `notes`), else a
+    fixed 90/5/5 % of all that are not unseen."""
+    said = np.array([picture.split for picture in pictures])
+    train, val, test, unseen = (np.flatnonzero(said == name) for name in ("train", "val", "test", "unseen"))
     rng = np.random.default_rng(0)
-    if held_out and len(train):
-        test = held_out[0]
-        if len(held_out) > 1:
-            val = held_out[1]
-        else:
-            val, train = np.split(rng.permutation(train), [max(2, min(len(train) // 20, 10_000))])
-    else:
-        rest = np.flatnonzero(splits != "unseen")
+    if len(train) == 0 or len(test) + len(val) == 0:
+        rest = np.flatnonzero(said != "unseen")
         few = max(2, len(rest) // 20)
         test, val, train = np.split(rng.permutation(rest), [few, 2 * few])
-    if min(len(test), len(val), len(train)) < 2 or len(splits) - len(unseen) < 20:
-        fail(f"{folder}: {len(splits) - len(unseen)} images, {len(test)} of them to report on, are too few; "
+    elif len(test) == 0 or len(val) == 0:
+        test = np.concatenate([test, val])
+        val, train = np.split(rng.permutation(train), [max(2, min(len(train) // 20, 10_000))])
+    known = len(pictures) - len(unseen)
+    if min(len(test), len(val), len(train)) < 2 or known < 20:
+        fail(f"{folder}: {known} images, {len(test)} of them to report on, are too few; "
              "bring at least 20 in all, 2 in each of train/, val/ and test/")
-    found = {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}
-    return found | ({"unseen": unseen} if len(unseen) else {})
+    rows = {"train": train, "val": val, "test": test} | ({"unseen": unseen} if len(unseen) else {})
+    in_none = len(pictures) - sum(map(len, rows.values()))
+    if in_none:
+        notes.append(f"left out {in_none:,} pictures in none of its splits")
+    return {split: [pictures[k] for k in np.sort(rows[split])] for split in rows}
 
 
-def find_factors(names, columns, folders, notes):
-    """Labels (N, factors) and factors {name: values} of pictures: the columns of their metadata, but for
-    those with one value or very many, which are said in `notes`; without any, the class, the first of the
-    `folders` of each."""
+def find_factors(pictures, notes):
+    """Labels (N, factors) and factors {name: values}: the columns of metadata, but for those with one value
+    or very many, which are said in `notes`; without any, the class, the first folder of each."""
     table, others = {}, []
-    for column in dict.fromkeys(itertools.chain(*columns.values())):
-        values = [columns.get(name, {}).get(column, "") for name in names]
+    columns = dict.fromkeys(itertools.chain.from_iterable(picture.columns for picture in pictures))
+    columns.pop("split", None)
+    for column in columns:
+        values = [picture.columns.get(column, "") for picture in pictures]
         count = len(set(values))
-        if column != "split" and 1 < count <= min(MOST_VALUES, len(names) // 2):
+        if 1 < count <= min(MOST_VALUES, len(pictures) // 2):
             table[column] = values
-        elif column != "split":
+        else:
             others.append(f"{column} ({count:,} values)")
     if others:
         notes.append(f"columns that are no factors: {listed(others, 5)}")
-    classes = ["".join(path[:1]) for path in folders]
+    classes = ["".join(picture.folders[:1]) for picture in pictures]
     if not table and len(set(classes)) > 1:
         table["class"] = classes
-    factors = {name: sorted(set(values)) for name, values in table.items()}
-    labels = torch.zeros(len(names), len(factors)).long()
-    for k, (name, values) in enumerate(factors.items()):
-        place = {value: row for row, value in enumerate(values)}
-        labels[:, k] = torch.tensor([place[value] for value in table[name]])
+    labels, factors = torch.zeros(len(pictures), len(table)).long(), {}
+    for k, (name, values) in enumerate(table.items()):
+        factors[name] = sorted(set(values))
+        place = {value: label for label, value in enumerate(factors[name])}
+        labels[:, k] = torch.tensor([place[value] for value in values])
     return labels, factors
 
 
@@ -1071,13 +1091,12 @@ def factors_caption(labels, factors):
     return ", ".join(f"{name} {value}" for name, value in known.items())
 
 
-def census(dataset, paths, source):
-    """What to know of own pictures, whose captions are from `source`, before anything is made of them: a list
-    of texts."""
+def census(dataset, pictures, source):
+    """What to know of own pictures, whose captions are from `source`: a list of texts."""
     train, captioned = dataset.splits["train"], len(dataset) - dataset.captions.count("")
     shares = []
-    for path in paths[::len(paths) // 1000 + 1]:  # a thousand tell enough
-        with Image.open(path, formats=FORMATS) as image:
+    for picture in pictures[::len(pictures) // 1000 + 1]:  # a thousand tell enough
+        with Image.open(picture.path, formats=FORMATS) as image:
             shares.append(1 - min(image.size) / max(image.size))
     said = [f"{len(dataset):,} pictures",
             f"captions from {source} ({captioned:,})" if captioned else "captions: none",
@@ -1097,88 +1116,38 @@ def census(dataset, paths, source):
     return said
 
 
-def left_out(files, names):
-    """How many of the `files` are not among `names`, by suffix: "3 .heic, 1 .zip"; "" where all are."""
-    kinds = Counter("hidden" if is_hidden(name) else os.path.splitext(name)[1].lower() or "without a suffix"
-                    for name in set(files) - set(names))
-    return listed([f"{count:,} {kind}" for kind, count in sorted(kinds.items())], 10)
-
-
-def open_all(folder, names, args, notes):
-    """{name: image} of the files that open, or where they are too many for memory {name: None}; the others
-    are said in `notes`. Fails where none opens."""
-    if args.dataset == "folder" and len(names) * 3 * args.image_size ** 2 <= IN_MEMORY_BYTES:
-        images = dict(decode(folder, names, args))
-        broken = [name for name in names if images[name] is None]
-    else:
-        images = dict.fromkeys(names)
-        broken = find_broken(folder, names, args)
-    if broken:
-        notes.append(f"{len(broken):,} of {len(names):,} files do not open as images and are skipped: "
-                     f"{listed(broken, 10)}")
-    if len(broken) == len(names):
-        fail(f"{folder}: none of its files opens as an image; expected {', '.join(FORMATS)}")
-    for name in broken:
-        del images[name]
-    return images
-
-
 def load_folder(args):
-    """Images under --data-dir with their splits (find_splits, split_folder), factors (find_factors) and
-    captions (read_captions; where there are none, made from the factors). What does not open is left out, the
-    same in every run. One line says what was found and what left out; of imagenet only what is wrong."""
-    folder, own = Path(args.data_dir), args.dataset == "folder"
+    """Images under --data-dir. What does not open is left out, the same in every run. One line says what was
+    found and what left out; of imagenet only what is wrong."""
+    folder, notes = Path(args.data_dir), []
     if not folder.is_dir():
         fail(f"no folder {folder}: link or copy a tree of images there, or name one with --data-dir")
     files = list_files(folder, args.out)
-    visible = [name for name in files if not is_hidden(name)]
-    names = [name for name in visible if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
-    if not names:
-        fail(f"{folder}: no images found ({', '.join(sorted(IMAGE_SUFFIXES))}), but "
-             f"{left_out(files, []) or 'nothing'}; put or unpack some there, or name another --data-dir")
-    notes = []
-    captions, columns, sources = read_captions(folder, visible, names, notes)
-    if own:
-        others = left_out(files, [*names, *sources])
-        notes += [f"left out {others}"] * bool(others)
-    else:
-        top = {name.split(os.sep)[0] for name in names}
-        if not {"train", "val"} <= top:
-            fail(f"{folder}: expected train/ and val/, each with a sub-folder of images for each class, "
-                 f"found {', '.join(sorted(top)[:5])}; link or move the parts there")
-        names = [name for name in names if name.split(os.sep)[0] in ("train", "val")]  # test/ has no classes
-    images = open_all(folder, names, args, notes)
-
-    names = sorted(images)
-    found, folders = find_splits(folder, names, columns)
-    rows_of = split_folder(folder, found)
-    order = np.concatenate(list(rows_of.values()))  # of the splits
-    if len(order) < len(names):
-        notes.append(f"left out {len(names) - len(order):,} pictures in none of its splits")
-    names, folders = [names[k] for k in order], [folders[k] for k in order]
-    splits, start = {}, 0
-    for split, rows in rows_of.items():
-        splits[split] = range(start, start + len(rows))
-        start += len(rows)
-    paths = [folder / name for name in names]
-    if images[names[0]] is None:
-        images = ImageFiles(paths, args.image_size)
-    else:
-        images = torch.stack([images[name] for name in names])
-    labels, factors = find_factors(names, columns, folders, notes)
-    texts = [captions.get(name, [""]) for name in names]
-    source = " and ".join(sorted(set(sources.values())))
-    if not captions:
-        texts = [[factors_caption(row, factors)] for row in labels.tolist()]
-        of_metadata = any(set(factors) & set(row) for row in columns.values())
+    pictures = take_pictures(folder, files, args)
+    source = read_captions(folder, files, pictures, notes)
+    if files and args.dataset == "folder":
+        notes.append(f"left out {count_kinds(files)}")
+    pictures = leave_broken_out(folder, pictures, args, notes)
+    find_splits(folder, pictures)
+    parts = split_pictures(folder, pictures, notes)
+    pictures = list(itertools.chain(*parts.values()))
+    labels, factors = find_factors(pictures, notes)
+    captions = [picture.texts for picture in pictures]
+    if not any(first for first, *_ in captions):
+        captions = [[factors_caption(row, factors)] for row in labels.tolist()]
+        of_metadata = any(factors.keys() & picture.columns.keys() for picture in pictures)
         source = "columns of metadata" if of_metadata else "folder names"
-    sizes = [os.path.getsize(path) for path in paths]
-    dataset = Dataset(args.dataset, images, labels, factors, splits, texts, source=[names, sizes])
-    if own:
-        notes = census(dataset, paths, source) + notes
-    if notes and os.environ.get("RANK", "0") == "0":
-        line = f"{folder}: {'; '.join(notes)}"
-        print(" ".join(line.split()), file=sys.stderr)  # a name may hold the end of a line
+    if pictures[0].image is None:
+        images = ImageFiles([picture.path for picture in pictures], args.image_size)
+    else:
+        images = torch.stack([picture.image for picture in pictures])
+    identity = [[picture.name for picture in pictures], [picture.bytes for picture in pictures]]
+    splits = consecutive({split: len(part) for split, part in parts.items()})
+    dataset = Dataset(args.dataset, images, labels, factors, splits, captions, identity)
+    if args.dataset == "folder":
+        notes = census(dataset, pictures, source) + notes
+    if notes:
+        note(f"{folder}: {'; '.join(notes)}")
     return dataset
 
 
@@ -1239,17 +1208,15 @@ class Part:
 
     def stratified(self):
         """Uniform in [0, 1) for each row, spread evenly over the batch: (b,)."""
-        order = torch.arange(self.batch_size, device=self.device)
-        u = torch.rand(self.batch_size, generator=self.generator, device=self.device)
-        return ((order + u) / self.batch_size)[self.whole]
+        order = torch.arange(self.whole.start, self.whole.stop, device=self.device)
+        return (order + self.uniform()) / self.batch_size
 
     def flips(self):
         """Which rows show the mirrored image: (b,) bool."""
         return (self.uniform() < 0.5) & self.flip
 
     def backward(self, loss):
-        """Add the gradient of the mean `loss` of this part; returns its contribution to the loss of the
-        batch."""
+        """Add the gradient of the mean `loss` of this part; returns its share of the batch's loss."""
         loss = loss / self.parts
         loss.backward()
         return loss.detach()
@@ -1271,36 +1238,30 @@ def batch_parts(step, rows, args, run, model):
 
 
 class StepImages(torch.utils.data.Dataset):
-    """Item `step` is what this process reads in that step, so that loader workers decode whole batches
-    ahead."""
+    """Item `step` is what this process reads in that step: loader workers decode whole batches ahead."""
 
-    def __init__(self, images, rows, own, args, read_file, numbers):
-        self.images, self.rows, self.own, self.args = images, rows, own, args
+    def __init__(self, dataset, own, args, read_file, numbers):
+        self.dataset, self.own, self.args = dataset, own, args
         self.read_file, self.numbers = read_file, numbers
 
     def __getitem__(self, step):
-        args = self.args
-        rows = batch_rows(self.rows, args.batch_size, args.seed, step)[self.own]
-        if torch.is_tensor(self.images):
-            return self.images[rows]
-        if self.read_file is None:
-            return torch.stack([self.images[k] for k in rows.tolist()])
+        args, images = self.args, self.dataset.images
+        rows = batch_rows(self.dataset.splits["train"], args.batch_size, args.seed, step)[self.own]
+        if torch.is_tensor(images) or self.read_file is None:
+            return self.dataset.pixels(rows)
         generator = torch.Generator().manual_seed(mix_seed(args.seed, step, "files"))
         u = torch.rand(args.batch_size, *self.numbers, generator=generator)[self.own]
-        views = [self.images.read(k, self.read_file, u_k) for k, u_k in zip(rows.tolist(), u)]
+        views = [images.read(k, self.read_file, u_k) for k, u_k in zip(rows.tolist(), u)]
         return [torch.stack(view) for view in zip(*views)]
 
 
 def image_batches(dataset, run, args, start, read_file=None, numbers=()):
     """Yield the images of this process, (B / world, 3, S, S) uint8 on the device, for each step from `start`
-    to --steps.
-
-    read_file(path, u) → several tensors: where the images lie in files, workers read them so, with u uniform
-    random numbers of shape `numbers`, and a list of batches of these tensors is yielded instead. All follow
-    from (seed, step), whatever the number of workers. """
+    to --steps; or, where they lie in files and read_file(path, u) → several tensors is given, a list of
+    batches of these, with u uniform random numbers of shape `numbers`. All follow from (seed, step)."""
     workers = 0 if torch.is_tensor(dataset.images) else args.workers
     own = run.own_slice(args.batch_size)
-    items = StepImages(dataset.images, dataset.splits["train"], own, args, read_file, numbers)
+    items = StepImages(dataset, own, args, read_file, numbers)
     loader = torch.utils.data.DataLoader(
         items, batch_size=None, sampler=range(start, args.steps), num_workers=workers,
         pin_memory=run.device.type == "cuda", worker_init_fn=ignore_signals)
@@ -1326,10 +1287,14 @@ def to_bytes(images):
 WEIGHT_FILES = ("*.index.json", "*.safetensors", "*.bin", "*.pth", "*.pt")  # the first kind found counts
 
 
-def cannot_write(path, problem):
-    """Stop where a file cannot be written."""
-    fail(f"cannot write {path}: {problem}; what was there is as it was. Make room, or see to who may write "
-         "there, and run the same command again")
+@contextmanager
+def writing(path):
+    """Inside, whatever keeps `path` from being written ends in one line."""
+    try:
+        yield
+    except (OSError, RuntimeError) as problem:  # torch.save turns a full disk into a RuntimeError
+        fail(f"cannot write {path}: {problem}; what was there is as it was. Make room, or see to who may "
+             "write there, and run the same command again")
 
 
 def write_atomic(path, write):
@@ -1338,14 +1303,14 @@ def write_atomic(path, write):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb+") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as problem:  # torch.save turns a full disk into a RuntimeError
+        with writing(path):
+            with open(temporary, "wb+") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        cannot_write(path, problem)
     with suppress(OSError):  # Windows opens no folder, some file systems flush none: the file itself is safe
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -1363,31 +1328,25 @@ def save(path, kind, **state):
     write_atomic(path, lambda file: torch.save({"kind": kind, **state}, file))
 
 
-def check_sums(path, tensors=None):
-    """Raise BadZipFile where a record of a file of `save` is damaged, which torch does not look at: all
-    records, or those of the first `tensors` tensors alone."""
-    with zipfile.ZipFile(path) as archive:
-        for record in archive.infolist():
-            number = record.filename.partition("/data/")[2]  # of a tensor; the other records are small
-            if tensors is None or not number or int(number) < tensors:
-                with archive.open(record) as file:
-                    while file.read(1 << 20):
-                        pass
-
-
 def read(path, kind, only=None):
     """What `save` wrote: a dict, no code in it run. only: the tensor or dict of tensors that stands first and
     alone is used; it is memory-mapped, and of all tensors only it is compared with its checksums. Raises
     where the file is missing, damaged or of another kind."""
-    if only is None:
-        check_sums(path)
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=only is not None)
     if not isinstance(state, dict) or "kind" not in state:
         raise Unfit("of another program, or of an earlier version of this one")
     if state["kind"] != kind:
         raise Unfit(f"expected {kind}, found {state['kind']}")
+    used = math.inf  # tensors
     if only is not None:
-        check_sums(path, len(state[only]) if isinstance(state[only], dict) else 1)
+        used = len(state[only]) if isinstance(state[only], dict) else 1
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            number = record.filename.partition("/data/")[2]  # of a tensor; the other records are small
+            if not number or int(number) < used:
+                with archive.open(record) as file:  # raises at its end where it is damaged
+                    while file.read(1 << 20):
+                        pass
     return state
 
 
@@ -1425,42 +1384,25 @@ def read_weights(path):
         return {re.sub(r"^((_orig_mod|module|backbone)\.)+", "", name): x for name, x in state.items()}
 
 
-def fill_model(model, state, assign=False):
-    """Put tensors by name into a model: all of them, nothing else, in the same shapes; else raises Unfit with
-    the first that differs. assign: they take the place of its own, with their type, and are not copied."""
-    own = model.state_dict()
-    for name in sorted(own.keys() - state.keys()):
-        raise Unfit(f"lacks {name}")
-    for name in sorted(state.keys() - own.keys()):
-        raise Unfit(f"has {name}, which is not expected")
-    for name, x in state.items():
-        if x.shape != own[name].shape:
-            raise Unfit(f"{name} is {tuple(x.shape)}, expected {tuple(own[name].shape)}")
-    model.load_state_dict(state, assign=assign)
-
-
 def fill_as_flags_say(model, state, sizes, args):
-    """fill_model with released weights that training starts from; raises Unfit where `sizes` {name: value} of
-    theirs are not those of the flags."""
+    """Load released weights that training starts from; raises Unfit where `sizes` {name: value} of theirs are
+    not those of the flags."""
     not_compared = ("image_size", "down", "groups")  # of latents here, of pixels there, or not used
-    sizes = {name: value for name, value in sizes.items() if name not in not_compared}
-    differ = [f"{name} {value}" for name, value in sizes.items() if vars(args).get(name, value) != value]
+    differ = [f"{name} {value}" for name, value in sizes.items()
+              if name not in not_compared and vars(args).get(name, value) != value]
     if differ:
         raise Unfit(f"is of {', '.join(differ)}")
-    fill_model(model, state)
+    model.load_state_dict(state)
 
 
 def released_config(folder):
-    """The config.json in a folder of released weights, {} where there is none: for what shapes do not
-    tell."""
+    """The config.json of released weights, {} where there is none: for what shapes do not tell."""
     path = Path(folder) / "config.json"
-    with reading(path, "bring the folder back as it was released"):
-        return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def is_made_from(path, kind, made_from):
-    """Whether a whole file of `save` is there, made from these (ids by name). Its first part has the name of
-    its kind."""
+    """Whether a whole file of `save` is there, made from these ids; its first part is named as its kind."""
     with suppress(Exception):
         return read(path, kind, only=kind)["made_from"] == made_from
     return False
@@ -1474,24 +1416,21 @@ def code_type(values):
 def save_codes(path, codes, values, side, dataset, report, made_from, colour_codes=0):
     """Write codes (N, 2 flips, L) with all that later stages need to know of them, for load_codes. side: of
     the grid of patches, where each has positions of its own, else 0; colour_codes: how many of these, the
-    last ones, read its colours. Made again from the same tokenizer and images (ids by name), they have
-    the same id."""
+    last ones, read its colours; made_from: the ids of tokenizer and images, by name."""
     codes = codes.to(code_type(values))
     splits = {name: [rows.start, rows.stop] for name, rows in dataset.splits.items()}
-    id = checksum(made_from)[:16]
+    id = checksum(made_from)[:16]  # the same when they are made again
     save(path, "codes", codes=codes, V=values, side=side, colour_codes=colour_codes, splits=splits,
          report=report, id=id, made_from=made_from)
 
 
 def load_codes(path, remedy, images_id=None):
-    """A dict with codes (N, 2 flips, L) unsigned, memory-mapped; L, V, side, colour_codes, splits {name:
-    range of rows}, the tokenizer's report and their id. images_id: of the dataset whose codes they must
-    be."""
-    state = load(path, "codes", remedy, only="codes")
+    """What save_codes wrote: a dict with codes (N, 2 flips, L) unsigned, memory-mapped; L, splits {name:
+    range of rows}; V, side, colour_codes, report, id. images_id: of the dataset whose codes they must be."""
+    lacking = {"side": 0, "colour_codes": 0}  # in codes of an earlier version
+    state = lacking | load(path, "codes", remedy, only="codes")
     with reading(path, remedy):
         state["L"] = state["codes"].shape[2]
-        for name in ("side", "colour_codes"):  # of codes of an earlier version
-            state.setdefault(name, 0)
         state["splits"] = {name: range(*rows) for name, rows in state["splits"].items()}
         if images_id is not None and images_id != state["made_from"]["images"]:
             raise Unfit("codes of other images than there are now: other names, sizes, order or parts")
@@ -1505,10 +1444,9 @@ def colour_positions(stored):
 
 
 def fill_rows(folder, size, run, work, shapes, chunk=2000):
-    """Large tensors of `size` rows, made in chunks: work(range of rows) → {name: (n, ...)}, shapes {name:
-    (the rest of the shape, dtype)}. Processes divide the chunks among them and write rows in place, into
-    files in `folder`; finished chunks are noted, so that a stopped run goes on. Returns {name: (size, ...)},
-    memory-mapped; whoever has used them removes the folder."""
+    """Large tensors {name: (size, ...)}, memory-mapped, made in chunks: work(range of rows) → {name: (n,
+    ...)}, shapes {name: (the rest of the shape, dtype)}. Processes divide the chunks among them and write
+    into files in `folder`; a stopped run goes on. Whoever has used them removes the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     intact = all((folder / name).exists() for name in shapes)  # not stopped while they were removed
     run.wait()  # all processes have looked
@@ -1519,15 +1457,13 @@ def fill_rows(folder, size, run, work, shapes, chunk=2000):
             continue
         for name, rows in work(range(start, min(size, start + chunk))).items():
             rows = rows.to(shapes[name][1]).numpy()
-            try:
+            with writing(folder / name):
                 (folder / name).touch()
                 with open(folder / name, "r+b") as file:
                     file.seek(start * rows[0].nbytes)
                     file.write(rows.tobytes())
                     file.flush()
                     os.fsync(file.fileno())
-            except OSError as problem:
-                cannot_write(folder / name, problem)
         done.touch()
     run.wait()
     filled = {}
@@ -1579,7 +1515,7 @@ def draw_code(code, colours, side, size, texts=None):
         draw.rectangle((x, y, x + max(0, width - 2), y + max(0, height - 2)), fill=tuple(colour))
         if has_room:
             draw.text((x + width / 2 - 1, y + height / 2 - 1), texts[k], fill="black", anchor="mm")
-    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+    return to_tensor(canvas)
 
 
 def draw_grid(images, columns, titles=(), lines=()):
@@ -1633,12 +1569,6 @@ def cosine(step, steps, start, end):
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
-def warmup_cosine(step, args):
-    """What the peak learning rates are multiplied by at `step`: linear over --warmup steps, then cosine to
-    --lr-final."""
-    return min(1.0, (step + 1) / (args.warmup + 1)) * cosine(step, args.steps, 1.0, args.lr_final)
-
-
 class Optimizers:
     """Muon for the matrices of the transformer blocks and AdamW for everything else (or AdamW for all,
     --lr-matrix 0). Each group of parameters carries its peak learning rate; scale(name): a factor on that of
@@ -1652,12 +1582,11 @@ class Optimizers:
                 matrices.append(p)
             else:
                 decays = p.ndim >= 2
-                others.setdefault((decays, scale(name)), []).append(p)
-        groups = []
-        for (decays, factor), params in others.items():
-            decay = args.weight_decay if decays else 0.0
-            peak = args.lr * factor
-            groups.append({"params": params, "peak": peak, "weight_decay": decay, "decays": decays})
+                peak = args.lr * scale(name)
+                decay = args.weight_decay * decays
+                group = {"params": [], "peak": peak, "weight_decay": decay, "decays": decays}
+                others.setdefault((decays, peak), group)["params"].append(p)
+        groups = list(others.values())
         self.optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)]
         if matrices:
             group = {"params": matrices, "peak": args.lr_matrix, "decays": True}
@@ -1679,9 +1608,11 @@ class Optimizers:
             fail(f"step {step}: {what}; stopped before the update, the last checkpoint is intact. Lower --lr "
                  "or --lr-matrix, or try --dtype float32")
         torch.nn.utils.clip_grads_with_norm_(parameters, self.args.clip or math.inf, total)
+        warmup = min(1.0, (step + 1) / (self.args.warmup + 1))
+        rate = warmup * cosine(step, self.args.steps, 1.0, self.args.lr_final)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * warmup_cosine(step, self.args)
+                group["lr"] = group["peak"] * rate
                 if weight_decay is not None and group["decays"]:
                     group["weight_decay"] = weight_decay
             optimizer.step()
@@ -1713,24 +1644,21 @@ def averaged(model, decay):
     return average
 
 
-def whole_states(model, average, optimizers):
-    """The states of a sharded model, its averages and optimizers, whole, in the memory of the first
-    process."""
+def whole_states(ema, model, optimizers):
+    """The states of a sharded model, its averages and optimizers, whole, in the first process."""
     from torch.distributed.checkpoint import state_dict as api
     options = api.StateDictOptions(full_state_dict=True, cpu_offload=True)
     parts = [api.get_optimizer_state_dict(model, part, options=options) for part in optimizers.optimizers]
-    return {"ema": api.get_model_state_dict(average, options=options),
+    return {"ema": api.get_model_state_dict(ema, options=options),
             "model": api.get_model_state_dict(model, options=options), "optimizers": parts}
 
 
-def split_states(state, model, average, optimizers):
-    """Inverse of whole_states, on any number of processes; state: what the first process has, None in
-    others."""
+def split_states(state, ema, model, optimizers):
+    """Inverse of whole_states, on any number of processes; state: None in all but the first."""
     from torch.distributed.checkpoint import state_dict as api
     options = api.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    empty = {"ema": {}, "model": {}, "optimizers": [{} for _ in optimizers.optimizers]}
-    state = state or empty
-    api.set_model_state_dict(average, state["ema"], options=options)
+    state = state or {"ema": {}, "model": {}, "optimizers": [{} for _ in optimizers.optimizers]}
+    api.set_model_state_dict(ema, state["ema"], options=options)
     api.set_model_state_dict(model, state["model"], options=options)
     for part, values in zip(optimizers.optimizers, state["optimizers"], strict=True):
         api.set_optimizer_state_dict(model, part, values, options=options)
@@ -1738,17 +1666,14 @@ def split_states(state, model, average, optimizers):
 
 class Checkpoint:
     """OUT/<dataset>/<stage>.pt: what a training run goes on from, and what others use of it (its averaged
-    weights).
-
-    It holds config (all settings), step, the run's id, the ids of what the run was made from, `more` plain
-    values, and the states of model, averages, optimizers and `others` (modules by name). """
+    weights). It holds config (all settings), step, the run's id, the ids of what the run was made from,
+    `more` plain values, and the states of averages, model, optimizers and `others` (modules by name)."""
 
     def __init__(self, stage, args, settings, run, made_from, model, average, optimizers,
                  others=None, **more):
         self.stage, self.args, self.settings, self.run = stage, args, settings, run
-        self.made_from, self.more = made_from, more
-        self.model, self.average, self.optimizers = model, average, optimizers
-        self.others = others or {}
+        self.made_from, self.average, self.more = made_from, average, more
+        self.parts = {"ema": average.module, "model": model, "optimizers": optimizers, **(others or {})}
         self.path = run.folder / f"{stage}.pt"
         self.id = gather(secrets.token_hex(8))[0]  # the same in all processes
 
@@ -1771,52 +1696,42 @@ class Checkpoint:
                 what = ", ".join(differ)
                 fail(f"{self.path}: trained with other settings ({what}); use those, or: {remedy}")
             names = " and ".join(others)
-            if others and not (finished_on_others and step >= args.steps):
+            if others and finished_on_others and step >= args.steps:
+                note(f"note: {self.path}: made from other {names} than those that it will encode; {remedy}")
+            elif others:
                 fail(f"{self.path}: made from other {names} than now; bring those back, or: {remedy}")
-            if others and self.run.main:
-                print(f"note: {self.path}: made from other {names} than those that it will encode; {remedy}",
-                      file=sys.stderr)
         mine = [now, self.made_from, step]
         if any(other != mine for other in gather(mine)):
             fail("the processes of this run differ in settings, data or step; give all the same command and "
                  "files")
         if state:
             with reading(self.path, f"it is of another version of these scripts; {remedy}"):
-                self.restore(state)
+                self.id = state["id"]
+                self.average.n_averaged.fill_(step + 1)
+                if self.run.sharded:
+                    split_states(state if self.run.main else None, **self.parts)
+                else:
+                    for name, part in self.parts.items():
+                        part.load_state_dict(state[name])
         if step >= args.steps and self.run.main:
             print(f"{self.path} is finished ({step} steps); --restart trains it again ({Parser.remedy})")
         return step
 
-    def restore(self, state):
-        """Load the states of all parts."""
-        self.id = state["id"]
-        self.average.n_averaged.fill_(state["step"] + 1)
-        if self.run.sharded:
-            split_states(state if self.run.main else None, self.model, self.average.module, self.optimizers)
-        else:
-            self.model.load_state_dict(state["model"])
-            self.average.module.load_state_dict(state["ema"])
-            self.optimizers.load_state_dict(state["optimizers"])
-        for name, module in self.others.items():
-            module.load_state_dict(state[name])
-
     def save(self, step):
         """Write all of it, whole or not at all (by the first process)."""
         if self.run.sharded:
-            states = whole_states(self.model, self.average.module, self.optimizers)
+            states = whole_states(**self.parts)
         else:
-            states = {"ema": self.average.module.state_dict(), "model": self.model.state_dict(),
-                      "optimizers": self.optimizers.state_dict()}
-        states |= {name: module.state_dict() for name, module in self.others.items()}
+            states = {name: part.state_dict() for name, part in self.parts.items()}
         if self.run.main:
             save(self.path, self.stage, **states, **self.more, config=vars(self.args), step=step, id=self.id,
                  made_from=self.made_from)
 
 
 def load_trained(path, stage, dataset, remedy, **made_from):
-    """The checkpoint of a stage, for use: its averaged weights under "ema". remedy: ends in the command that
-    trains it. Refused where it was trained on
-    another dataset or made from something of another id; says so where its training has not ended."""
+    """The checkpoint of a stage, for use: its averaged weights under "ema". Refused where it was trained on
+    another dataset or made from something of another id; says so where its training has not ended. remedy:
+    ends in the command that trains it."""
     state = load(path, stage, remedy, only="ema")
     with reading(path, f"{remedy} --restart"):
         found, step, steps = state["config"]["dataset"], state["step"], state["config"]["steps"]
@@ -1825,8 +1740,8 @@ def load_trained(path, stage, dataset, remedy, **made_from):
         for name, id in made_from.items():
             if state["made_from"][name] != id:
                 raise Unfit(f"made from other {name} than now")
-        if step < steps and os.environ.get("RANK", "0") == "0":
-            print(f"note: {path} is not finished (step {step} of {steps})", file=sys.stderr)
+        if step < steps:
+            note(f"note: {path} is not finished (step {step} of {steps})")
     return state
 
 
@@ -1834,69 +1749,35 @@ class Log:
     """JSON lines in OUT/<dataset>/<stage>.jsonl, one a call, by the first process. Going on from step
     `start`, lines of later steps, which a killed run left, are dropped: they will come again."""
 
-    def __init__(self, run, stage, start=0, tensorboard=False):
-        self.path, self.file, self.writer = run.folder / f"{stage}.jsonl", None, None
-        if not run.main:
-            return
-        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
-        kept = [line for line in lines if self.precedes(line, start)]
-        write_atomic(self.path, lambda file: file.writelines(line + b"\n" for line in kept))
-        self.file = open(self.path, "ab", buffering=0)
-        if tensorboard:
-            with needed_package("tensorboard", "--tensorboard"):
-                from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(run.folder / "tensorboard" / stage)
-
-    @staticmethod
-    def precedes(line, start):
-        """Whether a line is of a step up to `start`; what is measured at the end, without a loss, comes
-        again."""
-        with suppress(ValueError, KeyError, TypeError):  # cut where the run was killed
-            record = json.loads(line)
-            of_training = "loss" in record
-            return record["step"] < start or record["step"] == start and of_training
-        return False
+    def __init__(self, run, stage, start=0):
+        self.path, self.main = run.folder / f"{stage}.jsonl", run.main
+        lines = self.path.read_bytes().split(b"\n") if self.main and self.path.exists() else []
+        kept = []
+        for line in lines:
+            with suppress(ValueError, KeyError, TypeError):  # cut where the run was killed
+                record = json.loads(line)
+                if record["step"] < start + ("loss" in record):  # what is measured at the end comes again
+                    kept.append(line + b"\n")
+        if self.main:
+            write_atomic(self.path, lambda file: file.writelines(kept))
 
     def write(self, step, **values):
         """Append one line of numbers."""
-        if not self.file:
-            return
-        line = json.dumps({"step": step, **values, "time": round(time.time(), 1)})
-        try:
-            self.file.write(f"{line}\n".encode())
-        except OSError as problem:
-            cannot_write(self.path, problem)
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        if self.main:
+            line = json.dumps({"step": step, **values, "time": round(time.time(), 1)})
+            with writing(self.path), open(self.path, "ab", buffering=0) as file:
+                file.write(f"{line}\n".encode())
 
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, from the makers' data sheets
 
 
-def peak_flops(run):
-    """Peak FLOP/s of a GPU in the run's dtype and where the figure is from: data sheet, or a large product
-    timed here."""
-    name = torch.cuda.get_device_name(run.device)
-    for key, value in PEAK_FLOPS.items():
-        if key in name and run.dtype == torch.bfloat16:
-            return value, f"{key} data sheet"
-    a = torch.randn(8192, 8192, device=run.device, dtype=run.dtype)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        seconds.append(time.perf_counter() - start)
-    return 2 * 8192 ** 3 / min(seconds), "8192³ product timed here"
-
-
 class Steps:
-    """The steps of a training run. `for step in steps` shows progress, measures speed (on CUDA also MFU),
-    saves the checkpoint every --save-every steps and at the end, and, where the run was asked to stop, saves
-    it after the step at hand and leaves.
+    """The steps of a training run. `for step in steps` shows progress, measures speed (on GPUs of PEAK_FLOPS
+    also MFU), saves the checkpoint every --save-every steps and at the end, and, where the run was asked to
+    stop, saves it after the step at hand and leaves.
 
-    start: the first step; rows: the range that is trained on; size: how many `units` a step takes.
-    """
+    start: the first step; rows: the range that is trained on; size: how many `units` a step takes. """
 
     def __init__(self, checkpoint, start, rows, size, units="images"):
         run, args = checkpoint.run, checkpoint.args
@@ -1904,31 +1785,35 @@ class Steps:
             fail(f"--batch-size {args.batch_size} is larger than the {len(rows):,} training images; lower it")
         self.checkpoint, self.run, self.args, self.start = checkpoint, run, args, start
         self.size, self.units = size, units
-        self.log = None if args.dry_run else Log(run, checkpoint.stage, start, args.tensorboard)
+        self.log = None if args.dry_run else Log(run, checkpoint.stage, start)
         self.counts_flops = run.device.type == "cuda" and start < args.steps
-        self.peak, self.source = peak_flops(run) if self.counts_flops else (0, "")
+        gpu = torch.cuda.get_device_name(run.device) if self.counts_flops else ""
+        peaks = [peak for name, peak in PEAK_FLOPS.items() if name in gpu and run.dtype == torch.bfloat16]
+        self.peak = peaks[0] if peaks else 0
         self.flops, self.summary = 0, ""
 
     def __iter__(self):
-        args = self.args
-        hidden = not self.run.shows_bars
-        self.bar = tqdm(total=args.steps, initial=self.start, disable=hidden, dynamic_ncols=True)
+        run, args = self.run, self.args
+        self.bar = tqdm(total=args.steps, initial=self.start, disable=not run.shows_bars, dynamic_ncols=True)
         self.began = self.said = time.perf_counter()
         self.last = self.start, self.began
-        with self.run.noting_signals():
-            for self.step in range(self.start, args.steps):
-                counts = self.counts_flops and self.step == self.start
-                with self.counting_flops() if counts else nullcontext():
-                    yield self.step
-                stop = self.run.stopping()
-                if (stop or self.at_checkpoint) and not args.dry_run:
-                    self.checkpoint.save(self.step + 1)
-                if stop:
-                    self.leave()
-                if args.dry_run and self.step in (self.start + 1, args.steps - 1):
-                    memory = torch.cuda.max_memory_allocated() / 2 ** 30
-                    print(f"{self.flops / 1e12:.3f} TFLOP and {memory:.2f} GiB a step, in each process")
-                    raise SystemExit(0)
+        Run.stop_asked = False
+        for self.step in range(self.start, args.steps):
+            with self.counting_flops() if self.counts_flops else nullcontext():
+                yield self.step
+            stop = run.stopping()
+            if (stop or self.at_checkpoint) and not args.dry_run:
+                self.checkpoint.save(self.step + 1)
+            if stop:
+                again = "the same command" + " without --restart" * args.restart
+                note(f"stopped at step {self.step + 1} of {args.steps}, saved; {again} goes on from it")
+                run.wait()
+                raise SystemExit(143)  # so that nobody takes it for finished
+            if args.dry_run and self.step in (self.start + 1, args.steps - 1):
+                memory = torch.cuda.max_memory_allocated() / 2 ** 30
+                print(f"{self.flops / 1e12:.3f} TFLOP and {memory:.2f} GiB a step, in each process")
+                raise SystemExit(0)
+        Run.stop_asked = None
         self.bar.close()
         if self.summary:
             print(self.summary)
@@ -1941,57 +1826,43 @@ class Steps:
 
     @contextmanager
     def counting_flops(self):
-        """Count the FLOPs of this process in the step inside, which runs eagerly: compiled code cannot be
+        """Count the FLOPs of this process in its first step, which runs eagerly: compiled code cannot be
         counted. (So on CUDA a run that goes on rounds its first step otherwise than one never stopped.)"""
         from torch.utils.flop_counter import FlopCounterMode  # seconds to import
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             yield
-        self.flops = counter.get_total_flops()
+        self.flops, self.counts_flops = counter.get_total_flops(), False
         torch.cuda.reset_peak_memory_stats()
 
     def show(self, **values):
-        """After each step; every 50 steps the values are averaged over processes, shown and logged."""
+        """After each step; every 50 steps the values are averaged over processes, shown and logged. Without a
+        bar a line says every SILENCE seconds that the run is alive."""
         self.bar.update(1)
-        done = self.step + 1
-        self.say(done, values["loss"])
+        run, done, now = self.run, self.step + 1, time.perf_counter()
+        if run.main and not run.shows_bars and now - self.said > SILENCE:
+            self.said, seconds = now, (now - self.began) / (done - self.start)
+            left = tqdm.format_interval((self.args.steps - done) * seconds)
+            print(f"step {done} of {self.args.steps}, loss {float(values['loss']):.4f}, "
+                  f"{seconds * 1e3:.0f} ms a step, {left} left", flush=True)
         if self.args.dry_run or done % 50 and done != self.args.steps:
             return
         for name, value in values.items():
-            value = torch.as_tensor(value, device=self.run.device).detach().float().clone()
-            values[name] = self.run.average(value).item()
-        if not self.run.main:
+            value = torch.as_tensor(value, device=run.device).detach().float().clone()
+            values[name] = run.average(value).item()
+        if not run.main:
             return
-        now = time.perf_counter()
+        now = time.perf_counter()  # the device has finished by now
         seconds = (now - self.last[1]) / (done - self.last[0])
         self.last = done, now
         rate = self.size / seconds
         speed = {"ms": round(seconds * 1e3, 1), f"{self.units} per second": round(rate, 1)}
         self.summary = (f"{done} steps, {now - self.began:.0f} s in this run, last {seconds * 1e3:.0f} ms a "
                         f"step, {rate:,.0f} {self.units}/s, {values['loss']:.4f} loss")
-        if self.flops:
+        if self.peak:
             speed["mfu"] = round(self.flops / seconds / self.peak, 3)
-            self.summary += f", MFU {speed['mfu']:.2f} of {self.peak / 1e12:.0f} TFLOP/s ({self.source})"
+            self.summary += f", MFU {speed['mfu']:.2f} of {self.peak / 1e12:.0f} TFLOP/s"
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()} | speed)
         self.log.write(done, **{name: round(value, 5) for name, value in values.items()}, **speed)
-
-    def say(self, done, loss):
-        """Print a line where nothing else was shown for SILENCE seconds."""
-        now = time.perf_counter()
-        if self.run.main and not self.run.shows_bars and now - self.said > SILENCE:
-            self.said, seconds = now, (now - self.began) / (done - self.start)
-            left = tqdm.format_interval((self.args.steps - done) * seconds)
-            print(f"step {done} of {self.args.steps}, loss {float(loss):.4f}, {seconds * 1e3:.0f} ms a step, "
-                  f"{left} left", flush=True)
-
-    def leave(self):
-        """End the run, which was asked to stop and is saved. Exit code 143, so that nobody takes it for
-        finished."""
-        if self.run.main:
-            same = "the same command without --restart" if self.args.restart else "the same command"
-            print(f"stopped at step {self.step + 1} of {self.args.steps}, saved; {same} goes on from there",
-                  file=sys.stderr)
-        self.run.wait()
-        raise SystemExit(143)
 
 
 def dry_run(args, model, run):
@@ -2019,8 +1890,7 @@ def main(argv=None):
     print(f"{args.dataset}: {len(dataset):,} images of {args.image_size}×{args.image_size}; {splits}")
     for k, (name, values) in enumerate(dataset.factors.items()):
         counts = torch.bincount(dataset.labels[:, k], minlength=len(values)).tolist()
-        shown = ", ".join(f"{value} {n:,}" for value, n in list(zip(values, counts))[:12])
-        print(f"  {name}: {shown}" + ", ..." * (len(values) > 12))
+        print(f"  {name}: " + listed([f"{value} {n:,}" for value, n in zip(values, counts)], 12))
     rows = [row for split in dataset.splits.values() for row in list(split)[:16]]
     path = folder / "samples" / "data.png"
     save_grid(path, dataset.pixels(rows), 16, settings=vars(args))

@@ -563,7 +563,7 @@ def load_release(folder, device):
     with data.reading(Path(folder) / "transformer", "expected the authors' DiT"):
         with torch.device("meta"):  # without memory of its own
             model = build_generator(config)
-        data.fill_model(model, state, assign=True)
+        model.load_state_dict(state, assign=True)
     model.vae = VAE(Path(folder) / "vae", device)
     return model.to(device).eval()
 

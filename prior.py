@@ -568,7 +568,7 @@ def load_release(folder, device):
     with data.reading(folder, "expected the authors' SEDD"):
         with torch.device("meta"):  # without memory of its own
             model = build_prior(config | {"dropout": 0.0})
-        data.fill_model(model, state, assign=True)
+        model.load_state_dict(state, assign=True)
     return model.to(device).eval()
 
 

@@ -467,7 +467,7 @@ def load_release(folder, stored, device):
             raise data.Unfit(f"{config['values']} values a position, the generator has {stored['V']}")
         with torch.device("meta"):
             model = build_text_prior(config, text)
-        data.fill_model(model, state, assign=True)
+        model.load_state_dict(state, assign=True)
     model.null_is_hidden = True  # as it was trained: without caption, words and start are mask tokens
     return model.to(device).eval(), text, config
 

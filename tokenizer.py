@@ -761,7 +761,7 @@ def load_init(backbone, path):
     with data.reading(path, "expected a DINOv2 with registers, of the sizes that the flags set"):
         own = {name: x for name, x in backbone.state_dict().items() if name.startswith("sem_")}
         state["pos_embed"] = resize_positions(state["pos_embed"], backbone.side)
-        data.fill_model(backbone, own | state)
+        backbone.load_state_dict(own | state)
 
 
 def load_release(folder, codes, values, device):
@@ -777,7 +777,7 @@ def load_release(folder, codes, values, device):
                         sem_read="registers", registers=state["register_tokens"].shape[1])
         model.sem_out = None  # only training needs it
         state.pop("sem_out.weight", None)
-        data.fill_model(model, {"sem_centre": torch.zeros(codes, values)} | state, assign=True)
+        model.load_state_dict({"sem_centre": torch.zeros(codes, values)} | state, assign=True)
     model.image_size = 16 * patch
     return model.to(device).eval()
 

@@ -408,9 +408,9 @@ def test_folders_and_metadata_that_cannot_be_used_are_refused(tmp_path):
     refused("expected train/ and val/.*found a.png, cats, dogs", dataset="imagenet")
     write_metadata(folder, [{"file_name": "../elsewhere.png", "text": "a"}])
     refused("no row of its metadata.*elsewhere.png.*like a.png")
-    for line, words in (("{broken", "metadata.jsonl line 2"), ('{"text": "a"}', "line 2.*file_name"),
-                        ('{"file_name": "cats/3.png", "text": 5}', "line 2.*text"),
-                        ('{"file_name": "./cats/1.png", "text": "again"}', "line 2.*already")):
+    for line, words in (("{broken", "metadata.jsonl row 2"), ('{"text": "a"}', "row 2.*file_name"),
+                        ('{"file_name": "cats/3.png", "text": 5}', "row 2.*text"),
+                        ('{"file_name": "./cats/1.png", "text": "again"}', "row 2.*already")):
         (folder / "metadata.jsonl").write_text('{"file_name": "cats/1.png", "text": "one"}\n' + line)
         refused(words)
     for path in folder.rglob("*.png"):
