@@ -33,7 +33,7 @@ PRESETS = {
         steps=20_000, batch_size=256, lr=1e-3, warmup=1000, ema=0.999),
     "folder": dict(
         depth=2, token="position", dropout=0.1,
-        batch_size=128, lr=5e-3),
+        batch_size=128, lr=5e-3, save_every=500),
     "imagenet": dict(
         width=1024, depth=24, heads=16, tables="shared", dropout=0.1,
         steps=400_000, batch_size=512, lr=3e-4, lr_matrix=0.0, lr_final=0.1, warmup=2500, ema=0.9999,

@@ -37,7 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 PRESETS = prior.PRESETS | {
-    "folder": dict(dropout=0.1, steps=2000, batch_size=128, lr=5e-3, ema=0.995)}
+    "folder": dict(dropout=0.1, steps=2000, batch_size=128, lr=5e-3, ema=0.995, save_every=500)}
 
 # -------- text: captions to tokens and back ------------------------------------------------------------
 

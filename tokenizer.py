@@ -42,7 +42,7 @@ PRESETS = {
     "folder": dict(
         values=64, prototypes=1024,
         global_scale=[0.5, 1.0], ratio=0.75, jitter=[0.2, 0.2, 0.1, 0.05],
-        steps=2000, batch_size=128),
+        steps=2000, batch_size=128, save_every=250),
     "imagenet": dict(
         image_size=256, patch=14, stem=0, width=1024, depth=24, heads=16, attention=True, registers=4,
         layer_scale=1e-5, drop_path=0.3, codes=512, values=256, sem_read="registers", centre_codes=False,
@@ -52,7 +52,8 @@ PRESETS = {
         locals=8, local_size=98, local_scale=[0.05, 0.32],
         jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, blur=[1.0, 0.1, 0.5], solarise=0.2,
         steps=125_000, batch_size=256, lr=5e-5, lr_final=0.02, beta2=0.999, momentum=0.992, warmup=12_500,
-        weight_decay=0.04, weight_decay_final=0.4, layer_decay=0.9, patch_lr=0.2, workers=12),
+        weight_decay=0.04, weight_decay_final=0.4, layer_decay=0.9, patch_lr=0.2,
+        save_every=5000, workers=12),
 }
 
 # -------- model (names and arithmetic of DINOv2 with registers) ----------------------------------------
