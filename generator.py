@@ -2,7 +2,7 @@
 
 A straight path from noise e to image x; the network predicts x and is compared as a velocity:
     z_t = t·x + (1 − t)·e,  t = sigmoid(n), n ~ N(mu, sigma²)       v = x − e = (x − z_t) / (1 − t)        (1)
-    loss = E ‖v_net(z_t, t, c) − v‖², divided by 1 − t ≥ .05                                               (2)
+    loss = E ‖v_net(z_t, t, c) − v‖², in both v 1 − t taken as .05 at least                                (2)
     dz/dt = v_null + w·(v_c − v_null) in the guidance interval of t, else v_c; from t = 0 (noise) to 1     (3)
 The code c (L positions) can enter as the mean of one embedding per position, beside t in adaLN (the paper,
 section 3.2), as G in-context tokens, each the mean over L / G positions, and in place: where the tokenizer
@@ -10,7 +10,8 @@ reads each patch into positions of its own, their mean is added to the token of 
 codes are dropped, for v_null, and, in place, single positions. --predict noise: the paper's own diffusion.
 
 Reads images and OUT/<dataset>/codes.pt; writes generator.pt there. References: --condition none reads no
-codes, --factors the true factors of shapes. --vae: in latents, kept in latents.pt, not in pixels.
+codes (generator-uncond.pt), --factors the true factors of shapes (generator-factors.pt). With --vae it works
+in latents, kept in latents.pt, not in pixels.
     python generator.py                                                      # the dataset shapes, on a CPU
     python generator.py --dataset cifar10                                    # one GPU
     torchrun --nproc-per-node 8 generator.py --dataset imagenet              # a node, pixels, patch 16
@@ -158,7 +159,7 @@ class DiT(nn.Module):
         self.V, self.condition, self.predict = values, condition, predict
         self.x_shape = (channels, size, size)
         self.vae = None
-        widths = [channels] + [32 << k for k in range(stem)]  # channels of each level, last of patches
+        widths = [channels] + [32 << k for k in range(stem)]  # channels of z and after each halving
         patch_width = widths[-1] * self.inner_patch ** 2  # P
         self.stem = nn.ModuleList(
             nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
@@ -217,8 +218,8 @@ NEAREST = 0.05  # least 1 − t in the loss with x-prediction: bounds the weight
 
 
 def velocity(output, z, t, predict, nearest=0.0):
-    """Equation (1): an output (B, C, S, S), of the network or the one it should give, at z and t (B,), or one
-    number, as a velocity; `nearest`: least 1 − t to divide by."""
+    """The velocity of equation (1) that belongs to an output (B, C, S, S), the network's or the ideal one, at
+    z and t (B,), or one number; `nearest`: least 1 − t to divide by."""
     output = output.float()
     if predict == "v":
         return output
@@ -247,7 +248,7 @@ def flow_loss(model, x, codes, part, args, run):
     if args.predict == "v":
         target = x - e
     else:
-        target = velocity(x, z, t, "x", NEAREST)  # the same where 1 − t ≥ NEAREST
+        target = velocity(x, z, t, "x", NEAREST)  # x − e, but less where 1 − t < NEAREST
     return (velocity(output, z, t, args.predict, NEAREST) - target).square().mean()
 
 
@@ -339,8 +340,8 @@ class NoiseLevels:
         squares = (self.posterior_mean(x, z, i) - mean).square() * torch.exp(-log_variance)
         kl = 0.5 * (ratio.exp() - 1 - ratio + squares)
 
-        def normal_cdf(x):  # as nearly as GELU's tanh is: DiT's own
-            return 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x ** 3)))
+        def normal_cdf(a):  # as nearly as GELU's tanh is: DiT's own
+            return 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (a + 0.044715 * a ** 3)))
 
         scale = torch.exp(-0.5 * log_variance)
         below = torch.where(x < -0.999, 0.0, normal_cdf((x - mean - 1 / 255) * scale))
@@ -445,7 +446,7 @@ class VAE:
             self.down = 2 ** (len(config["block_out_channels"]) - 1)
             self.scale = config["scaling_factor"]  # with the shift it brings latents to about unit variance
             self.shift = config.get("shift_factor") or 0.0
-            weights = sorted(path.glob("diffusion_pytorch_model.*"))[-1]  # .safetensors before .bin
+            weights = sorted(path.glob("diffusion_pytorch_model.*"))[-1]  # .safetensors rather than .bin
             self.id = hashlib.sha256(weights.read_bytes()).hexdigest()
             self.model = AutoencoderKL.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False)
             self.model.to(device).eval().requires_grad_(False)
@@ -633,7 +634,8 @@ def open_inputs(parser, args, stage, dataset, run):
     args.channels, args.down = (vae.channels, vae.down) if vae else (3, 1)
     side, left = divmod(args.image_size, args.patch * args.down)  # of the grid of tokens
     if left:
-        parser.error(f"argument --patch: {args.patch} latents of {args.down} pixels do not fit --image-size")
+        parser.error(f"argument --patch: patches of {args.patch * args.down} pixels do not fit --image-size "
+                     f"{args.image_size}")
     if args.condition == "place" and (args.code_side == 0 or side % args.code_side):
         parser.error("argument --condition: place needs codes of --sem-read patches, on a grid whose side "
                      f"divides that of the generator's tokens, {side}; choose mean, context or both")
@@ -673,9 +675,9 @@ def main(argv=None, dataset=None):
     wrapped = run.wrap(model, args)
     steps = data.Steps(checkpoint, start, train_rows, args.batch_size)
     batches = None if vae else data.image_batches(dataset, run, args, start)
-    singly = args.drop_positions if args.condition == "place" else 0.0
-    if stored["colour_codes"] and singly > 0:  # else form would be guessed from colour
-        singly = singly * data.colour_positions(stored).to(run.device)  # (L,)
+    drop_positions = args.drop_positions if args.condition == "place" else 0.0
+    if stored["colour_codes"] and drop_positions > 0:  # of colour only: else form would be guessed from it
+        drop_positions = drop_positions * data.colour_positions(stored).to(run.device)  # (L,)
 
     for step in steps:
         images = None if vae else next(batches)  # of this process
@@ -690,7 +692,7 @@ def main(argv=None, dataset=None):
                 x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
             c = stored["codes"][part.rows, flip].long().to(run.device)  # (b, L), of the flip that is shown
             if args.condition != "none":
-                c = drop_codes(c, args.values, part, args.drop, singly)
+                c = drop_codes(c, args.values, part, args.drop, drop_positions)
             loss = loss + part.backward(loss_of(wrapped, x, c, part, args, run))
         loss = run.average(loss)
         norm = optimizers.step(step, loss)  # stops where the loss or a gradient is not finite
@@ -700,9 +702,9 @@ def main(argv=None, dataset=None):
             rows = list(dataset.splits["val"])[:16]
             codes = stored["codes"][rows, 0].long()  # (16, L)
             drawn = generate(ema.module, codes, args, run)
-            images = torch.cat([dataset.pixels(rows), drawn])
+            shown = torch.cat([dataset.pixels(rows), drawn])
             path = run.folder / "samples" / f"{stage}-{step + 1:06d}.png"
-            data.save_grid(path, images, 16, settings={**vars(args), "rows": "real, generated"})
+            data.save_grid(path, shown, 16, settings={**vars(args), "rows": "real, generated"})
     run.wait()
 
 

@@ -10,9 +10,9 @@ variance. Sampled from all-hidden by revealing positions: ancestral, one event a
 --kind ar, autoregressive, with exact likelihood and a key-value cache for sampling:
     − log p(c) = Σ_l − log p(c_l | c_1 .. c_{l−1})                                                         (2)
 
-Both are reported in bits per token, − log₂ p(c) / L, on held-out codes. (H: attention heads.) Where each
-patch has P positions of its own, the transformer sees them as one of N = L / P tokens; what is hidden, drawn
-and counted are positions all the same.
+Both are reported in bits per token, − log₂ p(c) / L, on held-out codes; "token" there is one position. (H:
+attention heads.) Where each patch has P positions of its own, the transformer sees them as one of N = L / P
+tokens; what is hidden, drawn and counted are positions all the same.
 
 Reads OUT/<dataset>/codes.pt; writes OUT/<dataset>/prior-masked.pt or prior-ar.pt.
     python prior.py --kind masked                                            # the dataset shapes, on a CPU
@@ -126,7 +126,7 @@ class Within(nn.Module):
 
     def forward(self, x, before):
         """x: the token of each position, before: the sum of `earlier` over those before it in the token, all
-        (B, L, D) → (B, L, D)."""
+        (B, L, D), or (B, 1, D) for one position → the same shape."""
         x = x + before
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))  # (B, L, D)
@@ -138,7 +138,7 @@ class Prior(nn.Module):
     make one of the N = L / P tokens, by the sum of their embeddings.
 
     tables "position": each position has its own V embeddings and outputs (a value means something else in
-    each position); "shared": one vocabulary for all positions. """
+    each position); "shared": one vocabulary for all positions."""
 
     def __init__(self, codes, values, width, depth, heads, dropout, causal, tables, per_token=1):
         super().__init__()
@@ -152,7 +152,7 @@ class Prior(nn.Module):
         self.head = nn.Parameter(torch.zeros(vocabularies, width, values))
         if causal and per_token > 1:
             self.within = Within(len(self.wte), width, inner)
-        first_row = (torch.arange(codes) % vocabularies) * (values + 1)  # of each position, in wte
+        first_row = (torch.arange(codes) % vocabularies) * (values + 1)  # of each position, in wte; shared: 0
         self.register_buffer("first_row", first_row, persistent=False)
         rope = rope_table(codes // per_token, width // heads)
         self.register_buffer("rope", rope, persistent=False)
@@ -164,10 +164,6 @@ class Prior(nn.Module):
     def start(self, codes):
         """The token (B, 1, D) before the first: value V at position L − 1."""
         return self.embed(torch.full_like(codes[:, :1], self.V), slice(self.L - 1, self.L))
-
-    def earlier(self, codes, positions=slice(None)):
-        """What `within` adds up, (B, l, D), as `embed`."""
-        return F.embedding(codes + self.first_row[positions], self.within.earlier)
 
     def forward(self, codes):
         """codes (B, L) long → logits (B, L, V). Masked: of each position given all. Causal: of position l
@@ -181,15 +177,17 @@ class Prior(nn.Module):
         if self.P > 1:
             x = x.repeat_interleave(self.P, 1)  # (B, L, D)
             if self.causal:  # shifted by one position inside each token
-                earlier = self.earlier(codes).unflatten(1, (-1, self.P))  # (B, N, P, D)
-                before = F.pad(earlier[:, :, :-1], (0, 0, 1, 0)).cumsum(2)
+                earlier = F.embedding(codes + self.first_row, self.within.earlier)  # (B, L, D)
+                earlier = earlier.unflatten(1, (-1, self.P))  # (B, N, P, D)
+                before = F.pad(earlier[:, :, :-1], (0, 0, 1, 0)).cumsum(2)  # (B, N, P, D)
                 x = self.within(x, before.flatten(1, 2))  # (B, L, D)
         x = self.ln_f(x).transpose(0, 1)  # (L, B, D)
         return (x @ self.head.to(x.dtype)).transpose(0, 1)  # (B, L, V), by one matrix a position or for all
 
     def next_token(self, codes, cache):
-        """For sampling, what the blocks of a causal prior say of one token, (B, 1, D): the one after the
-        `codes` (B, whole tokens), of which `cache` (depth, 2, B, H, n, D/H) has the keys and values."""
+        """For sampling, what the blocks of a causal prior say of one token, (B, 1, D): the one after those
+        already drawn in `codes` (B, L). `cache` (depth, 2, B, H, n, D/H) has the keys and values of the n − 1
+        inputs before the newest (the last token drawn, at first the start), whose own are written there."""
         at = cache.shape[4] - 1
         last = slice((at - 1) * self.P, at * self.P)
         x = self.embed(codes[:, last], last).sum(1, keepdim=True) if at else self.start(codes)  # (B, 1, D)
@@ -202,9 +200,10 @@ class Prior(nn.Module):
         """Logits (B, V) of a position of the token x (B, 1, D), of which `codes` (B, L) has those before."""
         if self.P > 1:
             before = slice(position - position % self.P, position)
-            x = self.within(x, self.earlier(codes[:, before], before).sum(1, keepdim=True))  # (B, 1, D)
+            earlier = F.embedding(codes[:, before] + self.first_row[before], self.within.earlier)
+            x = self.within(x, earlier.sum(1, keepdim=True))  # (B, 1, D)
         x = self.ln_f(x)[:, 0]  # (B, D)
-        return x @ self.head[position % len(self.head)].to(x.dtype)
+        return x @ self.head[position % len(self.head)].to(x.dtype)  # (B, V); shared: head 0
 
 
 class SigmaBlock(nn.Module):
@@ -244,9 +243,9 @@ class SEDD(nn.Module):
 
     There a position is hidden at noise σ with probability 1 − e^−σ, and the network says out_v, the score of
     value v at a hidden position being e^out_v / ((e^σ − 1) V). The true score is p(c_l = v | visible) /
-    (e^σ − 1): out says p up to a constant, and the least of score entropy and of (1) are at the same p, which
-    does not depend on σ. So (1) trains it, and every sampler here draws from it, in at most L calls. It is
-    told the σ at which the share of positions that is hidden would be expected."""
+    (e^σ − 1), so out_v is log p up to a constant. Score entropy and (1) are least at the same p, which does
+    not depend on σ: (1) trains it, and every sampler here draws from it, in at most L calls. As σ it is given
+    −log(1 − the share of positions that are hidden)."""
 
     def __init__(self, codes, values, width, depth, heads, dropout, condition):
         super().__init__()
@@ -268,8 +267,9 @@ class SEDD(nn.Module):
 
     def forward(self, codes):
         """codes (B, L) long, V: hidden → logits (B, L, V)."""
-        share = (codes == self.V).float().mean(1)  # (B,)
-        return self.outputs(codes, -torch.log1p(-share.clamp(max=0.999)))[..., :self.V]
+        hidden_share = (codes == self.V).float().mean(1)  # (B,)
+        sigma = -torch.log1p(-hidden_share.clamp(max=0.999))  # (B,), 6.9 in place of ∞ where all are hidden
+        return self.outputs(codes, sigma)[..., :self.V]
 
     def outputs(self, codes, sigma):
         """What the network says of codes (B, L) at noise sigma (B,): (B, L, V + 1)."""
@@ -295,7 +295,8 @@ def ranks(x, descending=False):
 def hide_positions(codes, null, u, scores):
     """Hide k = ⌊u · n⌋ + 1 of the n positions with a finite score, those with the lowest (text_prior.py gives
     +∞ to what stays visible). codes (B, L), u (B,) in [0, 1), scores (B, L), `null` the value that hides, a
-    number or one a position (L,) → codes with `null`, which are hidden (B, L) bool, k (B,)."""
+    number or one a position (L,). Returns codes with `null` at the hidden positions (B, L), where these are
+    (B, L) bool, and k (B,)."""
     n = scores.isfinite().sum(1)  # (B,)
     k = ((u * n).floor() + 1).minimum(n)  # in float32 the last u can round to 1
     hidden = ranks(scores) < k[:, None]
@@ -326,19 +327,19 @@ def mean_bits(nll):
 
 
 @torch.no_grad()
-def bits_per_token(model, codes, run, draws=4, batch=500):
+def bits_per_token(model, codes, run):
     """Mean bits per token on codes (n, L) long and its standard error: exact for AR; for masked the bound
-    (1), averaged over `draws` random masks a code, with k spread evenly over 1..L."""
+    (1), averaged over four random masks a code, with k spread evenly over 1..L."""
     generator = data.step_generator(0, 0)
     nll = []
-    for part in codes.split(batch):
+    for part in codes.split(500):
         n = len(part)
         part = part.to(run.device)
         if model.causal:
             nll.append(ar_nll(model, part, run))
             continue
         estimates = []
-        for _ in range(draws):
+        for _ in range(4):
             u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
             scores = torch.rand(n, model.L, generator=generator)
             estimates.append(masked_nll(model, part, model.V, u.to(run.device), scores.to(run.device), run))
@@ -372,7 +373,7 @@ def draw_values(logits, temperature, nucleus, u):
     return values.to(logits.device), log_p
 
 
-BATCH = 500  # samples drawn together; random numbers are drawn for all: fewer samples are the same ones
+BATCH = 500  # samples drawn together; random numbers are drawn for all, so that fewer are the first of them
 
 
 @torch.no_grad()
@@ -395,7 +396,7 @@ def sample_masked(model, codes, sampler, run, generator, log_weights=None, condi
         return torch.rand(max(n, BATCH), L, generator=generator, dtype=torch.float64)[:n]  # (n, L)
 
     if order != "ancestral":
-        turn = ranks(uniform() + given * 2) // per_step  # (n, L), of an event; given positions last
+        turn = ranks(uniform() + given * 2) // per_step  # (n, L), the call that draws each; given ones last
     for step in range(steps):
         hidden = codes == model.V  # (n, L)
         if order != "ancestral" and not hidden.any():
@@ -456,7 +457,8 @@ def redraw_codes(model, codes, rounds, fraction, sampler, run, generator, log_we
 
 @torch.no_grad()
 def sample_ar(model, count, sampler, run, generator):
-    """Draw codes (count, L) from a causal prior, one position a call. Returns codes and calls (count,)."""
+    """Draw codes (count, L) from a causal prior, its blocks called once a token. Returns codes and these
+    calls (count,)."""
     model = copy.deepcopy(model)
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
@@ -473,7 +475,7 @@ def sample_ar(model, count, sampler, run, generator):
                 x = model.next_token(codes, cache[..., :token + 1, :])  # (count, 1, D)
             logits = model.next_logits(x, codes, position)  # (count, V)
         codes[:, position] = draw_values(logits, sampler["temperature"], sampler["nucleus"], u)[0]
-    return codes.cpu(), torch.full((count,), model.L)
+    return codes.cpu(), torch.full((count,), N)
 
 
 def draw_in_batches(draw, count, seed, first=0):
@@ -498,7 +500,7 @@ def sample_codes(model, count, sampler, run, seed=0, first=0):
     return draw_in_batches(draw, count, seed, first)
 
 
-SAMPLERS = {  # unlikely values of the masked prior are often wrong; less than all costs the AR prior variety
+SAMPLERS = {  # unlikely values of the masked prior are often wrong; nucleus < 1 costs the AR prior variety
     "masked": {"temperature": 1.0, "nucleus": 0.95, "order": "event", "order_noise": 1.0},
     "ar": {"temperature": 1.0, "nucleus": 1.0},
 }
@@ -534,7 +536,7 @@ def build_prior(config):
     sizes = {key: config[key] for key in ("codes", "values", "width", "depth", "heads", "dropout")}
     if config.get("network") == "sedd":
         return SEDD(**sizes, condition=config.get("condition", 128))
-    per_token = config.get("per_token", 1)  # a checkpoint of an earlier version has one
+    per_token = config.get("per_token", 1)  # missing in checkpoints of an earlier version
     return Prior(**sizes, causal=config["kind"] == "ar", tables=config["tables"], per_token=per_token)
 
 
@@ -555,7 +557,7 @@ def read_release(folder):
     state = data.read_weights(folder)
     with data.reading(folder, "expected the authors' SEDD"):
         codes, width = state["pos_embed"].shape
-        heads = width // (2 * len(state.pop("rotary_emb.inv_freq")))
+        heads = width // (2 * len(state.pop("rotary_emb.inv_freq")))  # D/H/2 frequencies
         config = dict(codes=codes, values=len(state["vocab_embed.embedding"]) - 1, width=width, heads=heads,
                       depth=len([name for name in state if name.endswith("attn_qkv.weight")]),
                       network="sedd", condition=len(state["sigma_map.mlp.0.weight"]))

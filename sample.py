@@ -19,8 +19,8 @@
 Images are files of any size; where none are named, pictures of the test split are taken. Grids go to
 OUT/<dataset>/samples/, numbered, with all settings inside (PNG: text "settings"; GIF: comment).
 
-Scores use a judge, a small CNN trained on all combinations of the factors (and, for shapes, to tell a clean
-drawing from a blend of two, a blurred and a frayed one); the Fréchet distance is taken in its features:
+Scores use a judge, a small CNN trained to read the factors (for shapes on all their combinations, and to tell
+a clean drawing from a blend of two, a blurred and a frayed one); the Fréchet distance is in its features:
     FD² = |m₁ − m₂|² + Tr(C₁ + C₂ − 2 (C₁ C₂)^½)                                                           (1)
 With --inception they are those of the literature, FID, Inception Score, precision and recall, in
 OUT/<dataset>/inception.json.
@@ -60,8 +60,9 @@ RELEASE = dict(  # the defaults of --release: the paper's settings
 # -------- codes in, pictures out -----------------------------------------------------------------------
 
 def mixture_weights(codes, weights, values, positions=None):
-    """Log-weights (..., L, V) of the values in a mixture of k codes (..., k, L): of the codes that have the
-    value there, −inf where none has. At `positions` the first code counts alone, at all others the rest."""
+    """Log-weights (..., L, V) of the values in a mixture of codes (..., k, L): of a value the sum of the
+    `weights` (k) of the codes that have it there, −inf where none has. At `positions` the first code counts
+    alone, elsewhere the others."""
     L = codes.shape[-1]
     weights = torch.as_tensor(weights, dtype=torch.float64)[:, None].repeat(1, L)  # (k, L)
     if positions is not None:
@@ -73,14 +74,16 @@ def mixture_weights(codes, weights, values, positions=None):
 
 
 def nearest_share(children, parents):
-    """Of the positions where k parents (n, k, L) differ, the share (n,) that a child (n, L) has from one."""
+    """Of the positions where k parents (n, k, L) differ, the share (n,) that a child (n, L) has from the one
+    that it is nearest to."""
     differ = (parents != parents[:, :1]).any(1, keepdim=True)  # (n, 1, L)
     equal = ((children[:, None] == parents) & differ).sum(2)  # (n, k)
     return equal.amax(1) / differ.sum(2)[:, 0].clamp(min=1)
 
 
-def inner_positions(stored, but_colours=False):
-    """The positions of stored codes in all patches but the outermost; or all but the colours of these."""
+def first_positions(stored, but_colours=False):
+    """The positions that a mixture takes from its first image: of --inside those of all patches but the
+    outermost; of --recolour (but_colours) all but the colours of these."""
     L, side = stored["L"], stored["side"]
     if side < 3:
         data.fail("--inside and --recolour: need codes of --sem-read patches, at least 3 side by side")
@@ -117,7 +120,7 @@ class Stages:
     def stored(self):
         """The codes, as data.load_codes; where the dataset is loaded, they must be its own."""
         remedy = "make it with " + data.script_command("tokenizer.py", self.args)
-        images_id = self.dataset.id if "dataset" in vars(self) else None
+        images_id = self.dataset.id if "dataset" in vars(self) else None  # loaded so far?
         return data.load_codes(self.run.folder / "codes.pt", remedy, images_id)
 
     @functools.cached_property
@@ -129,10 +132,6 @@ class Stages:
     def text_model(self):
         """(model, Text, config) of text_prior.pt."""
         return text_prior.load_text_prior(self.args, self.stored, self.run.device)
-
-    def files(self, kind):
-        """What pictures of the prior `kind` follow from."""
-        return [self.run.folder / f"{stage}.pt" for stage in ("generator", f"prior-{kind}")]
 
     def model(self, stage):
         """The model of a stage: prior-masked, prior-ar, generator or another like these."""
@@ -164,7 +163,8 @@ class Stages:
         return generator.generate(self.model(stage), codes, self.args, self.run, seed, first)
 
     def sample_codes(self, kind, count, seed=0, first=0):
-        """Codes (count, L) and network calls (count,) of a prior; `first` as in `draw`."""
+        """Codes (count, L) and network calls (count,) of a prior; `first` as in `draw`, a multiple of
+        prior.BATCH."""
         model = self.model(f"prior-{kind}")
         return prior.sample_codes(model, count, self.sampler(kind), self.run, seed, first)
 
@@ -174,7 +174,8 @@ class Stages:
 
         No code is likelier under the prior than a parent's own. So up to --draws children are drawn (by
         events, whatever --order says), and the first one is taken that has no more than --most, or than the
-        largest weight, of the positions where its parents differ from one of them; or who has least."""
+        largest weight, of the positions where its parents differ from one of them; if none, the one with
+        least."""
         log_weights = mixture_weights(codes, weights, self.stored["V"], positions)  # (n, L, V)
         if positions is not None and codes.shape[1] == 2:
             choose = "random"  # nothing is left to choose
@@ -183,7 +184,8 @@ class Stages:
             return prior.draw_values(log_weights, 1.0, 1.0, u)[0]
         model = self.model("prior-masked")
         sampler = self.sampler("masked")
-        most = max(self.args.most, max(weights) / sum(weights))
+        chosen = weights if positions is None else weights[1:]  # the first has its positions
+        most = max(self.args.most, max(chosen) / sum(chosen))
         begin = sampler | {"order": "event", "per_step": max(1, model.L // 16)}
         children = codes[:, 0].clone()
         share = torch.full((len(codes),), math.inf)  # of the nearest parent, in the child so far
@@ -265,15 +267,11 @@ class Release(Stages):
         return generator.load_release(Path(self.args.release, "DLC_DiT_L512"), self.run.device)
 
     def codes_of(self, rows):
-        """Codes (n, L) of the images `rows` of the dataset, cut straight to the encoder's size."""
+        """Codes (n, L) of the images `rows`: of files, cut straight to the encoder's size."""
         if torch.is_tensor(self.dataset.images):  # a small folder
             return self.encode(self.dataset.pixels(rows))
         files = data.ImageFiles([self.dataset.images.paths[row] for row in rows], self.backbone.image_size)
         return self.encode(torch.stack([files[k] for k in range(len(files))]))
-
-    def files(self, kind):
-        """All files of the release."""
-        return sorted(Path(self.args.release).rglob("*"))
 
 
 # -------- judge ----------------------------------------------------------------------------------------
@@ -302,10 +300,10 @@ class Judge(nn.Module):
 
 
 def spoil(a, b, u, noise):
-    """Images (n, 3, S, S) that are not clean, from clean ones a and b in [0, 255] by u (n, 5) and noise
-    (n, 2, 8, 8) uniform, a quarter of each kind: a faded into b, half of each, a blurred, a frayed."""
+    """Spoil clean images a, b (n, 3, S, S) in [0, 255] → uint8, by uniform u (n, 5) and noise (n, 2, 8, 8).
+    A quarter each: a faded into b; a beside b along a line; a blurred; a frayed."""
     n, _, side, _ = a.shape
-    u = u[:, :, None, None]
+    u = u[:, :, None, None]  # (n, 5, 1, 1): strength, angle and place of the line, two choices of the kind
     grid = (torch.arange(side) + 0.5) / side - 0.5
     angle = u[:, 1:2] * 6.283
     height = torch.cos(angle) * grid[:, None] + torch.sin(angle) * grid  # (n, 1, S, S)
@@ -386,7 +384,7 @@ def moments(features, batch=10_000):
     n = len(features)
     centre = sum(part.double().sum(0) for part in features.split(batch)) / n
     centred = (part.double() - centre for part in features.split(batch))
-    return centre, sum(part.T @ part for part in centred) / (n - 1)
+    return centre, sum(part.T @ part for part in centred) / max(1, n - 1)  # of one image: zero
 
 
 def frechet(a, b):
@@ -437,7 +435,8 @@ MEANT = {  # by the way of mixing, the parent of whom a child of shapes should h
 
 
 class Scores:
-    """The table of scores.json, of the test split: n pictures for each line, --seed for all noise."""
+    """The table of scores.json, of the test split: up to --count pictures for each line (for some a half or a
+    quarter of that), --seed for all noise."""
 
     def __init__(self, stages, args, run):
         self.stages, self.args, self.run = stages, args, run
@@ -533,7 +532,8 @@ class Scores:
 
     def score_priors(self, true_codes, of_true_codes, of_real):
         """For each trained prior bits per token, calls, how many samples are training codes, and Fréchet
-        distance, also as a multiple of that `of_true_codes`, also with that `of_real` images taken off."""
+        distance: itself, over that of images of true codes, and this ratio after that of real images is taken
+        off both."""
         train = self.dataset.splits["train"]
         train_codes = self.stored["codes"][train.start:train.stop, :1 + self.args.flip].flatten(0, 1)
 
@@ -562,9 +562,9 @@ class Scores:
         if "masked" in self.kinds:
             ways["positions by prior"] = ("prior", None)
         if self.stored["side"] > 2:
-            ways["inner patches of the first"] = ("random", inner_positions(self.stored))
+            ways["inner patches of the first"] = ("random", first_positions(self.stored))
             if self.stored["colour_codes"]:
-                ways["in the colours of the second"] = ("random", inner_positions(self.stored, True))
+                ways["in the colours of the second"] = ("random", first_positions(self.stored, True))
         codes = self.stages.codes_of(rows)  # (n, 2, L)
         found = {"copy of the first parent": codes[:, 0]}
         for way, (choose, positions) in ways.items():
@@ -608,6 +608,8 @@ class Scores:
         fits = data.is_unseen(mixed.flatten(0, 1), pair, self.args.held_out).view(len(mixed), -1)
         partner = (fits * torch.rand(fits.shape, generator=data.step_generator(self.args.seed, 3))).argmax(1)
         firsts = fits.any(1).nonzero()[:self.n // 4, 0]  # of those with a partner
+        if not len(firsts):  # no such pair in few pictures
+            return {}
         chosen = torch.stack([firsts, partner[firsts]], 1)  # (n, 2)
         wanted = mixed[chosen[:, 0], chosen[:, 1]]
         result = {}
@@ -750,7 +752,10 @@ def inception_scores(stages, args):
     dataset = stages.dataset
     stages.model("generator")  # what is missing is said now, not after hours
     stages.model(f"prior-{args.kind}")
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in stages.files(args.kind)]
+    models = [run.folder / f"{stage}.pt" for stage in ("generator", f"prior-{args.kind}")]
+    if args.release:
+        models = sorted(Path(args.release).rglob("*"))
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in models]
     left_out = ("workers", "device", "out", "data_dir")
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
     train = dataset.splits["train"]
@@ -789,7 +794,7 @@ def inception_scores(stages, args):
 
 
 # -------- pictures -------------------------------------------------------------------------------------
-# A command's function takes the stages and the flags, and returns what data.save_grid draws.
+# A command's function takes the stages and the flags, and returns what data.save_grid draws (reveal: frames).
 
 def input_images(stages, args, paths, most=8):
     """Images (n, 3, S, S) uint8 of files (none: `most` of the test split), codes (n, L) and titles."""
@@ -845,7 +850,7 @@ def compose(stages, args):
     check_mixture(args, k, L)
     positions = args.positions
     if args.inside or args.recolour:
-        positions = inner_positions(stages.stored, but_colours=args.recolour)
+        positions = first_positions(stages.stored, but_colours=args.recolour)
     columns = max(k, args.columns)
     families = codes.expand(columns * args.rows, k, L)
     rng = data.step_generator(args.seed, 0)
@@ -860,14 +865,15 @@ def infill(stages, args):
     inputs, codes, titles = input_images(stages, args, args.inputs)
     model = stages.model("prior-masked")
     rng = data.step_generator(args.seed, 0)
-    keep = torch.rand(args.rows, *codes.shape, generator=rng) < args.keep  # (rows, n, L)
-    given = torch.where(keep, codes, model.V).flatten(0, 1)  # (rows · n, L)
+    codes = codes.repeat(args.rows, 1)  # (rows · n, L)
+    keep = prior.ranks(torch.rand(codes.shape, generator=rng)) < round(args.keep * model.L)  # as in `text`
+    given = torch.where(keep, codes, model.V)
     filled, _ = prior.sample_masked(model, given, stages.sampler("masked"), stages.run, rng)
     images = torch.cat([inputs, stages.draw(filled, args.seed)])
     return {"images": images, "columns": len(inputs), "titles": titles}
 
 
-def read_prompts(args, stages):
+def read_prompts(stages, args):
     """The prompts of the command line and of --prompts, else four captions of the test split."""
     prompts = [prompt.strip() for prompt in args.inputs or []]
     if args.prompts:
@@ -886,7 +892,7 @@ def text(stages, args):
     --positions) or mixed with the prompt's (--weights)."""
     L, V = stages.stored["L"], stages.stored["V"]
     check_mixture(args, 2, L)
-    prompts = read_prompts(args, stages)
+    prompts = read_prompts(stages, args)
     repeated = [prompt for prompt in prompts for _ in range(args.columns)]
     rng = data.step_generator(args.seed, 1)
     given = None
@@ -897,7 +903,7 @@ def text(stages, args):
             keep = torch.isin(torch.arange(L), torch.tensor(args.positions))  # (L,)
             given = torch.where(keep, code, V)
         elif not args.weights:
-            order = torch.rand(code.shape, generator=rng).argsort(1).argsort(1)  # another for each picture
+            order = prior.ranks(torch.rand(code.shape, generator=rng))  # another for each picture
             given = torch.where(order < round(args.keep * L), code, V)
     codes, _ = stages.codes_from_prompts(repeated, args.text_guidance[0], args.seed, given)
     unknown = ", ".join(dict.fromkeys(stages.text_model[1].unknown(" ".join(prompts))))
@@ -1050,7 +1056,7 @@ def train_stages(stages, args):
         name = stage.split()[0]
         loaded = [] if name == "prior" else [dataset]  # a prior reads codes alone
         of_stage(name, MODULES[name].main, words, *loaded)
-        stages = Stages(args, run)
+        stages = Stages(args, run)  # anew: an earlier one may hold what this stage replaced
         stages.dataset = dataset
         if stage == "generator" and args.dataset == "shapes":
             write_examples(stages)
@@ -1061,7 +1067,7 @@ def train_stages(stages, args):
                 make_pictures(command, stages, args)
 
 
-TASKS = {
+TASKS = {  # as COMMANDS, but of the first only the docstring is used, for --help
     "--train": (train_stages, "", "--tokenizer --generator --prior --text-prior --count --columns --rows "
                 f"--kind --keep --text-guidance {MIXING}"),
     "--score": (Scores, "", f"--inception --release --count --kind --text-guidance {MIXING}")}
@@ -1071,7 +1077,8 @@ FLAGS = {
     **{f"--{name.replace('_', '-')}": OF_STAGE for name in MODULES},
     "--inception": dict(metavar="FILE", help="FID and others by this TorchScript network instead"),
     "--count": dict(type=data.number(4, 10 ** 9, int),
-                    help="pictures for a score, for some half (default: 2,000; with --inception 50,000)"),
+                    help="pictures for a score, for some a half or a quarter of that (default: 2,000; with "
+                    "--inception 50,000)"),
     "--prompts": dict(metavar="FILE", help="a file with a prompt in each line"),
     "--image": dict(metavar="FILE", help="a picture whose code is kept in part, or mixed in (--weights)"),
     "--keep": dict(type=data.fraction, default=0.5, help="share of positions kept"),

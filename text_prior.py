@@ -5,13 +5,13 @@ text → code, where the caption is never hidden:
     − log p(c | w) ≤ E_k  (L / k) · Σ_{l hidden} − log p(c_l | visible codes, w)                        (1)
 code → text, where the code is never hidden:
     − log p(w | c) ≤ E_k  (T / k) · Σ_{i hidden} − log p(w_i | c, visible words)                        (2)
-joint, where k of all L + T positions are hidden: the only task of the paper's release.
-k of the hidden part's positions, k uniform; every loss is divided once, by the number of positions of that
-part. Code positions can only become values, text positions only text. Some captions are dropped in training,
-so that sampling can be guided:
-    log p_w(c_l) = log p(c_l | visible) + w (log p(c_l | visible, caption) − log p(c_l | visible)) + const (3)
-A caption to be written fills a window of T tokens, the rest of which is its end token; one to be read is
-padded, unseen.
+joint, where all L + T positions may be hidden: the only task of the paper's release.
+Of the n positions that a task may hide (L, T or L + T) k are hidden, k ~ U{1..n}, and the loss is divided by
+n. Code positions can only become values, text positions only text. Some captions are dropped in training, so
+that sampling can be guided, by g:
+    log p_g(c_l) = log p(c_l | visible) + g (log p(c_l | visible, w) − log p(c_l | visible)) + const    (3)
+A caption to be written fills a window of T tokens, and pad after its end is a token like others; one that is
+only read is padded too, but no token sees the padding.
 
 Reads OUT/<dataset>/codes.pt and the captions; writes OUT/<dataset>/text_prior.pt.
     python text_prior.py                                             # shapes on a CPU
@@ -106,7 +106,7 @@ class Text:
         return text.lower() if self.small else text
 
     def pieces(self, text):
-        """The words of a text, where it folds as they are read: with the space before them, and signs too."""
+        """The words of a text; where it folds, signs are words too, and each keeps the space before it."""
         return re.findall(PATTERN if self.folds else r"\w+", self.fold(text))
 
     def encode(self, captions):
@@ -254,7 +254,8 @@ def stored_text(state):
 
 class TextPrior(nn.Module):
     """LLaDA's transformer over [L codes | start | T text tokens], with full attention and untied output; its
-    parameters are named as in LLaDA's checkpoints. Rows of the tables: text tokens, mask, start, codes.
+    parameters are named as in LLaDA's checkpoints. Rows of wte: text tokens and pad, mask, start, values of
+    codes, and, for tables "position", hidden codes; ff_out has the same rows but the last kind.
 
     tables "position": each code position has rows of its own for its V values and for being hidden; "shared":
     V rows for all positions, hidden is the mask token (as in the paper's release).
@@ -337,7 +338,7 @@ def text_nll(model, codes, text, task, u, scores, sizes, run):
     nll_codes = F.cross_entropy(values.float().transpose(1, 2), codes, reduction="none")  # (B, L)
     nll_text = F.cross_entropy(words.float().transpose(1, 2), text, reduction="none")  # (B, T)
     nll = torch.cat([nll_codes, nll_text], 1)  # (B, L + T)
-    return (nll * hidden).sum(1) / k  # (n / k) Σ, over n, the positions of the task's part
+    return (nll * hidden).sum(1) / k  # (1), (2) or the joint bound, divided by its L, T or L + T
 
 
 @torch.no_grad()
@@ -368,15 +369,15 @@ class TextToCode:
         writing = torch.zeros_like(codes[:, 0], dtype=torch.bool)
         if self.guidance == 1:  # no guidance, one call
             return model(codes, text, writing, words=False)[0]  # (B, L, V)
-        null = torch.full_like(text, model.pad)  # (B, T)
+        without = torch.full_like(text, model.pad)  # (B, T)
         start = torch.full_like(text[:, :1], model.start).repeat(2, 1)  # (2B, 1)
         if model.null_is_hidden:
-            null = torch.where(text == model.pad, model.pad, model.mask)
+            without = torch.where(text == model.pad, model.pad, model.mask)
             start[len(text):] = model.mask
-        both = torch.cat([text, null])  # (2B, T): with and without
+        both = torch.cat([text, without])  # (2B, T)
         logits, _ = model(codes.repeat(2, 1), both, writing.repeat(2), start, words=False)  # (2B, L, V)
-        given, null = logits.float().log_softmax(-1).chunk(2)
-        return null + self.guidance * (given - null)
+        guided, free = logits.float().log_softmax(-1).chunk(2)
+        return free + self.guidance * (guided - free)
 
 
 class CodeToText:
@@ -413,7 +414,7 @@ def text_from_codes(model, codes, window, sampler, run, seed=0):
     return sample_given(CodeToText(model), hidden, codes, sampler, run, seed)[0]
 
 
-# as prior.SAMPLERS; a caption: the most likely one, its surest words first
+# samplers, as prior.SAMPLERS; of a caption: the most likely one, its surest words first
 TO_CODE = {"temperature": 0.5, "nucleus": 1.0, "order": "event", "order_noise": 1.0}
 TO_TEXT = {"temperature": 0.0, "nucleus": 1.0, "order": "confidence", "order_noise": 0.0}
 
@@ -484,10 +485,10 @@ def encode_captions(dataset, args, run, text=None):
     if text is None:
         text = build_text(args.encoding, list(chain(*own[train.start:train.stop])))
     count = torch.tensor([len(texts) for texts in own])  # (N,)
-    captions = list(chain(*own))
-    distinct = list(dict.fromkeys(captions))
+    every = list(chain(*own))
+    distinct = list(dict.fromkeys(every))
     ids_of = dict(zip(distinct, text.encode(distinct)))
-    encoded = [ids_of[caption] for caption in captions]
+    encoded = [ids_of[caption] for caption in every]
     cut = sum(len(ids) > args.text_length for ids in encoded)
     if run.main and (missing or cut):
         print(f"{args.dataset}: {missing:,} of {len(dataset):,} images have no caption and train without; "

@@ -4,11 +4,11 @@ The SEM turns the tokens h that it reads into L points on a simplex and back (pa
     z = LayerNorm(W_in · flatten(h)) as (L, V)   p = softmax(z / tau) over V   out = Norm(W_out · p)       (1)
 (where each patch is read on its own: L / N positions a patch, out = Norm(mean over patches of W_out · p);
 with --colour-codes the last of them read which colours are in the patch, the others what is left without hue)
-    code_l = argmax_v z_lv − its mean over training images (ours: without it few values are used)          (2)
+    code_l = argmax_v (z_lv − mean of z_lv over training images), ours: else few values are used           (2)
 (or, with --nearest, the nearest of V means of z_l over training images, by k-means)
-Training (DINO on `out`, iBOT on masked patches, KoLeo spreads the batch; the teacher t averages the student
-s, k runs over the head's prototypes):
-    loss = − Σ_k t_k log s_k over pairs of views + ibot · the same on masked patches                       (3)
+Training (DINO on `out`, iBOT on masked patches, KoLeo spreads the batch; t_k, s_k: what the teacher, a moving
+average of the student, and the student give the head's prototype k):
+    loss = − Σ_k t_k log s_k, mean over pairs of views + ibot · the same on masked patches                 (3)
            − koleo · mean log distance to the nearest other image, summed over the two global crops
 
 Reads images; writes OUT/<dataset>/tokenizer.pt and codes.pt: codes (N, 2 flips, L) and a report on them.
@@ -154,7 +154,7 @@ class ColourEmbedding(nn.Module):
 
 
 def resize_positions(positions, side):
-    """Positions of CLS and patches for another image size: (1, 1 + N, D) → (1, 1 + side², D)."""
+    """Position embeddings of CLS and patches for another image size: (1, 1 + N, D) → (1, 1 + side², D)."""
     own = math.isqrt(positions.shape[1] - 1)
     if side == own:
         return positions
@@ -214,18 +214,18 @@ class ViT(nn.Module):
         x = self.patch_embed(seen).flatten(2).transpose(1, 2)  # (B, N, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        positions = resize_positions(self.pos_embed, math.isqrt(x.shape[1]))  # (1, 1 + N, D)
-        first = torch.cat([self.cls_token + positions[:, :1], self.register_tokens], 1)  # (1, 1 + R, D)
-        x = torch.cat([first.expand(len(x), -1, -1), x + positions[:, 1:]], 1)  # (B, 1 + R + N, D)
+        pos = resize_positions(self.pos_embed, math.isqrt(x.shape[1]))  # (1, 1 + N, D)
+        first = torch.cat([self.cls_token + pos[:, :1], self.register_tokens], 1)  # (1, 1 + R, D)
+        x = torch.cat([first.expand(len(x), -1, -1), x + pos[:, 1:]], 1)  # (B, 1 + R + N, D)
         for block in self.blocks:
             x = block(x)
         if self.colour_codes:
             colours = self.colour_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
-            x = torch.cat([x, F.gelu(colours + positions[:, 1:])], 1)  # (B, 1 + R + 2N, D)
+            x = torch.cat([x, F.gelu(colours + pos[:, 1:])], 1)  # (B, 1 + R + 2N, D)
         return x
 
     def logits(self, x):
-        """z of equation (1) from `tokens`: (B, reads, L · V / reads)."""
+        """z of equation (1) from `tokens`: (B, 1, L · V), or read by patch (B, N, L / N · V)."""
         if self.sem_read == "registers":
             h = x[:, :self.first_patch].flatten(1)[:, None]  # (B, 1, (1 + R) · D)
         else:
@@ -240,7 +240,7 @@ class ViT(nn.Module):
         shown (b, L / N) bool: which positions of a patch count, in all views of b images."""
         x = self.tokens(images, mask)
         z = self.logits(x)
-        p = (z.unflatten(-1, (-1, self.V)).float() / self.tau).softmax(-1)  # (B, reads, L / reads, V)
+        p = (z.unflatten(-1, (-1, self.V)).float() / self.tau).softmax(-1)  # (B, 1, L, V) or (B, N, L / N, V)
         if shown is not None:
             p = p * shown.repeat(len(p) // len(shown), 1)[:, None, :, None]  # (B, 1, L / N, 1)
         out = self.sem_out(p.flatten(-2).to(z.dtype)).mean(1)  # (B, D)
@@ -384,7 +384,7 @@ def blur(x, part):
 
 
 def colour_augment(images, view, args, part):
-    """Jitter, grey, blur and solarise (B, 3, S, S) in [-1, 1], as likely as in this view."""
+    """Jitter, grey, blur and solarise (B, 3, S, S) in [-1, 1], each with its probability in this view."""
     def chosen(probability):
         return part.uniform(1, 1, 1) < probability  # (B, 1, 1, 1)
 
@@ -414,16 +414,16 @@ def make_views(images, args, part):
     return views
 
 
-BLOCKS = 16  # rectangles that a mask is made of, at most
+RECTANGLES = 16  # rectangles that a mask is made of, at most
 
 
 def mask_counts(patches, batch_size, seed, step):
     """How many patches iBOT hides of each image: of one global crop none, of the other 10 to 50 %, evenly
     spread over the batch. (2, batch_size) long, on the CPU."""
-    order = torch.Generator().manual_seed(data.mix_seed(seed, step, "masks"))
-    share = 0.1 + 0.4 * (torch.randperm(batch_size, generator=order) + 0.5) / batch_size
+    generator = torch.Generator().manual_seed(data.mix_seed(seed, step, "masks"))
+    share = 0.1 + 0.4 * (torch.randperm(batch_size, generator=generator) + 0.5) / batch_size
     counts = (share * patches).round().long().clamp(min=1)
-    first = torch.rand(batch_size, generator=order) < 0.5  # whether the first crop is the one
+    first = torch.rand(batch_size, generator=generator) < 0.5  # whether the first crop is the one
     return torch.stack([counts * first, counts * ~first])
 
 
@@ -433,7 +433,7 @@ def draw_masks(args, part, step):
     until they are as many as mask_counts says."""
     side = args.global_size // args.patch
     counts = mask_counts(side ** 2, args.batch_size, args.seed, step)[:, part.whole].flatten()  # (2b,)
-    u = torch.cat([part.uniform(BLOCKS, 4) for _ in range(2)])  # (2b, BLOCKS, 4)
+    u = torch.cat([part.uniform(RECTANGLES, 4) for _ in range(2)])  # (2b, RECTANGLES, 4)
     ties = torch.cat([part.uniform(side ** 2) for _ in range(2)])  # (2b, N)
     least = 4 / side ** 2
     area = least + u[..., 0] * max(0.0, 1 / 3 - least)
@@ -443,11 +443,11 @@ def draw_masks(args, part, step):
     left = (1 - width) * u[..., 2, None, None]
     top = (1 - height) * u[..., 3, None, None]
     grid = (torch.arange(side, device=u.device) + 0.5) / side
-    across = (grid - left - width / 2).abs() <= width / 2  # (2b, BLOCKS, 1, side)
-    down = (grid[:, None] - top - height / 2).abs() <= height / 2  # (2b, BLOCKS, side, 1)
-    covers = across & down  # (2b, BLOCKS, side, side)
+    across = (grid - left - width / 2).abs() <= width / 2  # (2b, RECTANGLES, 1, side)
+    down = (grid[:, None] - top - height / 2).abs() <= height / 2  # (2b, RECTANGLES, side, 1)
+    covers = across & down  # (2b, RECTANGLES, side, side)
     everywhere = torch.ones_like(covers[:, :1])  # after all rectangles
-    covers = torch.cat([covers, everywhere], 1)  # (2b, BLOCKS + 1, side, side)
+    covers = torch.cat([covers, everywhere], 1)  # (2b, RECTANGLES + 1, side, side)
     first = covers.float().argmax(1).flatten(1)  # (2b, N), the first that covers a patch
     rank = (first + ties).argsort(1).argsort(1)
     mask = rank < counts.to(u.device)[:, None]
@@ -456,7 +456,8 @@ def draw_masks(args, part, step):
 
 
 def draw_shown(args, part):
-    """Which positions of a patch count: all, or of --alone one kind. (b, L / N) bool."""
+    """Which positions of a patch count, (b, L / N) bool: of a share --alone of the images those of form only,
+    of as many those of colour only, else all."""
     per_patch = args.codes // (args.global_size // args.patch) ** 2
     colour = torch.arange(per_patch, device=part.device) >= per_patch - args.colour_codes
     u = part.uniform(1)  # (b, 1)
@@ -479,7 +480,7 @@ def sinkhorn(logits, temperature, iterations=3):
     q = torch.exp(logits - over_processes(logits.max(), dist.ReduceOp.MAX))  # (n, K)
     for _ in range(iterations):
         q = q / over_processes(q.sum(0, keepdim=True)).clamp(min=1e-30)  # each prototype the same mass
-        q = q / q.sum(1, keepdim=True)  # each sample a distribution
+        q = q / q.sum(1, keepdim=True).clamp(min=1e-30)  # each sample a distribution
     return q
 
 
@@ -496,8 +497,8 @@ class Centering(nn.Module):
     def forward(self, logits, temperature):
         logits = logits.float()
         targets = ((logits - self.centre) / temperature).softmax(-1)
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        mean = over_processes(logits.mean(0, keepdim=True)) / world
+        count = over_processes(logits.new_tensor(float(len(logits))))  # processes hide unequally many patches
+        mean = over_processes(logits.sum(0, keepdim=True)) / count
         self.centre.lerp_(mean, 1 - self.momentum)
         return targets
 
@@ -566,8 +567,8 @@ def build_student(config):
     """The student of a dict of settings (a checkpoint's config)."""
     keys = ("patch", "width", "depth", "heads", "codes", "values", "tau", "sem_read", "registers", "stem",
             "attention", "drop_path", "layer_scale", "colour_codes", "nearest")
-    given = {key: config[key] for key in keys if key in config}  # earlier ones lack two
-    backbone = ViT(config["global_size"], **given)
+    given = {key: config[key] for key in keys if key in config}  # earlier checkpoints lack the last two
+    backbone = ViT(config["global_size"], **given)  # the size of what it sees in training
     backbone.mask_token.requires_grad_(config["ibot"] > 0)  # DDP waits for every gradient
     head = DINOHead(config["width"], config["head_hidden"], config["bottleneck"], config["prototypes"])
     return Student(backbone, head)
@@ -658,8 +659,9 @@ def linear_probe(x, y, sizes, values=None):
 
 
 def report(dataset, codes, features, values, run, most=10_000):
-    """What the tokenizer is judged by: the use of values in train, and the accuracy of linear probes on up
-    to `most` images of each other split. codes (N, 2, L) unsigned, features (N, D)."""
+    """What the tokenizer is judged by: the use of values in train, and the accuracy on the other splits of
+    linear probes fitted to train, with up to `most` images of each split. codes (N, 2, L) unsigned, features
+    (N, D)."""
     train = dataset.splits["train"]
     train_codes = codes[train.start:train.stop, 0]  # (n, L)
     counts = [torch.bincount(position.long(), minlength=values) for position in train_codes.T]
@@ -722,7 +724,7 @@ def write_codes(backbone, dataset, run, args, made_from, batch=500):
 
 # -------- weights of others (--init, and sample.py --release) ------------------------------------------
 
-NAMES = {  # of transformers' Dinov2WithRegisters, and of DINOv2's release, which are ours
+NAMES = {  # from those of transformers' Dinov2WithRegisters to ours, which are those of DINOv2's release
     "embeddings.position_embeddings": "pos_embed",
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
     "attention.attention.query": "attn.qkv", "attention.output.dense": "attn.proj",
@@ -936,7 +938,7 @@ def main(argv=None, dataset=None):
         ema.update_parameters(student)
         steps.show(loss=loss, norm=norm, **terms)
         if step + 1 == args.steps and (args.centre_codes or args.nearest):
-            fit_codes(teacher.backbone, dataset, run)
+            fit_codes(teacher.backbone, dataset, run)  # last: an update copies the student's buffers, zeros
 
     write_codes(teacher.backbone, dataset, run, args, made_from | {"tokenizer": checkpoint.id})
     if run.main:

@@ -35,9 +35,9 @@ def test_inner_positions_are_off_the_rim_and_recolouring_leaves_all_but_their_co
     inner = torch.zeros(4, 4, 3).long()
     inner[1:3, 1:3] = 1
     stored = {"L": 48, "side": 4, "colour_codes": 1}
-    assert sample.inner_positions(stored).tolist() == inner.flatten().nonzero()[:, 0].tolist()
+    assert sample.first_positions(stored).tolist() == inner.flatten().nonzero()[:, 0].tolist()
     inner[:, :, :2] = 0
-    assert sample.inner_positions(stored, True).tolist() == (inner == 0).flatten().nonzero()[:, 0].tolist()
+    assert sample.first_positions(stored, True).tolist() == (inner == 0).flatten().nonzero()[:, 0].tolist()
 
 
 def test_the_first_image_takes_the_colours_inside_the_second_and_nothing_else(tmp_path):
@@ -50,7 +50,7 @@ def test_the_first_image_takes_the_colours_inside_the_second_and_nothing_else(tm
     args = sample.parse(["compose", "--recolour", "--out", str(out)])
     stages = sample.Stages(args, data.Run(args))
     parents = stages.codes_of([[0, 1]])  # (1, 2, L)
-    kept = sample.inner_positions(stages.stored, True)
+    kept = sample.first_positions(stages.stored, True)
     child = stages.compose(parents, [1, 1], data.step_generator(0, 0), args.choose, kept)
     exchanged = torch.ones(64).bool()
     exchanged[kept] = False
