@@ -7,12 +7,12 @@ A dataset is images (N, 3, S, S) as bytes, labels (N, factors), captions, and sp
 choosing) / test (for reporting). Rows and randomness of a step follow from (seed, step): a stopped run goes
 on exactly.
 
-Prepare, check and look at a dataset (writes OUT/<dataset>/samples/data.png; what all files call OUT/<dataset>
-is OUT/folder/pictures for my/pictures):
+Prepare, check and look at a dataset (writes OUT/<dataset>/samples/data.png; in all files OUT/<dataset> of
+--dataset folder is OUT/folder/<name of the folder>):
     python data.py                                            # shapes: drawn on the spot
     python data.py --dataset cifar10 --download               # the official binary archive into data/cifar10
     python data.py --dataset folder --data-dir my/pictures    # any tree of images, a class per sub-folder
-    python data.py --dataset imagenet --data-dir /data/imagenet --image-size 256
+    python data.py --dataset imagenet --data-dir /data/imagenet
 
 Letters in all files: B batch, N images or tokens, S image side, L code positions, V values a position, D
 width. """
@@ -61,7 +61,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, features
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 try:
@@ -222,7 +222,7 @@ def parse(parser, presets, argv=None, sizes=None):
         if not group.title.endswith(("run", "sampler")):
             parser.settings |= {flag.dest: flag.default for flag in group._group_actions}
     del parser.settings["help"]
-    args = parser.parse_intermixed_args(argv)  # for --dataset and --size; image names may follow flags
+    args = parser.parse_intermixed_args(argv)  # only to learn --dataset and --size; names may follow flags
     preset = presets.get(args.dataset, {}) | (sizes[args.size] if sizes and args.size else {})
     parser.set_defaults(**preset)
     args = parser.parse_intermixed_args(argv)
@@ -307,7 +307,7 @@ class Run:
     The same on a CPU, one GPU, or under torchrun. lock: the stage at which no second run may be at work in
     that folder."""
 
-    stop_asked = None  # in the steps of a training: whether it was asked to stop
+    stop_asked = None  # outside the steps of a training; in them whether it was asked to stop
 
     def __init__(self, args, lock=None):
         self.rank = int(os.environ.get("RANK", "0"))
@@ -318,7 +318,8 @@ class Run:
         self.dtype = torch.bfloat16 if self.is_faster_in_bfloat16() else torch.float32
         if args.dtype != "auto":
             self.dtype = getattr(torch, args.dtype)
-        self.folder, self.lock = run_folder(args), None
+        self.folder = run_folder(args)
+        self.lock = None
         self.sharded = False
         if "batch_size" in args and args.batch_size % (self.world * args.accumulate):
             parts = self.world * args.accumulate
@@ -337,9 +338,9 @@ class Run:
     def is_faster_in_bfloat16(self):
         """Whether bfloat16 makes a step faster: on CUDA, and on a CPU with AMX, or AVX512-BF16 by AMD.
         (Intel's AVX512-BF16, where a virtual machine hides AMX, takes longer.)"""
-        about = Path("/proc/cpuinfo")
-        amd = about.exists() and "AuthenticAMD" in about.read_text()
-        on_cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() and amd
+        cpu_info = Path("/proc/cpuinfo")
+        amd = cpu_info.exists() and "AuthenticAMD" in cpu_info.read_text()
+        on_cpu = torch.cpu._is_amx_tile_supported() or (amd and torch.cpu._is_avx512_bf16_supported())
         return on_cpu if self.device.type == "cpu" else self.device.type == "cuda"
 
     def wait(self):
@@ -531,17 +532,17 @@ SHAPES_COUNTS = {"train": 32_000, "val": 2_000, "test": 4_000,
 
 
 def held_out(pair, number, choice):
-    """For each value of the first of a `pair` of factors, the values of the second that it never meets, (k,
-    n), and those that it meets: of (shape, colour) it never meets `number`, else 1. Choice 0: from value i on
-    its own number, i, i + 1, ..; others: at random."""
-    first, second = (len(SHAPES[name]) for name in pair)
+    """Of a `pair` of factors, for each value of the first: the values of the second that it never meets,
+    (first, k), and those that it meets, (first, second − k); k is `number` for (shape, colour), else 1.
+    Choice 0: value i never meets i, i + 1, ..; another one seeds a random order."""
+    n_first, n_second = (len(SHAPES[name]) for name in pair)
     if pair != UNSEEN_PAIRS["unseen-shape-colour"]:
         number, choice = 1, 0
-    order = (torch.arange(first)[:, None] + torch.arange(second)) % second
+    order = (torch.arange(n_first)[:, None] + torch.arange(n_second)) % n_second
     if choice:
         rng = np.random.default_rng(choice)
-        order = torch.from_numpy(np.stack([rng.permutation(second) for _ in range(first)]))
-    return order.split([number, second - number], 1)
+        order = torch.from_numpy(np.stack([rng.permutation(n_second) for _ in range(n_first)]))
+    return order.split([number, n_second - number], 1)
 
 
 def is_unseen(labels, pair, held=HELD_OUT):
@@ -629,7 +630,7 @@ def shapes_labels(split, size, held=HELD_OUT):
         first, second = (labels[:, list(SHAPES).index(factor)] for factor in pair)
         unseen, seen = held_out(pair, *held)
         allowed = unseen if split == name else seen
-        second.copy_(allowed[first, (uniform[:, 13 + k] * allowed.shape[1]).long()])
+        second.copy_(allowed[first, (uniform[:, 13 + k] * allowed.shape[1]).long()])  # into labels
     said = (uniform[:, 15:16] < 2 / 3) | (uniform[:, 16:20] < 0.5)
     return labels, uniform[:, 5:13], said
 
@@ -696,8 +697,8 @@ def load_cifar10(args):
     folder = Path(args.data_dir)
     archive = folder / "cifar-10-binary.tar.gz"
     found = {path.name: path for path in folder.rglob("*.bin")}
-    remedy = (f"put {archive.name} (from {CIFAR_URL}) or its .bin files into {folder}, or run python data.py "
-              "--dataset cifar10 --download")
+    remedy = (f"put {archive.name} (from {CIFAR_URL}) or its .bin files into {folder}, or run "
+              + script_command("data.py --download", args))
     with reading(archive, remedy):
         if set(CIFAR_FILES) <= set(found):
             parts = [found[name].read_bytes() for name in CIFAR_FILES]
@@ -720,18 +721,16 @@ def load_cifar10(args):
         parts = (F.interpolate(x.float(), size, mode="bicubic", antialias=True) for x in images.split(1000))
         return torch.cat([x.round().clamp(0, 255).byte() for x in parts])
 
-    tenth = len(records) // 12  # 5,000: nine to train and one to choose, and the test file
+    tenth = len(records) // 12  # 5,000: nine of them to train, one to choose; the test file has two
     splits = consecutive({"train": 9 * tenth, "val": tenth, "test": 2 * tenth})
     return Dataset("cifar10", resized, labels, {"class": CIFAR_CLASSES}, splits, captions, source=CIFAR_MD5)
 
 
 # --- folder and imagenet: any tree of images ---
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever a file is named: no other decoder
-if features.check("avif"):  # some Pillows are built without
-    IMAGE_SUFFIXES.add(".avif")
-    FORMATS += ("AVIF",)
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
+                  ".avif"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # no other decoder, whatever the name
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as large is an error, and is said
 # Folders, and values of a column `split`, that are no classes, in any letter case.
 SPLIT_NAMES = {"train": "train", "seen": "train", "val": "val", "valid": "val", "validation": "val",
@@ -743,8 +742,8 @@ IN_MEMORY_BYTES = 2 << 30  # a folder whose decoded images exceed this is decode
 
 def scaled_to_bytes(image):
     """An image of 16 or 32 bits or floats in 8 bits, which Pillow would clip. White is the least of the usual
-    values that no pixel exceeds; 16 bits hold 12 where the brightest pixel has at least a quarter of these:
-    as a picture of 16 it would be black. Raises ValueError where a value is not finite."""
+    maxima that no pixel exceeds. For 16 bits that is 4095 (12 in use) only where the brightest pixel has at
+    least 1024: a darker picture is taken as dark. Raises ValueError where a value is not finite."""
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all():
         raise ValueError("values that are not finite")
@@ -756,22 +755,12 @@ def scaled_to_bytes(image):
     return Image.fromarray((values.clip(min=0) * (255 / white)).astype(np.uint8))
 
 
-@functools.lru_cache(16)
-def srgb_transform(profile, mode):
-    """What turns images of a mode and an embedded profile (bytes) into sRGB; None where they are in it.
-    Raises whatever Pillow does where the profile is broken or of another mode."""
-    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    if "sRGB" in ImageCms.getProfileDescription(source):
-        return None
-    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-
-
 def open_image(path, least_scale):
     """An image of any mode and colour profile as RGB, upright, on white. least_scale(width, height), the same
-    with both swapped: the scale at which a JPEG may be decoded, which is faster, without losing anything.
+    with both swapped: the least scale at which a JPEG may be decoded, which is faster.
     Raises whatever Pillow does where the file is not a whole image."""
     with Image.open(path, formats=FORMATS) as image:
-        profile = image.info.get("icc_profile")
+        profile = image.info.get("icc_profile", b"")
         scale = least_scale(*image.size)
         image.draft("RGB", tuple(math.ceil(side * scale) for side in image.size))
         image = ImageOps.exif_transpose(image)
@@ -782,9 +771,11 @@ def open_image(path, least_scale):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if image.mode not in ("L", "CMYK"):  # which have profiles of their own
             image = image.convert("RGB")
-        with suppress(Exception):  # a broken profile: the colours are taken as they are
-            transform = srgb_transform(profile, image.mode) if profile else None
-            image = ImageCms.applyTransform(image, transform) if transform else image
+        with suppress(Exception):  # none, a broken one or one of another mode: the colours stay as they are
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            target = ImageCms.createProfile("sRGB")
+            if "sRGB" not in ImageCms.getProfileDescription(source):
+                image = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
         return image.convert("RGB")
 
 
@@ -857,11 +848,9 @@ def list_files(folder, out):
     too, unless they hold the link."""
     names, out = [], Path(out).resolve()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        here = Path(parent).resolve()
-        for name in folders[:]:
-            target = (here / name).resolve()
-            if target == out or here.is_relative_to(target):
-                folders.remove(name)
+        here = Path(parent).absolute()
+        closed = {out, *(above.resolve() for above in (here, *here.parents))}
+        folders[:] = [name for name in folders if (here / name).resolve() not in closed]
         inside = os.path.relpath(parent, folder)
         paths = (os.path.normpath(os.path.join(inside, name)) for name in files)
         names += [path for path in paths if os.path.isfile(os.path.join(folder, path))]
@@ -912,23 +901,24 @@ def folded(path):
 
 
 def read_captions(folder, files, pictures, notes):
-    """Give the pictures what metadata.csv and metadata.jsonl say of them, and a.png, where that is nothing,
-    the text of a.txt; what was read is taken out of `files`. Paths in metadata start where it lies, or at
+    """Give the pictures what metadata.csv and metadata.jsonl say of them; where these say no text of a.png,
+    that of a.txt; what was read is taken out of `files`. Paths in metadata start where it lies, or at
     `folder`; rows that name no picture are said in `notes`, and it fails where all are so. Returns in words
     where captions are from."""
     sources, described, missing = set(), set(), []
     tables = [name for name, kind in files.items()
               if kind in (".csv", ".jsonl") and os.path.basename(name).lower() == "metadata" + kind]
     known = {folded(picture.name): picture for picture in pictures if tables}
-    known |= {picture.name: picture for picture in pictures if tables}
     for table in tables:
         path, kind = folder / table, files.pop(table)
-        sources.add("metadata" + kind)
-        rows = [line for line in read_text(path).split("\n") if line.strip()]
+        text = read_text(path)
+        rows = [line.strip() for line in text.split("\n")]
         if kind == ".csv":
             with reading(path, METADATA_ROW):
-                rows = list(csv.DictReader(io.StringIO(read_text(path))))
+                rows = list(csv.DictReader(io.StringIO(text)))
         for number, row in enumerate(rows, 1):
+            if not row:  # a blank line
+                continue
             with reading(f"{path} row {number}", METADATA_ROW):
                 row = json.loads(row) if isinstance(row, str) else row
                 file_name = row.pop("file_name", None)
@@ -937,7 +927,7 @@ def read_captions(folder, files, pictures, notes):
                 if not file_name or None in row:  # csv puts what has no column under None
                     raise Unfit("no file_name, or more values than columns")
                 names = [os.path.relpath(path.parent / file_name, folder), os.path.normpath(file_name)]
-                found = [known[key] for name in names for key in (name, folded(name)) if key in known]
+                found = [known[folded(name)] for name in names if folded(name) in known]
                 if not found:
                     missing.append(file_name)
                     continue
@@ -947,6 +937,8 @@ def read_captions(folder, files, pictures, notes):
                 described.add(picture)
                 picture.columns = {key: "" if value is None else str(value) for key, value in row.items()}
                 picture.texts = [text.strip() for text in texts if text.strip()] or [""]
+                if picture.texts != [""]:
+                    sources.add("metadata" + kind)
     if missing and not described:
         fail(f"{folder}: no row of its metadata names a picture that is there, {missing[0]!r} for one; write "
              f"paths from where the metadata lies, here they are like {pictures[0].name}")
@@ -1311,10 +1303,6 @@ def write_atomic(path, write):
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    with suppress(OSError):  # Windows opens no folder, some file systems flush none: the file itself is safe
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 def write_json(path, value):
@@ -1448,7 +1436,7 @@ def fill_rows(folder, size, run, work, shapes, chunk=2000):
     ...)}, shapes {name: (the rest of the shape, dtype)}. Processes divide the chunks among them and write
     into files in `folder`; a stopped run goes on. Whoever has used them removes the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    intact = all((folder / name).exists() for name in shapes)  # not stopped while they were removed
+    intact = all((folder / name).exists() for name in shapes)  # else stopped while the folder was removed
     run.wait()  # all processes have looked
     starts = range(run.rank * chunk, size, run.world * chunk)
     for start in tqdm(starts, desc=folder.name.lstrip("."), disable=not run.shows_bars):
@@ -1574,7 +1562,7 @@ class Optimizers:
     --lr-matrix 0). Each group of parameters carries its peak learning rate; scale(name): a factor on that of
     a parameter."""
 
-    def __init__(self, model, args, scale=lambda name: 1.0):
+    def __init__(self, model, args, scale=None):
         self.args, matrices, others = args, [], {}
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         for name, p in self.named:
@@ -1582,7 +1570,7 @@ class Optimizers:
                 matrices.append(p)
             else:
                 decays = p.ndim >= 2
-                peak = args.lr * scale(name)
+                peak = args.lr * (scale(name) if scale else 1.0)
                 decay = args.weight_decay * decays
                 group = {"params": [], "peak": peak, "weight_decay": decay, "decays": decays}
                 others.setdefault((decays, peak), group)["params"].append(p)
@@ -1639,7 +1627,7 @@ def averaged(model, decay):
         torch._foreach_lerp_(averages, weights, 1 - d)
 
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=update)
-    average.n_averaged.fill_(1)  # the model as it starts
+    average.n_averaged.fill_(1)  # at 0 the first update would copy the weights, not average them
     average.module.requires_grad_(False).eval()
     return average
 
@@ -1691,14 +1679,14 @@ class Checkpoint:
                 step = state["step"]
                 before = self.settings | state["config"]  # a flag that it does not know counts as its default
                 differ = [f"{name} {before[name]} → {now[name]}" for name in now if before[name] != now[name]]
-                others = [name for name, id in self.made_from.items() if state["made_from"][name] != id]
+                remade = [name for name, id in self.made_from.items() if state["made_from"][name] != id]
             if differ:
                 what = ", ".join(differ)
                 fail(f"{self.path}: trained with other settings ({what}); use those, or: {remedy}")
-            names = " and ".join(others)
-            if others and finished_on_others and step >= args.steps:
+            names = " and ".join(remade)
+            if remade and finished_on_others and step >= args.steps:
                 note(f"note: {self.path}: made from other {names} than those that it will encode; {remedy}")
-            elif others:
+            elif remade:
                 fail(f"{self.path}: made from other {names} than now; bring those back, or: {remedy}")
         mine = [now, self.made_from, step]
         if any(other != mine for other in gather(mine)):
@@ -1714,7 +1702,7 @@ class Checkpoint:
                     for name, part in self.parts.items():
                         part.load_state_dict(state[name])
         if step >= args.steps and self.run.main:
-            print(f"{self.path} is finished ({step} steps); --restart trains it again ({Parser.remedy})")
+            print(f"{self.path} is finished ({step} steps); --restart trains it again")
         return step
 
     def save(self, step):
@@ -1756,7 +1744,8 @@ class Log:
         for line in lines:
             with suppress(ValueError, KeyError, TypeError):  # cut where the run was killed
                 record = json.loads(line)
-                if record["step"] < start + ("loss" in record):  # what is measured at the end comes again
+                end = start if "loss" in record else start - 1  # what is measured at the end comes again
+                if record["step"] <= end:
                     kept.append(line + b"\n")
         if self.main:
             write_atomic(self.path, lambda file: file.writelines(kept))
@@ -1796,7 +1785,7 @@ class Steps:
         run, args = self.run, self.args
         self.bar = tqdm(total=args.steps, initial=self.start, disable=not run.shows_bars, dynamic_ncols=True)
         self.began = self.said = time.perf_counter()
-        self.last = self.start, self.began
+        self.shown_step, self.shown_at = self.start, self.began
         Run.stop_asked = False
         for self.step in range(self.start, args.steps):
             with self.counting_flops() if self.counts_flops else nullcontext():
@@ -1852,8 +1841,8 @@ class Steps:
         if not run.main:
             return
         now = time.perf_counter()  # the device has finished by now
-        seconds = (now - self.last[1]) / (done - self.last[0])
-        self.last = done, now
+        seconds = (now - self.shown_at) / (done - self.shown_step)
+        self.shown_step, self.shown_at = done, now
         rate = self.size / seconds
         speed = {"ms": round(seconds * 1e3, 1), f"{self.units} per second": round(rate, 1)}
         self.summary = (f"{done} steps, {now - self.began:.0f} s in this run, last {seconds * 1e3:.0f} ms a "

@@ -473,20 +473,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
     assert json.loads(path.read_text()) == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
-    """As on some network file systems; the file itself is flushed all the same."""
-    flushed = []
-
-    def fsync(descriptor):
-        if os.path.isdir(f"/dev/fd/{descriptor}"):
-            raise OSError("not supported")
-        flushed.append(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    data.write_json(tmp_path / "x.json", [1])
-    assert json.loads((tmp_path / "x.json").read_text()) == [1] and len(flushed) == 1
-
-
 @pytest.mark.parametrize("values, dtype", [(256, torch.uint8), (257, torch.uint16)])
 def test_codes_come_back_in_few_bytes(tmp_path, values, dtype):
     dataset = types.SimpleNamespace(splits={"train": range(0, 15), "test": range(15, 20)}, id="these")
