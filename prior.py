@@ -5,7 +5,8 @@ biases), used in two ways.
 ones uniformly:
     − log p(c) ≤ E_k  (L / k) · Σ_{l hidden} − log p(c_l | visible)                                        (1)
 That is the same number as E_t (1/t) Σ ... with each position hidden with probability t ~ U(0, 1], with less
-variance. Sampled from all-hidden by revealing positions: ancestral, one event at a time, or the surest first.
+variance. Sampled from all-hidden by revealing positions: ancestral, one event at a time, or the surest first;
+then in --rounds a share of them is drawn again, given the others.
 
 --kind ar, autoregressive, with exact likelihood and a key-value cache for sampling:
     − log p(c) = Σ_l − log p(c_l | c_1 .. c_{l−1})                                                         (2)
@@ -442,14 +443,15 @@ def sample_masked(model, codes, sampler, run, generator, log_weights=None, condi
 
 
 @torch.no_grad()
-def redraw_codes(model, codes, rounds, fraction, sampler, run, generator, log_weights=None):
-    """Codes (n, L) after `rounds` of redrawing. In each, a random `fraction` of the positions is hidden and
-    drawn again in one network call, each hidden position on its own: Gibbs sampling where there is one, near
-    it where there are more. log_weights as in sample_masked."""
-    per_round = max(1, round(fraction * model.L))
+def redraw_codes(model, codes, sampler, run, generator, log_weights=None):
+    """Codes (n, L) after --rounds of redrawing, which mend what contradicts itself. In each a random share
+    of the positions is hidden and drawn again in one network call, each hidden position on its own: Gibbs
+    sampling where there is one, near it where there are more. log_weights as in sample_masked."""
+    n, L = codes.shape
+    per_round = max(1, round(sampler["round_share"] * L))
     at_once = {**sampler, "order": "event", "per_step": per_round}
-    for _ in range(rounds):
-        hidden = ranks(torch.rand(codes.shape, generator=generator)) < per_round
+    for _ in range(sampler["rounds"]):
+        hidden = ranks(torch.rand(max(n, BATCH), L, generator=generator)[:n]) < per_round
         visible = torch.where(hidden, model.V, codes)
         codes, _ = sample_masked(model, visible, at_once, run, generator, log_weights)
     return codes
@@ -495,7 +497,8 @@ def sample_codes(model, count, sampler, run, seed=0, first=0):
         n = rows.stop - rows.start
         if model.causal:
             return sample_ar(model, n, sampler, run, generator)
-        return sample_masked(model, torch.full((n, model.L), model.V), sampler, run, generator)
+        codes, calls = sample_masked(model, torch.full((n, model.L), model.V), sampler, run, generator)
+        return redraw_codes(model, codes, sampler, run, generator), calls + sampler["rounds"]
 
     return draw_in_batches(draw, count, seed, first)
 
@@ -518,6 +521,9 @@ def add_sampler_flags(parser):
     add("--order-noise", type=data.non_negative, help="confidence: Gumbel noise on it (default: by kind)")
     add("--per-step", type=data.positive, default=1, help="event, confidence: positions revealed in a call")
     add("--ancestral-steps", type=data.positive, default=64, help="ancestral: steps from all hidden to none")
+    add("--rounds", type=data.count, default=32,
+        help="masked: rounds after that, in which a share of the positions is drawn again")
+    add("--round-share", type=data.fraction, default=0.125, help="share of the positions in a round")
     add("--remask", type=data.fraction, default=0.0, help="ancestral: probability of hiding a value again")
     add("--remask-window", type=data.fraction, nargs=2, default=[0.3, 0.55], metavar=("FROM", "TO"),
         help="t in which --remask acts")

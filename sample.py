@@ -53,9 +53,10 @@ from PIL import Image
 PRESETS = {name: {**data.PRESETS.get(name, {}),
                   "sample_steps": preset["sample_steps"], "guidance": preset["guidance"]}
            for name, preset in generator.PRESETS.items()}
+PRESETS["imagenet"]["rounds"] = 0  # as the paper
 RELEASE = dict(  # the defaults of --release: the paper's settings
     dataset="imagenet", out="out/release", image_size=256, dtype="float32", sample_steps=250, guidance=1.4,
-    batch=16, choose="random", text_guidance=[1.0])
+    batch=16, choose="random", text_guidance=[1.0], rounds=0)
 
 # -------- codes in, pictures out -----------------------------------------------------------------------
 
@@ -195,8 +196,7 @@ class Stages:
                 break
             hidden = torch.full_like(codes[rows, 0], model.V)
             drawn, _ = prior.sample_masked(model, hidden, begin, self.run, rng, log_weights[rows])
-            drawn = prior.redraw_codes(model, drawn, self.args.rounds, self.args.round_share, sampler,
-                                       self.run, rng, log_weights[rows])
+            drawn = prior.redraw_codes(model, drawn, sampler, self.run, rng, log_weights[rows])
             found = nearest_share(drawn, codes[rows])  # (m,)
             better = found < share[rows]
             children[rows[better]] = drawn[better]
@@ -977,7 +977,7 @@ def reveal(stages, args, most=32):
     return frames
 
 
-MIXING = "--choose --draws --most --rounds --round-share"
+MIXING = "--choose --draws --most"
 COMMANDS = {  # the function of each picture, the last stage that it needs, the flags that it reads
     "unconditional": (unconditional, "prior --kind {kind}", "--kind --columns --rows --release"),
     "reconstruct": (reconstruct, "generator", "inputs --rows --release"),
@@ -1096,8 +1096,6 @@ FLAGS = {
     "--draws": dict(type=data.positive, default=8, help="children drawn, of which one is taken"),
     "--most": dict(type=data.fraction, default=0.8, help="largest share of the positions where its parents "
                    "differ that a child has from one"),
-    "--rounds": dict(type=data.count, default=16, help="rounds in which the prior chooses again"),
-    "--round-share": dict(type=data.fraction, default=0.125, help="share of the positions in a round"),
     "--release": dict(metavar="DIR", help="draw with the authors' models, the folders of their release")}
 
 

@@ -52,8 +52,9 @@ def pytest_addoption(parser):
 
 def least(command):
     """Flags with which a command of sample.py draws least."""
-    reads = sample.COMMANDS[command][2].split()
-    few = [flag for flag in ("--rows", "--columns", "--rounds") if flag in reads]
+    _, last, reads = sample.COMMANDS[command]
+    few = [flag for flag in ("--rows", "--columns") if flag in reads.split()]
+    few += ["--rounds"] * (last != "generator")
     return [word for flag in (*few, "--sample-steps") for word in (flag, "1")]
 
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 L, V = 4, 3
 CODES = torch.tensor(list(itertools.product(range(V), repeat=L)))  # all 81
 SAMPLER = {"temperature": 1.0, "nucleus": 1.0, "order": "event", "per_step": 1, "order_noise": 1.0,
-           "steps": 64, "remask": 0.0, "remask_window": [0.3, 0.55]}
+           "steps": 64, "remask": 0.0, "remask_window": [0.3, 0.55], "rounds": 2, "round_share": 0.25}
 
 
 def tiny(causal, tables="position", codes=L, values=V, per_token=1):
@@ -202,7 +202,7 @@ def test_confidence_reveals_the_surest_position_first(known):
 
 def redraw(model, codes, rounds, log_weights=None):
     """prior.redraw_codes of one position a round: Gibbs sampling."""
-    return prior.redraw_codes(model, codes, rounds, 0.25, SAMPLER, FakeRun(), rng(1), log_weights)
+    return prior.redraw_codes(model, codes, SAMPLER | {"rounds": rounds}, FakeRun(), rng(1), log_weights)
 
 
 def test_redrawing_keeps_the_distribution_and_walks_to_it(known):
