@@ -170,7 +170,7 @@ def arguments(**change):
     settings = dict(
         dataset="folder", data_dir="in", out="out", image_size=16, workers=0, seed=0, held_out=[1, 0],
         flip=True, steps=10, batch_size=16, accumulate=1, lr=0.1, lr_matrix=0.0, lr_final=0.1, beta2=0.95,
-        warmup=2, weight_decay=0.0, clip=0.0, save_every=1000, dry_run=False, tensorboard=False,
+        warmup=2, weight_decay=0.0, clip=0.0, save_every=1000, dry_run=False,
         restart=False)
     return argparse.Namespace(**settings | change)
 

@@ -434,7 +434,7 @@ def test_any_value_of_any_flag_runs_or_is_one_line(trained, tmp_path, capsys, mo
             call(name, *SCRIPTS[name][:name == "sample"], "--help")
         flags = set(re.findall(r"^  (--[a-z][a-z-]+)", capsys.readouterr().out, re.M))
         assert len(flags) > 8
-        flags -= {"--out", "--help", "--compile", "--no-compile", "--tensorboard"}
+        flags -= {"--out", "--help", "--compile", "--no-compile"}
         cases += itertools.product([name], sorted(flags), VALUES)
     random.Random(request.config.getoption("--seed")).shuffle(cases)
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
