@@ -117,6 +117,8 @@ def reading(path, remedy):
         fail(f"no {path}: {remedy}")
     except PermissionError:
         fail(f"{path}: no permission to read it; see to who may")
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # nothing is wrong with the file: see run_script
     except Exception as problem:  # zipfile, pickle, json, torch and Pillow raise many kinds
         fail(f"{path}: not readable ({type(problem).__name__}: {str(problem)[:300]}); {remedy}")
 
@@ -275,11 +277,12 @@ def find_device(name):
     """The device of --device, set up. Fails with one line when it is not there."""
     try:
         device = torch.device(name)
+        if device.type == "cuda":  # each process its own
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.zeros(1, device=device).item()  # "meta" can be made, not read
     except (RuntimeError, AssertionError, ImportError) as problem:
         fail(f"--device {name}: not available here ({str(problem)[:200]}); expected cpu, cuda, cuda:1 or mps")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if device.type == "cpu":  # the plain formula beats the flash kernel 4 times at these lengths
@@ -437,6 +440,8 @@ def run_script(main):
         if dist.is_initialized() and re.search("timed? ?out|connection|closed by", text, re.IGNORECASE):
             fail(f"another process of this run died or did not answer for {TIMEOUT} seconds; see its own "
                  "message, the same command goes on from the last checkpoint")
+        if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            fail(f"torch.compile: {text[:300]}; install a C compiler and triton, or add --no-compile")
         raise
     finally:
         if hasattr(signal, "SIGCHLD"):
@@ -849,7 +854,7 @@ def list_files(folder, out):
     names, out = [], Path(out).resolve()
     for parent, folders, files in os.walk(folder, followlinks=True):
         here = Path(parent).absolute()
-        closed = {out, *(above.resolve() for above in (here, *here.parents))}
+        closed = {out, *(above.resolve() for above in (here, *here.parents)), *here.resolve().parents}
         folders[:] = [name for name in folders if (here / name).resolve() not in closed]
         inside = os.path.relpath(parent, folder)
         paths = (os.path.normpath(os.path.join(inside, name)) for name in files)

@@ -22,7 +22,6 @@ import hashlib
 import json
 import math
 import shutil
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -394,7 +393,7 @@ def solve(model, codes, draw, args, run):
 
 
 @torch.no_grad()
-def generate(model, codes, args, run, seed=0, first=0):
+def generate(model, codes, args, run, seed=0, first=0, preview=False):
     """Images (n, 3, S, S) uint8 on the CPU, from codes (n, L) long, as the sampler flags say. The noise of
     image i follows from (seed, first + i) alone."""
     images = []
@@ -408,8 +407,11 @@ def generate(model, codes, args, run, seed=0, first=0):
 
         x = solve(model, c, draw, args, run)  # (b, C, S, S)
         if not x.isfinite().all():
-            print("note: what was drawn is not finite everywhere, and grey there; lower --guidance, try "
-                  "--dtype float32, or more --sample-steps with --predict noise", file=sys.stderr)
+            wrong = ("what was drawn is not finite everywhere; lower --guidance, try --dtype float32, or "
+                     "more --sample-steps with --predict noise")
+            if not preview:
+                data.fail(wrong)
+            data.note(f"note: {wrong}; grey there")
             x = x.nan_to_num(0.0, 0.0, 0.0)
         pixels = model.vae.decode(x) if model.vae else x  # (b, 3, S, S)
         images.append(data.to_bytes(pixels.clamp(-1, 1)).cpu())
@@ -701,7 +703,7 @@ def main(argv=None, dataset=None):
         if steps.at_checkpoint and run.main and not (args.dry_run or run.stop_asked):
             rows = list(dataset.splits["val"])[:16]
             codes = stored["codes"][rows, 0].long()  # (16, L)
-            drawn = generate(ema.module, codes, args, run)
+            drawn = generate(ema.module, codes, args, run, preview=True)
             shown = torch.cat([dataset.pixels(rows), drawn])
             path = run.folder / "samples" / f"{stage}-{step + 1:06d}.png"
             data.save_grid(path, shown, 16, settings={**vars(args), "rows": "real, generated"})

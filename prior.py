@@ -522,7 +522,8 @@ def add_sampler_flags(parser):
     add("--per-step", type=data.positive, default=1, help="event, confidence: positions revealed in a call")
     add("--ancestral-steps", type=data.positive, default=64, help="ancestral: steps from all hidden to none")
     add("--rounds", type=data.count, default=32,
-        help="masked: rounds after that, in which a share of the positions is drawn again")
+        help="masked samples, and children of compose: rounds in which a share of the positions is drawn "
+             "again")
     add("--round-share", type=data.fraction, default=0.125, help="share of the positions in a round")
     add("--remask", type=data.fraction, default=0.0, help="ancestral: probability of hiding a value again")
     add("--remask-window", type=data.fraction, nargs=2, default=[0.3, 0.55], metavar=("FROM", "TO"),

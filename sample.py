@@ -53,7 +53,8 @@ from PIL import Image
 PRESETS = {name: {**data.PRESETS.get(name, {}),
                   "sample_steps": preset["sample_steps"], "guidance": preset["guidance"]}
            for name, preset in generator.PRESETS.items()}
-PRESETS["imagenet"]["rounds"] = 0  # as the paper
+PRESETS["imagenet"] |= {"rounds": 0,  # as the paper
+                        "workers": generator.PRESETS["imagenet"]["workers"]}
 RELEASE = dict(  # the defaults of --release: the paper's settings
     dataset="imagenet", out="out/release", image_size=256, dtype="float32", sample_steps=250, guidance=1.4,
     batch=16, choose="random", text_guidance=[1.0], rounds=0)
@@ -171,7 +172,7 @@ class Stages:
 
     def compose(self, codes, weights, rng, choose, positions=None):
         """A child (n, L) of each family of k codes (n, k, L), at every position the value of a parent. choose
-        "random": by the weights alone; "prior": by the masked prior times the weights, then redrawn.
+        "random": by the weights alone; "prior": by the masked prior times the weights, redrawn in --rounds.
 
         No code is likelier under the prior than a parent's own. So up to --draws children are drawn (by
         events, whatever --order says), and the first one is taken that has no more than --most, or than the
@@ -187,7 +188,8 @@ class Stages:
         sampler = self.sampler("masked")
         chosen = weights if positions is None else weights[1:]  # the first has its positions
         most = max(self.args.most, max(chosen) / sum(chosen))
-        begin = sampler | {"order": "event", "per_step": max(1, model.L // 16)}
+        at_once = max(1, model.L // 16) if sampler["rounds"] else 1  # no round mends these
+        begin = sampler | {"order": "event", "per_step": at_once}
         children = codes[:, 0].clone()
         share = torch.full((len(codes),), math.inf)  # of the nearest parent, in the child so far
         for _ in range(self.args.draws):
@@ -755,7 +757,7 @@ def inception_scores(stages, args):
     models = [run.folder / f"{stage}.pt" for stage in ("generator", f"prior-{args.kind}")]
     if args.release:
         models = sorted(Path(args.release).rglob("*"))
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in models]
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in models]
     left_out = ("workers", "device", "out", "data_dir")
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
     train = dataset.splits["train"]
@@ -1017,9 +1019,11 @@ def of_stage(name, function, *inputs):
     try:
         function(*inputs)
     except SystemExit as stopped:
-        if stopped.code not in (0, 143):
-            given = f'--{name.replace("_", "-")}="--flag value"'
-            print(f"note: sample.py --train takes flags of {name}.py as {given}", file=sys.stderr)
+        how = f'sample.py --train takes flags of {name}.py as --{name.replace("_", "-")}="--flag value"'
+        if stopped.code == 2:  # the parser has said what is wrong
+            print(f"note: {how}", file=sys.stderr)
+        elif "--" in str(stopped.code):  # this is said when the script ends
+            raise SystemExit(f"{stopped.code} ({how})") from None
         raise
 
 
@@ -1090,7 +1094,7 @@ FLAGS = {
     "--columns": dict(type=data.positive, default=8, help="pictures in a row"),
     "--rows": dict(type=data.positive, default=4, help="rows of generated pictures; explain: test images"),
     "--kind": dict(choices=("masked", "ar"), default="masked", help="the prior of unconditional samples"),
-    "--text-guidance": dict(type=data.number(0, 1e6), nargs="+", default=[2.0], help="w of equation (3) of "
+    "--text-guidance": dict(type=data.number(0, 1e6), nargs="+", default=[2.0], help="g of equation (3) of "
                             "text_prior.py; 1: none; --score measures all, pictures take the first"),
     "--choose": dict(choices=("prior", "random"), default="prior", help="who chooses the positions"),
     "--draws": dict(type=data.positive, default=8, help="children drawn, of which one is taken"),
@@ -1100,7 +1104,7 @@ FLAGS = {
 
 
 def parse(argv):
-    """The flags of the first command in the words, checked; those that it does not read have defaults."""
+    """The flags of the first command in the words, checked; other pictures' flags have defaults."""
     words = sys.argv[1:] if argv is None else argv
     tasks = COMMANDS | TASKS
     task = next((word for word in words if word in tasks), None)

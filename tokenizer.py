@@ -910,7 +910,7 @@ def main(argv=None, dataset=None):
     dataset = dataset or data.load_dataset(args)
     train_rows = dataset.splits["train"]
     data.fit_batch(parser, args, train_rows)
-    if args.init:  # a run that goes on loads its own weights over these
+    if args.init and (args.restart or not (run.folder / "tokenizer.pt").exists()):  # else it goes on
         load_init(student.backbone, args.init)
     centering = nn.ModuleDict({kind: Centering(args.prototypes) for kind in ("views", "patches")})
     centering.to(run.device)

@@ -282,8 +282,7 @@ def test_flags_that_do_not_fit_are_found_before_the_first_stage_trains(tmp_path,
         assert not said.out
     words = ["sample", "--train", "--image-size", "64", "--out", tmp_path]
     refuse(*words, f"--tokenizer={' '.join(TINY['tokenizer'])} --codes 64 --batch-size 500",
-           words=["--batch-size 500", "lower it"])
-    assert 'flags of tokenizer.py as --tokenizer="--flag value"' in capsys.readouterr().err
+           words=["--batch-size 500", "lower it", "flags of tokenizer.py as --tokenizer="])
     assert not list((tmp_path / "shapes").glob("*.pt"))
 
 
