@@ -303,7 +303,9 @@ class NoiseLevels:
     times[i] is the t of the flow with the same ratio of image to noise, √ᾱ_k / √(1 − ᾱ_k) = t / (1 − t)."""
 
     def __init__(self, kept=1000, device="cpu"):
-        numbers = torch.linspace(0, 999, kept, dtype=torch.float64).round().long()
+        strides = torch.full((kept,), 999 / max(1, kept - 1), dtype=torch.float64)
+        strides[0] = 0
+        numbers = strides.cumsum(0).round().long()  # summed as DiT's are: multiples may round otherwise
         s = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
         alpha = (1 - s).cumprod(0)[numbers]  # ᾱ
         before = F.pad(alpha[:-1], (1, 0), value=1.0)
