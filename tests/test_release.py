@@ -215,14 +215,14 @@ def test_sedd_is_told_the_noise_at_which_so_many_positions_are_hidden(models):
     assert not torch.allclose(model.outputs(codes, sigma + 1), model.outputs(codes, sigma), atol=1e-3)
 
 
-def test_sedd_trains_by_the_bound_and_draws_in_as_many_calls_as_positions(trained, tmp_path, capsys):
+def test_sedd_trains_by_the_bound_and_draws_in_a_call_for_each_position_and_round(trained, tmp_path, capsys):
     out = tmp_path / "out"
     link_codes(trained, out)
     flags = ["--kind", "masked", "--network", "sedd", *TINY["prior"], "--out", out]
     call("prior", *flags, "--steps", 60, "--lr", 0.01)
     shown = capsys.readouterr().out
     bits = float(shown.split("test: ")[1].split()[0])
-    assert 0 < bits < 2 and "network calls per sample: 16.0 for 16" in shown
+    assert 0 < bits < 2 and "network calls per sample: 48.0 for 16" in shown
     with pytest.raises(SystemExit):
         call("prior", *flags, "--kind", "ar")
     assert "argument --network: sedd is a masked prior" in capsys.readouterr().err
