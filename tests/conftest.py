@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from contextlib import contextmanager
@@ -26,6 +27,10 @@ from launch import SMALL, stop_after  # noqa: E402
 from PIL import Image  # noqa: E402
 
 torch.set_num_threads(1)
+# Under nohup or in the background these are ignored, by the scripts that tests start too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 CIFAR_RECORDS = 60  # in each file, instead of 10,000
 NETWORK = "--steps 6 --batch-size 8 --width 16 --depth 1 --heads 2".split()
