@@ -224,7 +224,8 @@ def parse(parser, presets, argv=None, sizes=None):
         if not group.title.endswith(("run", "sampler")):
             parser.settings |= {flag.dest: flag.default for flag in group._group_actions}
     del parser.settings["help"]
-    args = parser.parse_intermixed_args(argv)  # only to learn --dataset and --size; names may follow flags
+    # Twice: the first time to learn --dataset and --size. Intermixed: names of images may follow flags.
+    args = parser.parse_intermixed_args(argv)
     preset = presets.get(args.dataset, {}) | (sizes[args.size] if sizes and args.size else {})
     parser.set_defaults(**preset)
     args = parser.parse_intermixed_args(argv)
@@ -1238,14 +1239,17 @@ class StepImages(torch.utils.data.Dataset):
     """Item `step` is what this process reads in that step: loader workers decode whole batches ahead."""
 
     def __init__(self, dataset, own, args, read_file, numbers):
-        self.dataset, self.own, self.args = dataset, own, args
+        self.images, self.rows = dataset.images, dataset.splits["train"]  # the rest is not for workers
+        self.own, self.args = own, args
         self.read_file, self.numbers = read_file, numbers
 
     def __getitem__(self, step):
-        args, images = self.args, self.dataset.images
-        rows = batch_rows(self.dataset.splits["train"], args.batch_size, args.seed, step)[self.own]
-        if torch.is_tensor(images) or self.read_file is None:
-            return self.dataset.pixels(rows)
+        args, images = self.args, self.images
+        rows = batch_rows(self.rows, args.batch_size, args.seed, step)[self.own]
+        if torch.is_tensor(images):
+            return images[rows]
+        if self.read_file is None:
+            return torch.stack([images[k] for k in rows.tolist()])
         generator = torch.Generator().manual_seed(mix_seed(args.seed, step, "files"))
         u = torch.rand(args.batch_size, *self.numbers, generator=generator)[self.own]
         views = [images.read(k, self.read_file, u_k) for k, u_k in zip(rows.tolist(), u)]
@@ -1330,13 +1334,13 @@ def read(path, kind, only=None):
         raise Unfit("of another program, or of an earlier version of this one")
     if state["kind"] != kind:
         raise Unfit(f"expected {kind}, found {state['kind']}")
-    used = math.inf  # tensors
+    used = math.inf  # so many tensors
     if only is not None:
         used = len(state[only]) if isinstance(state[only], dict) else 1
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
-            number = record.filename.partition("/data/")[2]  # of a tensor; the other records are small
-            if not number or int(number) < used:
+            tensor = record.filename.partition("/data/")[2]  # its number; the other records are small
+            if not tensor or int(tensor) < used:
                 with archive.open(record) as file:  # raises at its end where it is damaged
                     while file.read(1 << 20):
                         pass
@@ -1707,7 +1711,7 @@ class Checkpoint:
                     for name, part in self.parts.items():
                         part.load_state_dict(state[name])
         if step >= args.steps and self.run.main:
-            print(f"{self.path} is finished ({step} steps); --restart trains it again")
+            print(f"{self.path} is finished ({step} steps); --restart of its script trains it again")
         return step
 
     def save(self, step):
@@ -1780,10 +1784,10 @@ class Steps:
         self.checkpoint, self.run, self.args, self.start = checkpoint, run, args, start
         self.size, self.units = size, units
         self.log = None if args.dry_run else Log(run, checkpoint.stage, start)
-        self.counts_flops = run.device.type == "cuda" and start < args.steps
-        gpu = torch.cuda.get_device_name(run.device) if self.counts_flops else ""
+        gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
         peaks = [peak for name, peak in PEAK_FLOPS.items() if name in gpu and run.dtype == torch.bfloat16]
         self.peak = peaks[0] if peaks else 0
+        self.counts_flops = bool(gpu) and (self.peak > 0 or args.dry_run)
         self.flops, self.summary = 0, ""
 
     def __iter__(self):

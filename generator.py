@@ -2,7 +2,7 @@
 
 A straight path from noise e to image x; the network predicts x and is compared as a velocity:
     z_t = t·x + (1 − t)·e,  t = sigmoid(n), n ~ N(mu, sigma²)       v = x − e = (x − z_t) / (1 − t)        (1)
-    loss = E ‖v_net(z_t, t, c) − v‖², in both v 1 − t taken as .05 at least                                (2)
+    loss = E ‖v_net(z_t, t, c) − v‖², where both v divide by .05 at least                                  (2)
     dz/dt = v_null + w·(v_c − v_null) in the guidance interval of t, else v_c; from t = 0 (noise) to 1     (3)
 The code c (L positions) can enter as the mean of one embedding per position, beside t in adaLN (the paper,
 section 3.2), as G in-context tokens, each the mean over L / G positions, and in place: where the tokenizer

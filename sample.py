@@ -466,7 +466,7 @@ class Scores:
         long, clean (n,) bool; without labels to train a judge on, the tokenizer's features alone."""
         parts = []
         for part in images.split(500):
-            clean = torch.ones(len(part))  # learned on shapes alone
+            clean = torch.ones(len(part))  # what is clean a judge learns of shapes alone
             factors = torch.zeros(len(part), 0).long()
             if self.judge:
                 features, logits, found = self.judge(data.from_bytes(part.to(self.run.device)))
@@ -868,7 +868,7 @@ def infill(stages, args):
     model = stages.model("prior-masked")
     rng = data.step_generator(args.seed, 0)
     codes = codes.repeat(args.rows, 1)  # (rows · n, L)
-    keep = prior.ranks(torch.rand(codes.shape, generator=rng)) < round(args.keep * model.L)  # as in `text`
+    keep = prior.ranks(torch.rand(codes.shape, generator=rng)) < round(args.keep * model.L)
     given = torch.where(keep, codes, model.V)
     filled, _ = prior.sample_masked(model, given, stages.sampler("masked"), stages.run, rng)
     images = torch.cat([inputs, stages.draw(filled, args.seed)])
@@ -889,7 +889,7 @@ def read_prompts(stages, args):
     return prompts
 
 
-def text(stages, args):
+def text_to_images(stages, args):
     """A row of pictures for each prompt; with --image that picture first, and its code kept in part (--keep,
     --positions) or mixed with the prompt's (--weights)."""
     L, V = stages.stored["L"], stages.stored["V"]
@@ -920,7 +920,7 @@ def text(stages, args):
     return {"images": torch.cat(rows), "columns": args.columns + 1, "lines": prompts}
 
 
-def caption(stages, args):
+def images_to_captions(stages, args):
     """Image → code → caption; in each row an image and the one drawn from its code."""
     inputs, codes, titles = input_images(stages, args, args.inputs)
     captions = stages.captions_from_codes(codes, args.seed)
@@ -986,9 +986,9 @@ COMMANDS = {  # the function of each picture, the last stage that it needs, the 
     "compose": (compose, "prior --kind masked", "inputs --weights --positions --inside --recolour --columns "
                 f"--rows {MIXING} --release"),
     "infill": (infill, "prior --kind masked", "inputs --keep --rows --release"),
-    "text": (text, "text_prior", "inputs --prompts --columns --text-guidance --image --keep --positions "
-             f"--weights {MIXING} --release"),
-    "caption": (caption, "text_prior", "inputs --release"),
+    "text": (text_to_images, "text_prior", "inputs --prompts --columns --text-guidance --image --keep "
+             f"--positions --weights {MIXING} --release"),
+    "caption": (images_to_captions, "text_prior", "inputs --release"),
     "explain": (explain, "generator", "inputs --columns --rows"),
     "reveal": (reveal, "prior --kind masked", "--columns")}
 
@@ -1014,7 +1014,7 @@ STAGES = ("tokenizer", "generator", "prior --kind masked", "prior --kind ar", "t
 MODULES = {module.__name__: module for module in (tokenizer, generator, prior, text_prior)}
 
 
-def of_stage(name, function, *inputs):
+def call_stage(name, function, *inputs):
     """Call the function of a stage; an error in it is followed by how --train takes that stage's flags."""
     try:
         function(*inputs)
@@ -1051,7 +1051,7 @@ def train_stages(stages, args):
             print("text_prior: left out, the images have no captions")
             continue
         planned[stage] = [*getattr(args, name), *kind, *flags]  # of the same flag the last counts
-        of_stage(name, MODULES[name].parse, planned[stage])  # wrong flags are found before the first trains
+        call_stage(name, MODULES[name].parse, planned[stage])  # wrong flags are found before the first trains
     for number, (stage, words) in enumerate(planned.items(), 1):
         later = ", ".join([*list(planned)[number:], "scores"])
         used = (time.time() - start) / 60
@@ -1059,7 +1059,7 @@ def train_stages(stages, args):
               flush=True)
         name = stage.split()[0]
         loaded = [] if name == "prior" else [dataset]  # a prior reads codes alone
-        of_stage(name, MODULES[name].main, words, *loaded)
+        call_stage(name, MODULES[name].main, words, *loaded)
         stages = Stages(args, run)  # anew: an earlier one may hold what this stage replaced
         stages.dataset = dataset
         if stage == "generator" and args.dataset == "shapes":
@@ -1086,8 +1086,9 @@ FLAGS = {
     "--prompts": dict(metavar="FILE", help="a file with a prompt in each line"),
     "--image": dict(metavar="FILE", help="a picture whose code is kept in part, or mixed in (--weights)"),
     "--keep": dict(type=data.fraction, default=0.5, help="share of positions kept"),
-    "--weights": dict(type=data.non_negative, nargs="+", help="of each image; text: of prompt and --image"),
-    "--positions": dict(type=data.count, nargs="+", help="those of the first image; text: kept of --image"),
+    "--weights": dict(type=data.non_negative, nargs="+", help="weight of each image (default: equal); "
+                      "text: of prompt and --image"),
+    "--positions": dict(type=data.count, nargs="+", help="taken from the first image; text: kept of --image"),
     "--inside": dict(action="store_true", help="what is inside the first image, all else from the others"),
     "--recolour": dict(action="store_true", help="the first image, what is inside it in the colours inside "
                        "the second (codes of tokenizer.py --colour-codes)"),
@@ -1096,7 +1097,8 @@ FLAGS = {
     "--kind": dict(choices=("masked", "ar"), default="masked", help="the prior of unconditional samples"),
     "--text-guidance": dict(type=data.number(0, 1e6), nargs="+", default=[2.0], help="g of equation (3) of "
                             "text_prior.py; 1: none; --score measures all, pictures take the first"),
-    "--choose": dict(choices=("prior", "random"), default="prior", help="who chooses the positions"),
+    "--choose": dict(choices=("prior", "random"), default="prior", help="who chooses the image of each "
+                     "position, the masked prior or chance"),
     "--draws": dict(type=data.positive, default=8, help="children drawn, of which one is taken"),
     "--most": dict(type=data.fraction, default=0.8, help="largest share of the positions where its parents "
                    "differ that a child has from one"),

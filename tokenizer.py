@@ -414,7 +414,7 @@ def make_views(images, args, part):
     return views
 
 
-RECTANGLES = 16  # rectangles that a mask is made of, at most
+RECTANGLES = 16  # of a mask, at most
 
 
 def mask_counts(patches, batch_size, seed, step):
@@ -802,59 +802,62 @@ def lr_scale(name, args):
 def add_flags(parser):
     """The tokenizer's own flags; the defaults are the shapes values."""
     add = parser.add_argument_group("model").add_argument
-    add("--patch", type=data.positive, default=8, help="side in pixels")
-    add("--width", type=data.positive, default=128, help="D, of the tokens")
+    add("--patch", type=data.positive, default=8, help="patch side in pixels")
+    add("--width", type=data.positive, default=128, help="D, width of the tokens")
     add("--depth", type=data.positive, default=2, help="transformer blocks")
-    add("--heads", type=data.positive, default=2)
+    add("--heads", type=data.positive, default=2, help="attention heads")
     add("--attention", action=argparse.BooleanOptionalAction, default=False,
         help="patches attend to each other; without it an MLP sees each token alone")
     add("--stem", type=data.number(0, 30, int), default=2, help="halving convolutions before the patches")
-    add("--layer-scale", type=data.number(), default=1.0, help="first gain of residual branches")
+    add("--layer-scale", type=data.number(), default=1.0, help="start of the gains on residual branches")
     add("--drop-path", type=data.fraction, default=0.0, help="probability of dropping a branch")
-    add("--codes", type=data.positive, default=64, help="L, positions")
-    add("--values", type=data.number(2, 65_535, int), default=8, help="V, per position")
-    add("--tau", type=data.above_zero, default=1.0, help="temperature of the SEM's softmax")
-    add("--registers", type=data.count, default=0, help="tokens beside CLS")
+    add("--codes", type=data.positive, default=64, help="L, code positions")
+    add("--values", type=data.number(2, 65_535, int), default=8, help="V, values per position")
+    add("--tau", type=data.above_zero, default=1.0, help="temperature of the SEM's softmax in training")
+    add("--registers", type=data.count, default=0, help="register tokens beside CLS")
     add("--sem-read", choices=("registers", "patches"), default="patches",
-        help="CLS and registers together (the paper), or each patch into positions of its own")
+        help="what the SEM reads: CLS and registers together (the paper), or each patch its own positions")
     add("--colour-codes", type=data.count, default=0, help="positions of a patch that read its colours")
     add("--centre-codes", action=argparse.BooleanOptionalAction, default=True,
         help="subtract the mean of z in equation (2); the paper does not")
     add("--nearest", action="store_true", help="a code is the nearest of V means of z")
     add = parser.add_argument_group("schedules").add_argument
-    add("--weight-decay-final", type=data.non_negative, help="at the end, by a cosine")
+    add("--weight-decay-final", type=data.non_negative, help="weight decay at the end, by a cosine")
     add("--layer-decay", type=data.fraction, default=1.0, help="a block's learning rate over the next one's")
     add("--patch-lr", type=data.fraction, default=1.0, help="factor on the learning rate of patches")
     add = parser.add_argument_group("loss").add_argument
     add("--head-hidden", type=data.positive, default=512, help="hidden width of the DINO head")
     add("--bottleneck", type=data.positive, default=128, help="output width of the DINO head")
-    add("--prototypes", type=data.positive, default=512, help="K, of the DINO head")
-    add("--student-temperature", type=data.above_zero, default=0.1, help="of its softmax")
-    add("--teacher-temperature", type=data.above_zero, default=0.02, help="of its softmax")
-    add("--teacher-warmup", type=data.count, default=0, help="steps to that from --teacher-start")
-    add("--teacher-start", type=data.above_zero, default=0.04, help="see --teacher-warmup")
+    add("--prototypes", type=data.positive, default=512, help="K, prototypes of the DINO head")
+    add("--student-temperature", type=data.above_zero, default=0.1, help="of the student's softmax")
+    add("--teacher-temperature", type=data.above_zero, default=0.02, help="of the teacher's softmax")
+    add("--teacher-warmup", type=data.count, default=0,
+        help="steps from --teacher-start to --teacher-temperature")
+    add("--teacher-start", type=data.above_zero, default=0.04,
+        help="the teacher's temperature at step 0 of --teacher-warmup")
     add("--centering", choices=("sinkhorn", "centre"), default="sinkhorn",
         help="how the teacher's targets are kept from collapsing")
     add("--momentum", type=data.fraction, default=0.98, help="of the teacher, rising to 1 by a cosine")
     add("--ibot", type=data.non_negative, default=0.0, help="weight of the loss on masked patches")
-    add("--koleo", type=data.non_negative, default=0.5, help="weight of that term")
+    add("--koleo", type=data.non_negative, default=0.5, help="weight of KoLeo")
     add("--alone", type=data.number(0, 0.5), default=0.25,
         help="--colour-codes: share of the images that train form alone, and as many colour alone")
     add = parser.add_argument_group("views").add_argument
     share = data.number(1e-3, 1)
-    add("--global-size", type=data.positive, help="in pixels (shapes, folder: --image-size, else 32)")
+    add("--global-size", type=data.positive,
+        help="side of global crops in pixels (shapes and folder: --image-size, else 32)")
     add("--global-scale", type=share, nargs=2, default=[0.6, 1.0], help="share of the area, from, to")
     add("--ratio", type=share, default=0.9, help="smallest width / height; largest: 1 / RATIO")
-    add("--locals", type=data.count, default=0, help="local crops an image")
-    add("--local-size", type=data.positive, default=16, help="in pixels")
+    add("--locals", type=data.count, default=0, help="local crops per image")
+    add("--local-size", type=data.positive, default=16, help="side of local crops in pixels")
     add("--local-scale", type=share, nargs=2, default=[0.2, 0.5], help="share of the area, from, to")
     add("--jitter", type=data.fraction, nargs=4, default=[0.15, 0.15, 0.0, 0.0],
         help="brightness, contrast, saturation, hue: largest change")
-    add("--jitter-p", type=data.fraction, default=0.8, help="its probability")
-    add("--grey", type=data.fraction, default=0.0, help="its probability")
+    add("--jitter-p", type=data.fraction, default=0.8, help="probability of the jitter")
+    add("--grey", type=data.fraction, default=0.0, help="probability of grey")
     add("--blur", type=data.fraction, nargs=3, default=[0.0] * 3, metavar=("FIRST", "SECOND", "LOCALS"),
-        help="its probability on each global crop and on local ones")
-    add("--solarise", type=data.fraction, default=0.0, help="its probability, second global crop")
+        help="probability of blur, on each global crop and on local ones")
+    add("--solarise", type=data.fraction, default=0.0, help="probability of it, on the second global crop")
     add = parser.add_argument_group("start of the run").add_argument
     add("--init", metavar="PATH", help="start from DINOv2's weights, or the authors' encoder")
 

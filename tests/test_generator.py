@@ -156,6 +156,17 @@ def test_guidance_is_linear_one_means_none_and_the_interval_holds(run, guidance,
     assert (network(torch.zeros(2, 3, 4, 4), t, t) == expected).all() and model.calls == calls
 
 
+def test_what_is_not_finite_stops_all_but_a_preview(run, capsys):
+    model = dit()
+    torch.nn.init.constant_(model.final.bias, math.nan)
+    codes = torch.zeros(2, 8).long()
+    args = sampler(sample_steps=2, batch=2)
+    with pytest.raises(SystemExit, match="not finite"):
+        generator.generate(model, codes, args, run)
+    assert generator.generate(model, codes, args, run, preview=True).shape == (2, 3, 16, 16)
+    assert "not finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("predict, method", [("x", "heun"), ("noise", None)])
 def test_images_follow_from_seed_and_number_alone(run, predict, method):
     model = dit(predict=predict, stem=0)

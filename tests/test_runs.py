@@ -271,6 +271,13 @@ def test_one_command_trains_draws_and_scores_and_a_second_trains_nothing(tmp_pat
     assert len(list(pictures.iterdir())) == 3 + 2 * len(PICTURES)  # none is written over
 
 
+def test_presets_name_flags_that_are_there():
+    for module, words in ((tokenizer, []), (generator, []), (prior, ["--kind", "ar"]), (text_prior, [])):
+        _, args = module.parse(words)
+        for preset in module.PRESETS.values():
+            assert set(preset) <= set(vars(args))
+
+
 def test_flags_that_do_not_fit_are_found_before_the_first_stage_trains(tmp_path, capsys):
     """And what a stage says is to be changed can be given to --train."""
     for size in ("--image-size=36", "--image-size=48", "--text-prior=--heads 3", "--prior=--steps=x"):

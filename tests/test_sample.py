@@ -173,8 +173,8 @@ def test_composing_and_infilling_keep_what_they_should_and_stored_codes_fit_thei
     codes = stages.encode(stages.dataset.pixels(stages.dataset.splits["test"][:8]))
     for args.keep in (1, 0.5):
         sample.infill(stages, args)
-        kept = drawn[-1].view(args.rows, *codes.shape) == codes
-        assert kept.all() if args.keep == 1 else 0.5 < kept.double().mean() < 0.95
+        kept = drawn[-1].view(args.rows, *codes.shape) == codes  # those drawn again may come out the same
+        assert kept.all() if args.keep == 1 else kept.sum(2).min() >= 8 and 0.5 < kept.double().mean() < 0.95
     assert drawn[-1].max() < 4
 
 
