@@ -9,6 +9,7 @@ import data
 import generator
 import numpy as np
 import pytest
+import prior
 import sample
 import text_prior
 import tokenizer
