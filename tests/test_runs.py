@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import data
 import generator
 import numpy as np
-import pytest
 import prior
+import pytest
 import sample
 import text_prior
 import tokenizer
