@@ -504,7 +504,7 @@ def sample_codes(model, count, sampler, run, seed=0, first=0):
 
 
 SAMPLERS = {  # unlikely values of the masked prior are often wrong; nucleus < 1 costs the AR prior variety
-    "masked": {"temperature": 1.0, "nucleus": 0.95, "order": "event", "order_noise": 1.0},
+    "masked": {"temperature": 1.0, "nucleus": 0.99, "order": "event", "order_noise": 1.0, "per_step": 1},
     "ar": {"temperature": 1.0, "nucleus": 1.0},
 }
 
@@ -519,7 +519,8 @@ def add_sampler_flags(parser):
     add("--order", choices=("event", "ancestral", "confidence"),
         help="masked: which positions are revealed when (default: by kind)")
     add("--order-noise", type=data.non_negative, help="confidence: Gumbel noise on it (default: by kind)")
-    add("--per-step", type=data.positive, default=1, help="event, confidence: positions revealed in a call")
+    add("--per-step", type=data.positive,
+        help="event, confidence: positions revealed in a call (default: by kind)")
     add("--ancestral-steps", type=data.positive, default=64, help="ancestral: steps from all hidden to none")
     add("--rounds", type=data.count, default=32,
         help="masked samples, and children of compose: rounds in which a share of the positions is drawn "

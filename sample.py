@@ -240,7 +240,7 @@ class Release(Stages):
 
     samplers = Stages.samplers | {
         "masked": prior.SAMPLERS["masked"] | {"nucleus": 1.0},
-        "to code": text_prior.TO_CODE | {"temperature": 0.2}}
+        "to code": text_prior.TO_CODE | {"temperature": 0.2, "per_step": 1}}
 
     @functools.cached_property
     def stored(self):

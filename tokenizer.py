@@ -1,11 +1,13 @@
 """Stage 1: images → codes. A ViT with a simplicial embedding (SEM), trained by self-distillation (DINOv2).
 
 The SEM turns the tokens h that it reads into L points on a simplex and back (paper, section 3.1):
-    z = LayerNorm(W_in · flatten(h)) as (L, V)   p = softmax(z / tau) over V   out = Norm(W_out · p)       (1)
-(where each patch is read on its own: L / N positions a patch, out = Norm(mean over patches of W_out · p);
-with --colour-codes the last of them read which colours are in the patch, the others what is left without hue)
-    code_l = argmax_v (z_lv − mean of z_lv over training images), ours: else few values are used           (2)
-(or, with --nearest, the nearest of V means of z_l over training images, by k-means)
+    z = LayerNorm(W_in · h) as (L, V)   p = softmax(z / tau) over V   out = Norm(W_out · p)                (1)
+The paper reads CLS and registers together (--sem-read registers). On shapes each patch is read on its own,
+L / N positions a patch, out = Norm(mean over patches of W_out · p); the last --colour-codes positions of a
+patch see which colours are in it and nothing else, the others see it without hue.
+    code_l = the nearest of V means of z_l over training images, by k-means (--nearest)                    (2)
+or argmax_v z_lv, as in the paper; less the mean of z_lv over training images (--centre-codes), else few
+values are used.
 Training (DINO on `out`, iBOT on masked patches, KoLeo spreads the batch; t_k, s_k: what the teacher, a moving
 average of the student, and the student give the head's prototype k):
     loss = − Σ_k t_k log s_k, mean over pairs of views + ibot · the same on masked patches                 (3)
@@ -35,17 +37,18 @@ from PIL import Image
 PRESETS = {
     "cifar10": dict(
         patch=4, width=384, depth=8, heads=6, attention=True, registers=4, codes=64, values=64,
-        prototypes=4096, teacher_temperature=0.04, ibot=1.0, koleo=0.05,
+        colour_codes=0, nearest=False, prototypes=4096, teacher_temperature=0.04, ibot=1.0, koleo=0.05,
         global_scale=[0.4, 1.0], ratio=0.75, locals=4, local_scale=[0.1, 0.4],
         jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2, solarise=0.2,
         steps=40_000, batch_size=512, lr=1e-3, momentum=0.992, warmup=2000),
     "folder": dict(
-        values=64, prototypes=1024,
+        values=64, colour_codes=0, nearest=False, prototypes=1024,
         global_scale=[0.5, 1.0], ratio=0.75, jitter=[0.2, 0.2, 0.1, 0.05],
         steps=2000, batch_size=128, save_every=250),
     "imagenet": dict(
         image_size=256, patch=14, stem=0, width=1024, depth=24, heads=16, attention=True, registers=4,
-        layer_scale=1e-5, drop_path=0.3, codes=512, values=256, sem_read="registers", centre_codes=False,
+        layer_scale=1e-5, drop_path=0.3, codes=512, values=256, sem_read="registers",
+        colour_codes=0, nearest=False, centre_codes=False,
         head_hidden=2048, bottleneck=256, prototypes=65_536, ibot=1.0, koleo=0.1,
         centering="centre", teacher_temperature=0.07, teacher_start=0.04, teacher_warmup=37_500,
         global_size=224, global_scale=[0.32, 1.0], ratio=0.75,
@@ -817,10 +820,12 @@ def add_flags(parser):
     add("--registers", type=data.count, default=0, help="register tokens beside CLS")
     add("--sem-read", choices=("registers", "patches"), default="patches",
         help="what the SEM reads: CLS and registers together (the paper), or each patch its own positions")
-    add("--colour-codes", type=data.count, default=0, help="positions of a patch that read its colours")
+    add("--colour-codes", type=data.count, default=2,
+        help="of a patch's positions, how many see its colours alone; the others see no hue (0: all see all)")
+    add("--nearest", action=argparse.BooleanOptionalAction, default=True,
+        help="a code is the nearest of V means of z, else the largest value")
     add("--centre-codes", action=argparse.BooleanOptionalAction, default=True,
-        help="subtract the mean of z in equation (2); the paper does not")
-    add("--nearest", action="store_true", help="a code is the nearest of V means of z")
+        help="without --nearest: subtract the mean of z in equation (2); the paper does not")
     add = parser.add_argument_group("schedules").add_argument
     add("--weight-decay-final", type=data.non_negative, help="weight decay at the end, by a cosine")
     add("--layer-decay", type=data.fraction, default=1.0, help="a block's learning rate over the next one's")
@@ -880,8 +885,8 @@ def check_flags(parser, args):
            "attention", "needed by --sem-read registers and --ibot; add it")
     fits = args.sem_read == "patches" and args.colour_codes < args.codes // patches and patch % 2 == 0
     expect(args.colour_codes == 0 or (fits and args.ibot == 0 and not args.init),
-           "colour-codes", "expected fewer than the positions of a patch, --sem-read patches, an even "
-                           "--patch, no --ibot and no --init")
+           "colour-codes", "expected 0; or fewer than the positions of a patch (--codes over "
+                           f"{patches} patches), an even --patch, no --sem-read registers, --ibot or --init")
     expect(args.weight_decay_final is None or args.weight_decay > 0,
            "weight-decay-final", "only with a --weight-decay above 0 to start from")
     expect(not (args.init and args.stem),
@@ -894,7 +899,7 @@ def parse(argv=None):
     """The flags of this script, checked: their parser and values."""
     parser = data.make_parser(__doc__)
     add_flags(parser)
-    data.add_training_flags(parser, steps=760, batch_size=256, lr=2e-3, lr_matrix=0.0, warmup=40)
+    data.add_training_flags(parser, steps=400, batch_size=256, lr=2e-3, lr_matrix=0.0, warmup=40)
     args = data.parse(parser, PRESETS, argv)
     if args.global_size is None:
         args.global_size = args.image_size if args.dataset in ("shapes", "folder") else 32

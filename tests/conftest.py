@@ -36,7 +36,8 @@ CIFAR_RECORDS = 60  # in each file, instead of 10,000
 NETWORK = "--steps 6 --batch-size 8 --width 16 --depth 1 --heads 2".split()
 TINY = {
     "tokenizer": [*NETWORK, *"--attention --stem 1 --codes 16 --values 4 --prototypes 16".split(),
-                  *"--head-hidden 16 --bottleneck 8 --locals 1 --ibot 0.5 --registers 2 --workers 0".split()],
+                  *"--colour-codes 0 --head-hidden 16 --bottleneck 8 --locals 1 --ibot 0.5".split(),
+                  *"--registers 2 --workers 0".split()],
     "generator": [*NETWORK, *"--groups 4 --sample-steps 2 --workers 0".split()],
     "prior": NETWORK,
     "text_prior": NETWORK,

@@ -66,8 +66,9 @@ def main(words):
 EARLIER = Path(__file__).with_name("checkpoints")  # of an earlier commit
 SMALLEST = "--steps 6 --batch-size 8 --width 4 --depth 1 --heads 2 --device cpu".split()
 EARLIER_RUNS = {  # by stage: the words that made them
-    "tokenizer": ["tokenizer", *SMALLEST, *"--stem 1 --codes 16 --values 4 --prototypes 8".split(),
-                  *"--head-hidden 8 --bottleneck 8 --koleo 1 --workers 0".split()],
+    "tokenizer": ["tokenizer", *SMALLEST, *"--stem 1 --codes 16 --values 4 --colour-codes 0".split(),
+                  *"--no-nearest --prototypes 8 --head-hidden 8 --bottleneck 8 --koleo 1".split(),
+                  *"--workers 0".split()],
     "generator": ["generator", *SMALLEST, *"--stem 0 --condition both --groups 4".split(),
                   *"--sample-steps 1 --workers 0".split()],
     "prior-masked": ["prior", "--kind", "masked", *SMALLEST],

@@ -365,7 +365,8 @@ def test_training_from_the_release_starts_with_its_weights(release, trained, tmp
 
 def test_the_tokenizer_starts_from_the_released_encoder_with_its_simplicial_embedding(release, tmp_path):
     out = tmp_path / "out"
-    flags = "--attention --stem 0 --patch 4 --registers 4 --sem-read registers --codes 16 --values 4".split()
+    flags = "--attention --stem 0 --patch 4 --registers 4 --sem-read registers".split()
+    flags += "--codes 16 --values 4 --colour-codes 0 --no-nearest".split()
     call("tokenizer", *INIT, *flags, "--init", release / "SEM_dinov2_L512", "--out", out)
     expected = tokenizer.backbone_weights(release / "SEM_dinov2_L512")
     found = weights(out, "tokenizer")["ema"]

@@ -295,7 +295,8 @@ def test_flags_that_do_not_fit_are_found_before_the_first_stage_trains(tmp_path,
 
 
 def test_the_tokenizer_reads_own_pictures_at_the_size_that_is_asked_for():
-    for words, size in (("", 32), ("--image-size 64", 64), ("--image-size 64 --global-size 32", 32),
+    for words, size in (("", 32), ("--image-size 64 --codes 256", 64),
+                        ("--image-size 64 --global-size 32", 32),
                         ("--dataset folder --image-size 64", 64), ("--dataset cifar10 --image-size 64", 32),
                         ("--dataset imagenet", 224)):
         assert tokenizer.parse(words.split())[1].global_size == size

@@ -42,7 +42,7 @@ def test_inner_positions_are_off_the_rim_and_recolouring_leaves_all_but_their_co
 
 def test_the_first_image_takes_the_colours_inside_the_second_and_nothing_else(tmp_path):
     out = tmp_path / "out"
-    apart = "--no-attention --ibot 0 --registers 0 --locals 0 --codes 64 --colour-codes 2 --nearest".split()
+    apart = "--no-attention --ibot 0 --registers 0 --locals 0 --codes 64 --colour-codes 2".split()
     call("tokenizer", *TINY["tokenizer"], *apart, "--out", out)
     call("generator", *TINY["generator"], "--out", out)
     call("sample", "compose", "--recolour", "--rows", 1, "--sample-steps", 1, "--out", out)

@@ -23,8 +23,9 @@ def vit(read="registers", **change):
 
 def parsed(flags):
     """Settings as from the flags of a tiny tokenizer and these."""
-    sizes = "--width 32 --codes 16 --values 4 --prototypes 24 --head-hidden 16 --bottleneck 8"
-    return tokenizer.parse(f"--batch-size 8 --attention {sizes} {flags}".split())[1]
+    sizes = "--width 32 --codes 16 --values 4 --colour-codes 0"
+    head = "--prototypes 24 --head-hidden 16 --bottleneck 8"
+    return tokenizer.parse(f"--batch-size 8 --attention {sizes} {head} {flags}".split())[1]
 
 
 # --- ViT and simplicial embedding -------------------------------------------------------------------------
@@ -338,7 +339,7 @@ def test_learning_rates_fall_with_the_distance_from_the_head_and_the_teacher_war
 
 
 @pytest.mark.parametrize("flags", [
-    "--ibot 0.5 --locals 2", "--centering centre", "--no-attention",
+    "--ibot 0.5 --locals 2", "--centering centre", "--no-attention --codes 64 --colour-codes 2",
     "--sem-read registers --registers 4 --locals 3"])
 def test_the_loss_falls_and_reaches_every_weight(run, flags):
     args = parsed(flags)
