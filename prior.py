@@ -41,7 +41,7 @@ PRESETS = {
         clip=1.0, save_every=5000),
 }
 
-BY_KIND = {"masked": dict(depth=2, steps=1800), "ar": dict(depth=1, steps=1200)}  # masked is the harder task
+BY_KIND = {"masked": dict(depth=2, steps=1800), "ar": dict(depth=1, steps=1600)}  # masked is the harder task
 FOLDER_STEPS = {"masked": 1000, "ar": 250}  # the codes of few images are soon known by heart
 
 # -------- model ----------------------------------------------------------------------------------------

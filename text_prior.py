@@ -415,7 +415,7 @@ def text_from_codes(model, codes, window, sampler, run, seed=0):
 
 
 # samplers, as prior.SAMPLERS; of a caption: the most likely one, its surest words first
-TO_CODE = {"temperature": 0.5, "nucleus": 1.0, "order": "event", "order_noise": 1.0, "per_step": 2}
+TO_CODE = {"temperature": 0.5, "nucleus": 1.0, "order": "event", "order_noise": 1.0, "per_step": 4}
 TO_TEXT = {"temperature": 0.0, "nucleus": 1.0, "order": "confidence", "order_noise": 0.0, "per_step": 1}
 
 
