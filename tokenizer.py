@@ -12,6 +12,7 @@ Training (DINO on `out`, iBOT on masked patches, KoLeo spreads the batch; t_k, s
 average of the student, and the student give the head's prototype k):
     loss = − Σ_k t_k log s_k, mean over pairs of views + ibot · the same on masked patches                 (3)
            − koleo · mean log distance to the nearest other image, summed over the two global crops
+where --colour-codes let of a share --alone of the images only form count in `out`, of as many only colour.
 
 Reads images; writes OUT/<dataset>/tokenizer.pt and codes.pt: codes (N, 2 flips, L) and a report on them.
     python tokenizer.py                                                      # the dataset shapes, on a CPU
@@ -232,7 +233,7 @@ class ViT(nn.Module):
         if self.sem_read == "registers":
             h = x[:, :self.first_patch].flatten(1)[:, None]  # (B, 1, (1 + R) · D)
         else:
-            h = x[:, self.first_patch:]  # (B, N, D)
+            h = x[:, self.first_patch:]  # (B, N, D), with colour positions (B, 2N, D)
         if self.colour_codes:
             h, colours = h.chunk(2, 1)  # 2 × (B, N, D)
             return torch.cat([self.sem_norm(self.sem_embed(h)), self.sem_colour(colours)], 2)
@@ -619,7 +620,8 @@ def k_means(z, count, rounds=25):
 
 @torch.no_grad()
 def fit_codes(backbone, dataset, run, most=4000):
-    """Set the mean of z (L, V) over `most` training images, and with --nearest its V means."""
+    """Set the mean of z (L, V) over `most` training images, and with --nearest the V means that k-means finds
+    at each position."""
     rows = torch.as_tensor(np.random.default_rng(0).permutation(dataset.splits["train"])[:most])
     kept = []
     for chunk in rows.split(500):
@@ -823,7 +825,7 @@ def add_flags(parser):
     add("--colour-codes", type=data.count, default=2,
         help="of a patch's positions, how many see its colours alone; the others see no hue (0: all see all)")
     add("--nearest", action=argparse.BooleanOptionalAction, default=True,
-        help="a code is the nearest of V means of z, else the largest value")
+        help="a code is the nearest of V means of z (by k-means), else its largest value")
     add("--centre-codes", action=argparse.BooleanOptionalAction, default=True,
         help="without --nearest: subtract the mean of z in equation (2); the paper does not")
     add = parser.add_argument_group("schedules").add_argument
@@ -880,7 +882,8 @@ def check_flags(parser, args):
     expect(args.locals == 0 or args.local_size % patch == 0, "local-size", f"no multiple of --patch {patch}")
     patches = (args.global_size // patch) ** 2
     expect(args.sem_read == "registers" or args.codes % patches == 0,
-           "codes", f"{args.codes} is no multiple of {patches} patches; choose {patches} or another --patch")
+           "codes", f"{args.codes} is no multiple of {patches} patches; choose {patches} times the positions "
+                    "of a patch, or another --patch")
     expect(args.attention or (args.sem_read == "patches" and args.ibot == 0),
            "attention", "needed by --sem-read registers and --ibot; add it")
     fits = args.sem_read == "patches" and args.colour_codes < args.codes // patches and patch % 2 == 0
@@ -946,7 +949,7 @@ def main(argv=None, dataset=None):
         ema.update_parameters(student)
         steps.show(loss=loss, norm=norm, **terms)
         if step + 1 == args.steps and (args.centre_codes or args.nearest):
-            fit_codes(teacher.backbone, dataset, run)  # last: an update copies the student's buffers, zeros
+            fit_codes(teacher.backbone, dataset, run)  # last: each update copies the student's buffers, zeros
 
     write_codes(teacher.backbone, dataset, run, args, made_from | {"tokenizer": checkpoint.id})
     if run.main:
