@@ -415,7 +415,7 @@ def text_from_codes(model, codes, window, sampler, run, seed=0):
 
 
 # samplers, as prior.SAMPLERS; of a caption: the most likely one, its surest words first
-TO_CODE = {"temperature": 0.5, "nucleus": 1.0, "order": "event", "order_noise": 1.0, "per_step": 4}
+TO_CODE = {"temperature": 0.5, "nucleus": 1.0, "order": "event", "order_noise": 1.0, "per_step": 2}
 TO_TEXT = {"temperature": 0.0, "nucleus": 1.0, "order": "confidence", "order_noise": 0.0, "per_step": 1}
 
 
@@ -550,7 +550,7 @@ def parse(argv=None):
     """The flags of this script, checked: their parser and values."""
     parser = data.make_parser(__doc__)
     add_flags(parser)
-    data.add_training_flags(parser, steps=700, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50, ema=0.99)
+    data.add_training_flags(parser, steps=600, batch_size=256, lr=1e-2, lr_matrix=0.02, warmup=50, ema=0.99)
     args = data.parse(parser, PRESETS, argv)
     if args.shard and args.lr_matrix > 0:
         parser.error("argument --shard: Muon needs whole matrices; add --lr-matrix 0 (AdamW for all)")

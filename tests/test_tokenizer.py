@@ -78,6 +78,12 @@ def test_colour_positions_see_which_colours_a_patch_has_and_the_others_no_hue():
     assert torch.allclose(colour, other_colour, atol=1e-5) and (form - other_form).abs().max() > 0.3
 
 
+def test_form_and_colour_have_codes_of_their_own_on_shapes_alone():
+    for dataset in ("shapes", "folder", "cifar10", "imagenet"):
+        args = tokenizer.parse(["--dataset", dataset])[1]
+        assert (args.colour_codes, args.nearest) == ((2, True) if dataset == "shapes" else (0, False))
+
+
 def test_k_means_finds_groups_and_codes_are_the_nearest_mean():
     centres = torch.randn(16, 5, 5) * 9  # of each position
     groups = torch.randint(5, (16, 200))
