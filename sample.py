@@ -585,20 +585,23 @@ class Scores:
         for way, codes in self.children(rows).items():
             judged = self.drawn(codes, 2)
             line = result[way] = self.measure(judged)
-            if not self.names:
-                continue
-            _, seen, clean = judged
-            inherited = (seen[:, None] == labels).any(1)  # (n, factors)
-            right = inherited.all(1) & clean
-            new = right & (seen[:, None] != labels).any(2).all(1)
-            line |= {"right": mean(inherited.all(1)), "right and clean": mean(right),
-                     "right, clean, unlike both parents": mean(new)}
-            if self.shapes and way in MEANT:
-                meant = (seen == labels[:, MEANT[way], range(5)]).all(1)
-                line |= {"all five factors as meant": mean(meant), "the same, clean": mean(meant & clean)}
-            shares = {name: mean(inherited[:, k]) for k, name in enumerate(self.names)}
-            line["inherited"] = {"n": len(seen), **shares}
+            if self.names:
+                line |= self.inheritance(judged, labels, way)
         return result
+
+    def inheritance(self, judged, labels, way):
+        """What children of a `way` of mixing (`judged`) have of their parents, labels (n, 2, factors)."""
+        _, seen, clean = judged
+        inherited = (seen[:, None] == labels).any(1)  # (n, factors)
+        right = inherited.all(1) & clean
+        new = right & (seen[:, None] != labels).any(2).all(1)
+        line = {"right": mean(inherited.all(1)), "right and clean": mean(right),
+                "right, clean, unlike both parents": mean(new)}
+        if self.shapes and way in MEANT:
+            meant = (seen == labels[:, MEANT[way], range(5)]).all(1)
+            line |= {"all five factors as meant": mean(meant), "the same, clean": mean(meant & clean)}
+        shares = {name: mean(inherited[:, k]) for k, name in enumerate(self.names)}
+        return line | {"inherited": {"n": len(seen), **shares}}
 
     def score_recombination(self, pair):
         """Children of two test images of which the first has the first factor of an unseen combination, the

@@ -12,7 +12,7 @@ Training (DINO on `out`, iBOT on masked patches, KoLeo spreads the batch; t_k, s
 average of the student, and the student give the head's prototype k):
     loss = − Σ_k t_k log s_k, mean over pairs of views + ibot · the same on masked patches                 (3)
            − koleo · mean log distance to the nearest other image, summed over the two global crops
-where --colour-codes let of a share --alone of the images only form count in `out`, of as many only colour.
+With --colour-codes `out` is of form alone for a share --alone of the images, for as many of colour alone.
 
 Reads images; writes OUT/<dataset>/tokenizer.pt and codes.pt: codes (N, 2 flips, L) and a report on them.
     python tokenizer.py                                                      # the dataset shapes, on a CPU

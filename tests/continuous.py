@@ -105,6 +105,9 @@ def main():
     stages = sample.Stages(args, run)
     scores, dataset, stored = sample.Scores(stages, args, run), stages.dataset, stages.stored
     L, V, side = stored["L"], stored["V"], stored["side"]
+    inside, but_colours = (torch.zeros(L, 1).bool() for _ in range(2))
+    inside[sample.first_positions(stored)] = True
+    but_colours[sample.first_positions(stored, True)] = True  # fails here where colours have no positions
     rows = dataset.splits["train"]
     z = read_z(stages, run)  # (images, 2 flips, L, V)
 
@@ -170,21 +173,13 @@ def main():
     labels = dataset.labels[both]  # (n, 2, factors)
     a, b = z[both[:, 0], 0], z[both[:, 1], 0]  # 2 × (n, L, V)
     u = torch.rand(len(a), L, 1, generator=data.step_generator(args.seed, 2))
-    inside, but_colours = (torch.zeros(L, 1).bool() for _ in range(2))
-    inside[sample.first_positions(stored)] = True
-    but_colours[sample.first_positions(stored, True)] = True
     ways = {"average": (a + b) / 2, "average, length kept": (a + b) / 2 ** 0.5,
             "positions at random": torch.where(u < 0.5, a, b),
             "inner patches of the first": torch.where(inside, a, b),
             "in the colours of the second": torch.where(but_colours, a, b)}
     for way, x in ways.items():
-        _, factors, clean = judged(x, 2)
-        right = (factors[:, None] == labels).any(1).all(1) & clean
-        new = right & (factors[:, None] != labels).any(2).all(1)
-        found = {"right and clean": sample.mean(right), "unlike both": sample.mean(new)}
-        if way in sample.MEANT:
-            meant = (factors == labels[:, sample.MEANT[way], range(5)]).all(1)
-            found |= {"all five as meant": sample.mean(meant), "and clean": sample.mean(meant & clean)}
+        found = scores.inheritance(judged(x, 2), labels, way)
+        del found["inherited"]
         say(way, **found)
 
 
